@@ -1,0 +1,389 @@
+"""The `clm-dist` command: parse, call, exit code. Stages are imported when they run, so that --help is quick."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from clm_dist import __version__
+from clm_dist.config import JobConfig
+from clm_dist.errors import ClmDistError, ConfigError, HubError
+from clm_dist.job import Job, job_schema, load_job, read_saved_job
+from clm_dist.progress import Progress, open_progress
+from clm_dist.run_dir import RunDir, local_dir, read_json
+
+logger = logging.getLogger(__name__)
+
+EX_TEMPFAIL = 75
+"""Preempted with a checkpoint saved: run it again (sysexits.h)."""
+EX_INTERRUPTED = 130
+"""Ended by Ctrl-C without a checkpoint (128 + SIGINT, as shells say it)."""
+_LOG_WIDTH = 120
+# A sample is generated in the driver, on its CPU; larger models get the command instead.
+_SAMPLE_BYTES = 2 * 2**30
+
+out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH, highlight=False)
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a causal language model on a cluster, and trust what it says.",
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the job; repeatable.")
+]
+Runs = Annotated[
+    str, typer.Option("--runs", envvar="CLM_DIST_RUNS", help="Directory of the runs; every node must see it.")
+]
+Stores = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="CLM_DIST_STORE",
+        help="Directory of the prepared blocks; every node must see it.",
+        show_default="the user's cache directory",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run though the job has changed since.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run of this name and start again.")]
+DEFAULT_RUNS = "runs"
+DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
+
+
+@app.callback()
+def _set_up(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    stores: Stores = DEFAULT_STORES,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prepare, train, evaluate and report; push if the job says so."""
+    _run(job_file, overrides, runs, stores, resume=resume, overwrite=overwrite, only_train=False)
+
+
+@app.command()
+def prepare(job_file: JobFile, overrides: Overrides = None, stores: Stores = DEFAULT_STORES) -> None:
+    """Turn the job's text into blocks, once."""
+    from clm_dist.prepare.pipeline import prepare
+
+    job = load_job(job_file, overrides or ())
+    with _located(job), open_progress(err) as progress:
+        store = prepare(job.config, local_dir(stores, "--store"), progress)
+    typer.echo(store)
+
+
+@app.command()
+def train(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    stores: Stores = DEFAULT_STORES,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on blocks that `prepare` made."""
+    _run(job_file, overrides, runs, stores, resume=resume, overwrite=overwrite, only_train=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run directory, model directory or Hub id.")],
+    job_file: Annotated[
+        Path | None, typer.Option("--job", help="Job whose eval split is used; a run directory has its own.")
+    ] = None,
+    overrides: Overrides = None,
+    stores: Stores = DEFAULT_STORES,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Evaluate a model on a job's eval split: loss, perplexity, bits per byte."""
+    from clm_dist.generate import find_model
+    from clm_dist.prepare.pipeline import prepare
+    from clm_dist.train.evaluate import evaluate_model
+
+    saved = RunDir(Path(model)).job
+    if job_file is None and not saved.is_file():
+        raise ConfigError(f"{model} is no run directory, so name the job whose eval split to use: --job JOB")
+    path = find_model(model)
+    job = load_job(job_file or saved, overrides or ())
+    if job_file is not None and not saved.is_file() and job.config.tokenizer_path is None:
+        raise ConfigError(f"{job_file} trains its own tokenizer; evaluate its run directory instead of {model}")
+    config = job.config
+    with _located(job), open_progress(err) as progress:
+        if not saved.is_file():
+            # A model is measured on its own tokens; bits per byte compare it with others.
+            config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": path})})
+        store = prepare(config, local_dir(stores, "--store"), progress)
+        evaluation = evaluate_model(path, config, store, progress)
+    figures = evaluation.as_dict()
+    if as_json:
+        typer.echo(json.dumps({name: figures[name] for name in _FIGURES}))
+    else:
+        typer.echo(", ".join(f"{name.replace('_', ' ')} {_shown(figures[name])}" for name in _FIGURES))
+
+
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "num_tokens")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Run directory, model directory or Hub id.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="File with a prompt a line; - or nothing at all is standard input.")
+    ] = None,
+    use_pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="transformers' text-generation pipeline with its own defaults.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    top_k: Annotated[int, typer.Option(min=0)] = 50,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 42,
+) -> None:
+    """Generate text from prompts."""
+    from clm_dist import generate as stage
+
+    path = stage.find_model(model)
+    sampling = None if use_pipeline else stage.Sampling(max_new_tokens, top_k, top_p, temperature, greedy)
+    for text in stage.generate(path, _prompts(prompt, file), seed=seed, sampling=sampling):
+        typer.echo(text)
+        typer.echo()
+
+
+@app.command()
+def push(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    repo: Annotated[str | None, typer.Option("--repo", help="Repository, instead of the job's.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository, instead of the job's.")
+    ] = None,
+) -> None:
+    """Push a run's final model to the Hub."""
+    from clm_dist import hub
+    from clm_dist.report.card import write_card
+    from clm_dist.report.table import read_result
+
+    directory = RunDir(run_dir)
+    result = read_result(run_dir)
+    if not directory.final.is_dir():
+        raise ConfigError(f"the run {run_dir} has no final model yet; `clm-dist run {directory.job}` goes on with it")
+    job = read_saved_job(directory.job)
+    write_card(directory.final, job, result)
+    url = hub.push(job, directory, directory.final, result["train"]["steps"], repo=repo, private=private)
+    out.print(f"pushed to {url}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+) -> None:
+    """Print a run's figures and write its report.html; compare several runs."""
+    from clm_dist.report import table
+    from clm_dist.report.page import write_page
+
+    results = [table.read_result(path) for path in run_dirs]
+    if len(results) > 1:
+        out.print(table.comparison_table(results))
+        if warning := table.comparability(results):
+            out.print(warning, style="yellow", soft_wrap=True)
+        return
+    directory = RunDir(run_dirs[0])
+    write_page(directory, results[0])
+    out.print(table.result_table(results[0]))
+    out.print(f"report: {directory.report}", soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of job files, for editors."""
+    typer.echo(json.dumps(job_schema(), indent=2))
+
+
+def main() -> None:
+    """The command's entry point: our errors become a message and an exit code."""
+    try:
+        app()
+    except ClmDistError as error:
+        logger.debug("where it came from", exc_info=error)
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _run(
+    job_file: Path,
+    overrides: list[str] | None,
+    runs: str,
+    stores: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    only_train: bool,
+) -> None:
+    job = load_job(job_file, overrides or ())
+    try:
+        with _located(job):
+            _run_located(job, runs, stores, resume=resume, overwrite=overwrite, only_train=only_train)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on from the last checkpoint", style="red")
+        raise typer.Exit(EX_INTERRUPTED) from None
+
+
+def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: bool, only_train: bool) -> None:
+    config = job.config
+    runs_dir, stores_dir = local_dir(runs, "--runs"), local_dir(stores, "--store")
+    with open_progress(err) as progress:
+        progress.start("Checking the job")
+        from clm_dist import hub
+        from clm_dist.prepare import pipeline
+        from clm_dist.train import driver
+        from clm_dist.train.model import load_config
+
+        directory, done = driver.find_run(config, runs_dir, resume=resume, overwrite=overwrite)
+        if done:
+            progress.note(f"The run {directory.root} is done; --overwrite starts it again")
+            result = read_json(directory.result)
+        else:
+            if config.hub.push != "never":
+                hub.check_access(config)
+            load_config(config)
+            progress.start("Starting Ray")
+            with driver.start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
+                if only_train:
+                    store = pipeline.find_store(config, stores_dir)
+                    if store is None:
+                        raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job")
+                else:
+                    store = pipeline.prepare(config, stores_dir, progress)
+
+                def push_epoch(path: Path, step: int) -> None:
+                    pushing.submit(_push_epoch, config, directory, path, step, progress)
+
+                result = driver.train(
+                    config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
+                )
+    if result["status"] == "preempted":
+        err.print(
+            f"stopped after step {result['train']['steps']} with a checkpoint saved; the same command goes on from it",
+            style="yellow",
+        )
+        raise typer.Exit(EX_TEMPFAIL)
+    _conclude(config, directory, result, sample=not done and not only_train)
+
+
+def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, sample: bool) -> None:
+    """Report a run that is done, push it if its job says so, and show what its model writes."""
+    from clm_dist import hub
+    from clm_dist.report.card import write_card
+    from clm_dist.report.page import write_page
+    from clm_dist.report.table import result_table
+
+    write_page(directory, result)
+    write_card(directory.final, job, result)
+    out.print(result_table(result))
+    steps = result["train"]["steps"]
+    pushed = directory.hub.exists() and any(p["step"] == steps for p in read_json(directory.hub)["pushed"])
+    if job.hub.push != "never" and not pushed:
+        try:
+            out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
+        except (HubError, ConfigError) as error:
+            err.print(
+                f"not pushed: {error}\nThe model is whole in {directory.final}; push it later with "
+                f"`clm-dist push {directory.root}`",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
+    if sample:
+        _show_sample(directory)
+    out.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
+
+
+def _show_sample(directory: RunDir) -> None:
+    from clm_dist.generate import Sampling, generate
+
+    size = sum(file.stat().st_size for file in directory.final.glob("*.safetensors"))
+    if size > _SAMPLE_BYTES:
+        out.print(f"sample: clm-dist generate {directory.root} --prompt 'Once upon a time'", soft_wrap=True)
+        return
+    prompt = "The"
+    (text,) = generate(str(directory.final), [prompt], seed=42, sampling=Sampling(max_new_tokens=60))
+    out.print(f"A sample, from the prompt {prompt!r}:")
+    out.print(f"  {text.strip()}\n", markup=False, style="italic")
+
+
+def _push_epoch(job: JobConfig, directory: RunDir, path: Path, step: int, progress: Progress) -> None:
+    """Push an epoch's model; a failure does not stop training, and the next push supersedes it."""
+    import shutil
+
+    from clm_dist import hub
+
+    try:
+        url = hub.push(job, directory, path, step)
+    except ClmDistError as error:
+        progress.note(f"The model of step {step} is not pushed: {error}")
+        return
+    progress.note(f"Pushed the model of step {step} to {url}")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _located(job: Job) -> Iterator[None]:
+    """Begin an error of a field with the file and the line that set the field."""
+    try:
+        yield
+    except ConfigError as error:
+        where = job.where(error.field) if error.field else None
+        raise type(error)(f"{where}: {error}" if where else str(error), field=error.field) from error
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    if given and file:
+        raise ConfigError("give prompts with --prompt or with --file, not both")
+    if given:
+        return given
+    if file is not None and str(file) != "-":
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read the prompts in {file}: {error.strerror}") from None
+    else:
+        text = sys.stdin.read()
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("there is no prompt; give one with --prompt, a file of them with --file, or standard input")
+    return prompts
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

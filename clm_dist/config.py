@@ -1,0 +1,265 @@
+"""The job file's sections: one typed, frozen model each; unknown keys are refused."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+Every = Literal["epoch"] | PositiveInt
+Precision = Literal["fp32", "bf16", "fp16"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
+
+
+def _wrong(field: str, problem: str) -> PydanticCustomError:
+    """A validation error of one field that a whole section (or the whole job) is needed to see."""
+    return PydanticCustomError("job", "{problem}", {"problem": problem, "field": field})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes `epochs: true` for 1.
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise PydanticCustomError("bool", "input should not be true or false")
+        return value
+
+
+class DataConfig(Section):
+    """Which text, how it is split, and how it is cut into blocks."""
+
+    source: Literal["hub", "files", "builtin"] = "hub"
+    """Where the records come from: a Hub data set, files, or the corpus that ships with Python."""
+    dataset: str | None = None
+    """Hub id of the data set, for `source: hub`."""
+    config: str | None = None
+    """Configuration of the Hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub data set."""
+    path: str | list[str] | None = None
+    """File, glob or directory (or a list of them), for `source: files`: JSONL, CSV, Parquet, Arrow or text."""
+    split: str = "train"
+    """Split, or a slice of it as `datasets` spells it: `train`, `train[:5000]`, `train[10%:20%]`."""
+    text: str = "text"
+    """Dotted path of the text inside a record; it reaches into nested records and lists: `answers.text`."""
+    join: str | None = " "
+    """What joins the items of a list into one document; null makes every item a document of its own."""
+    id: str | None = None
+    """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the records that is held out for evaluation."""
+    split_method: Literal["random", "hash"] = "random"
+    """`random` is the rows of datasets' train_test_split; `hash` keeps a record on its side at every subset size."""
+    seed: int = 42
+    """Seed of the random split."""
+    block_size: Annotated[int, Field(ge=2)] = 128
+    """Tokens in a block."""
+    grouping: Literal["carry", "guide"] = "carry"
+    """`carry` loses one tail a split; `guide` drops the remainder of every 1,000 records, as the guide does."""
+    append_eos: bool = True
+    """End every document with the tokenizer's end-of-sequence token."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Self:
+        if self.source == "hub" and not self.dataset:
+            raise _wrong(
+                "data.dataset", "data.source is hub, so data.dataset must name a data set, e.g. dany0407/eli5_category"
+            )
+        if self.source == "files" and not self.path:
+            raise _wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
+        return self
+
+
+class TokenizerTraining(Section):
+    """A byte-level BPE tokenizer trained on the training split."""
+
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """Tokens in the vocabulary, the 256 bytes and the end-of-sequence token included."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer: one that exists, or one to train; by default the model's own."""
+
+    path: str | None = None
+    """Directory or Hub id; null takes the model's."""
+    train: TokenizerTraining | None = None
+    """Train one on the job's own text instead."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.path and self.train:
+            raise _wrong("tokenizer.train", "tokenizer has both path and train; keep one and set the other to null")
+        return self
+
+
+class ModelConfig(Section):
+    """The model to start from: a checkpoint, or a configuration with random weights."""
+
+    path: str | None = None
+    """Directory or Hub id of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub model."""
+    config: dict[str, Any] | None = None
+    """Configuration of a model with random weights: `model_type` and whatever transformers' config of it takes."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if bool(self.path) == bool(self.config):
+            raise _wrong("model", "model needs either path (a checkpoint) or config (random weights), and not both")
+        if self.config and "model_type" not in self.config:
+            raise _wrong("model.config", "model.config needs model_type, for example gpt2 or llama")
+        return self
+
+
+class BatchConfig(Section):
+    """How many blocks a step and a pass take."""
+
+    global_size: PositiveInt = 8
+    """Blocks in an optimizer step, over all workers."""
+    micro_size: PositiveInt = 8
+    """Blocks in one forward and backward pass on one device."""
+
+
+class TrainConfig(Section):
+    """The optimizer and its schedule."""
+
+    epochs: PositiveInt = 3
+    """Passes over the training blocks."""
+    max_steps: PositiveInt | None = None
+    """End after this many steps; the schedule ends there too."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's weight decay."""
+    decay_bias_and_norm: bool = True
+    """Decay biases and normalisation weights as well, as plain AdamW does."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's second moment decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    schedule: Schedule = "linear"
+    """Learning rate after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises from 0."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the gradient to this 2-norm; null leaves it."""
+    precision: Precision = "fp32"
+    """Arithmetic of the passes; weights and optimizer keep fp32 masters."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 42
+    """Seed of the weights, the order of blocks and dropout."""
+
+
+class EvalConfig(Section):
+    """When the eval split is evaluated; the untouched and the final model always are."""
+
+    every: Every = "epoch"
+    """`epoch`, or a number of steps."""
+    micro_size: PositiveInt = 8
+    """Blocks in one forward pass on one device."""
+
+
+class CheckpointConfig(Section):
+    """When the training state is saved; the last step always is."""
+
+    every: Every = "epoch"
+    """`epoch`, or a number of steps."""
+    keep: PositiveInt = 2
+    """Committed checkpoints that are kept."""
+
+
+class ClusterConfig(Section):
+    """Workers and what each of them gets."""
+
+    workers: PositiveInt = 1
+    """Ray Train workers, one device each."""
+    strategy: Strategy = "ddp"
+    """What is sharded over the workers: nothing, optimizer (zero1), gradients (zero2), weights (zero3, fsdp2)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in host memory between uses: nothing, the optimizer (zero1-3), weights too (zero3, fsdp2)."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that Ray reserves for a worker; it computes with as many threads."""
+    gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
+    """GPUs of a worker, 0 or 1; `auto` takes one where the cluster has any."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often dead workers are replaced, from the last committed checkpoint, before the run fails."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        fits = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3", "fsdp2")}
+        if self.offload != "none" and self.strategy not in fits[self.offload]:
+            raise _wrong(
+                "cluster.offload",
+                f"cluster.offload {self.offload} is not supported with {self.strategy}; "
+                f"it works with {', '.join(fits[self.offload])}",
+            )
+        return self
+
+
+class HubConfig(Section):
+    """Where the model is pushed."""
+
+    push: Literal["never", "end", "epoch"] = "never"
+    """When to push: never, at the end, or after every epoch as well."""
+    repo: str | None = None
+    """Repository, `user/name`; null takes the token's user and the job's name."""
+    private: bool = True
+    """Create the repository private."""
+
+
+class JobConfig(Section):
+    """A whole job: which text, which model, how it is trained, and where the result goes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
+    """Name of the run, and of its directory."""
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig
+    batch: BatchConfig = BatchConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    hub: HubConfig = HubConfig()
+    tracking: list[Literal["tensorboard"]] = []
+    """Trackers that receive the metrics: tensorboard writes event files into the run directory."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if self.tokenizer_path is None and self.tokenizer.train is None:
+            raise _wrong("tokenizer", "tokenizer needs path or train, because model.config has no tokenizer of its own")
+        workers, micro, size = self.cluster.workers, self.batch.micro_size, self.batch.global_size
+        if size % (workers * micro):
+            raise _wrong("batch.global_size", f"batch.global_size {_sizes_that_fit(size, workers, micro)}")
+        if self.train.precision == "fp16" and self.cluster.strategy == "fsdp2":
+            raise _wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
+        return self
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Directory or Hub id of the tokenizer; None when it is to be trained."""
+        return None if self.tokenizer.train else self.tokenizer.path or self.model.path
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward and backward passes of one worker in a step (gradient accumulation)."""
+        return self.batch.global_size // (self.cluster.workers * self.batch.micro_size)
+
+
+def _sizes_that_fit(size: int, workers: int, micro: int) -> str:
+    """What is wrong with a global batch, and what fits: `is 64, but 3 workers x 8 blocks take 24 at a time; ...`."""
+    at_a_time = workers * micro
+    below = size // at_a_time * at_a_time
+    sizes = " or ".join(str(s) for s in (below, below + at_a_time) if s)
+    advice = f"try {sizes}"
+    if size % workers == 0:
+        share = size // workers
+        fitting = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        advice += f", or batch.micro_size {fitting}"
+    return f"is {size}, but {workers} workers x {micro} blocks take {at_a_time} at a time; {advice}"

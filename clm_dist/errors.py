@@ -1,0 +1,65 @@
+"""What can go wrong, by whose fault it is; the exit code follows from the class."""
+
+import errno
+import shutil
+from pathlib import Path
+
+
+class ClmDistError(Exception):
+    """Something a person can act on: the message says cause, fix and, where there is one, the command."""
+
+    exit_code = 1
+
+
+class ConfigError(ClmDistError):
+    """The job file or the call is wrong. `field` is the dotted name of the job's field at fault."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders; the default would lose the keyword.
+        return (_rebuild_config_error, (type(self), str(self), self.field))
+
+
+def _rebuild_config_error(kind: type[ConfigError], message: str, field: str | None) -> ConfigError:
+    return kind(message, field=field)
+
+
+class DataError(ConfigError):
+    """The data that the job names is wrong: a broken file, a missing field, too little text."""
+
+
+class CheckpointError(ClmDistError):
+    """A checkpoint cannot be written, or cannot be resumed from."""
+
+
+class RunError(ClmDistError):
+    """The run failed: a non-finite loss, ranks that disagree, workers that keep dying.
+
+    In a worker this is raised on every rank in the same step, never on one alone.
+    """
+
+
+class HubError(ClmDistError):
+    """The Hub refused or could not be reached."""
+
+
+def describe_os_error(error: OSError, path: Path) -> ConfigError | None:
+    """The error that a person understands for a full or unwritable disk; None for anything else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free_mib = shutil.disk_usage(existing).free / 2**20
+        return ConfigError(
+            f"no space left while writing {path} ({free_mib:.0f} MiB free there); free some space, or name another "
+            "disk with --runs or --store, and run the same command again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return ConfigError(
+            f"cannot write {path}: {error.strerror}; name a directory that you may write to with --runs or --store "
+            "(or CLM_DIST_RUNS, CLM_DIST_STORE)"
+        )
+    return None

@@ -1,0 +1,169 @@
+"""The model to the Hub: pushed, checked there, and never lost when the Hub fails.
+
+`hub.json` in the run directory says what was pushed and what is still to push:
+`{"repo", "private", "pushed": [{"step", "commit", "url", "time"}], "pending": {"step", "path", "error"} | null}`.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ClmDistError, ConfigError, HubError
+from clm_dist.run_dir import RunDir, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_RETRIED = {408, 429, 500, 502, 503, 504}
+RETRY_DELAYS_S: Sequence[float] = (1, 2, 4, 8, 16)
+
+T = TypeVar("T")
+
+
+def check_access(job: JobConfig) -> str | None:
+    """The repository that the job will push to, checked before any GPU is held; None where the Hub does not answer.
+
+    Raises:
+        ConfigError: there is no token, or the Hub refuses it.
+    """
+    try:
+        return repo_of(job)
+    except HubError as error:
+        logger.warning("%s; training goes on, the push is tried when it is due", error)
+        return None
+
+
+def repo_of(job: JobConfig, repo: str | None = None) -> str:
+    """The repository's full name: the one that is named, with the token's user where it names none.
+
+    Raises:
+        ConfigError: there is no token, or the Hub refuses it.
+        HubError: the Hub does not answer.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if get_token() is None:
+        raise ConfigError(
+            "there is no Hub token to push with; run `hf auth login` or set HF_TOKEN, or set hub.push to never",
+            field="hub.push",
+        )
+    repo = repo or job.hub.repo or job.name
+    if "/" in repo:
+        return repo
+    try:
+        return f"{HfApi().whoami()['name']}/{repo}"
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise ConfigError(
+                "the Hub refuses the token; log in again with `hf auth login` or set another HF_TOKEN", field="hub.push"
+            ) from None
+        raise HubError(f"the Hub does not say whose token this is: {_first_line(error)}") from error
+    except Exception as error:  # the transport's errors have no common base that is public
+        raise HubError(f"the Hub is not reachable: {_first_line(error)}") from error
+
+
+def push(
+    job: JobConfig,
+    run: RunDir,
+    directory: Path,
+    step: int,
+    *,
+    repo: str | None = None,
+    private: bool | None = None,
+    delays_s: Sequence[float] = RETRY_DELAYS_S,
+) -> str:
+    """Push a model's directory, check that the Hub has every byte of it, and give its address.
+
+    What fails for a passing reason is tried again; what fails for good is pending in hub.json.
+
+    Args:
+        repo: instead of the job's.
+        private: instead of the job's; only where the repository does not exist yet.
+        delays_s: waits before the second, third, ... try.
+
+    Raises:
+        HubError, ConfigError: the push failed; the directory is whole.
+    """
+    private = job.hub.private if private is None else private
+    state: dict[str, Any] = read_json(run.hub) if run.hub.exists() else {"pushed": []}
+    state |= {"repo": repo or job.hub.repo or job.name, "private": private}
+    state["pending"] = {"step": step, "path": str(directory), "error": "the push did not end"}
+    write_json(run.hub, state)
+    try:
+        state["repo"] = full_name = repo_of(job, repo)
+        commit, url = _retrying(lambda: _upload(full_name, directory, step, private), delays_s)
+    except Exception as error:  # whatever a push raises, the run's work must be left pending, not lost
+        described = error if isinstance(error, ClmDistError) else _describe(error, str(state["repo"]))
+        state["pending"]["error"] = str(described)
+        write_json(run.hub, state)
+        raise described from error
+    state["pushed"].append({"step": step, "commit": commit, "url": url, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    state["pending"] = None
+    write_json(run.hub, state)
+    return url
+
+
+def _upload(repo: str, directory: Path, step: int, private: bool) -> tuple[str, str]:
+    """The commit and the address of a directory's upload. Uploading again what is there commits nothing."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    url = api.create_repo(repo, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"Model after step {step}")
+    there = {file.path: file for file in api.list_repo_tree(repo, recursive=True, revision=commit.oid)}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = str(path.relative_to(directory))
+        if name not in there or not _same(path, there[name]):
+            raise HubError(f"the Hub's {repo} does not hold {name} as it was pushed")
+    return commit.oid, str(url)
+
+
+def _same(path: Path, file: Any) -> bool:
+    """Whether a file of the Hub has the bytes of a local one, by the hash that the Hub gives."""
+    if file.lfs:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == str(file.lfs.sha256)
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == str(file.blob_id)
+
+
+def _retrying(action: Callable[[], T], delays_s: Sequence[float]) -> T:
+    """The action's value, tried again where it fails for a reason that passes.
+
+    huggingface_hub itself retries some requests and not others: a commit without Xet, or creating a repository, is
+    tried once.
+    """
+    for delay in delays_s:
+        try:
+            return action()
+        except Exception as error:  # judged below
+            status = _status(error)
+            if status is not None and status not in _RETRIED:
+                raise
+            logger.warning("the push failed (%s), next try in %s s", _first_line(error), delay)
+            time.sleep(delay)
+    return action()
+
+
+def _describe(error: Exception, repo: str) -> ClmDistError:
+    status = _status(error)
+    if status == 401:
+        return ConfigError("the Hub refuses the token; log in again with `hf auth login` or set another HF_TOKEN")
+    if status == 403:
+        return ConfigError(
+            f"the token may not write to {repo}; use a token with write access to it, or set hub.repo", field="hub.repo"
+        )
+    return HubError(f"the push to {repo} failed: {_first_line(error)}")
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

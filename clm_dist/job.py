@@ -1,0 +1,252 @@
+"""Job files: read and merged, checked with file and line, saved, compared, described as a JSON Schema."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ConfigError
+
+# Sections that decide where and how fast a run computes, what is kept and where it goes, not what it computes.
+_NOT_COMPUTED = ("checkpoint", "cluster", "hub", "tracking")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job, and where each of its fields was written."""
+
+    config: JobConfig
+    origins: Mapping[str, str]
+
+    def where(self, field: str) -> str | None:
+        """Where a field was set, `jobs/a.yaml:12` or `--set train.epochs=1`; None for a default."""
+        return _where(self.origins, field)
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job of a file, of the files that it extends, and of `section.field=value` overrides, in that order.
+
+    Raises:
+        ConfigError: a file is missing or does not parse, files extend each other in a circle, or a key
+            or a value is wrong; the message names file and line.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for file in _extension_chain(path):
+        values, lines = _parse(file)
+        values.pop("extends", None)
+        merged = _merge(merged, values)
+        origins |= {field: f"{file}:{line}" for field, line in lines.items()}
+    for override in overrides:
+        field, equals, _ = override.partition("=")
+        if not field or not equals:
+            raise ConfigError(f"--set {override}: write it as section.field=value, for example --set train.epochs=1")
+        try:
+            change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"--set {override}: {_first_line(error)}") from None
+        merged = _merge(merged, change)
+        origins[field] = f"--set {override}"
+    return Job(_with_absolute_paths(_validated(merged, origins, path)), origins)
+
+
+def read_saved_job(path: Path) -> JobConfig:
+    """The resolved job that a run directory holds."""
+    return load_job(path).config
+
+
+def job_text(config: JobConfig) -> str:
+    """The resolved job as YAML, which `load_job` reads back as the same job."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differing_fields(old: JobConfig, new: JobConfig) -> list[str]:
+    """Fields that change what a run computes and are not equal in two jobs."""
+    a, b = (dict(_leaves(job.model_dump(mode="json", exclude=set(_NOT_COMPUTED)))) for job in (old, new))
+    return sorted(field for field in a.keys() | b.keys() if a.get(field) != b.get(field))
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, for editors."""
+    schema = JobConfig.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Job file that this one changes."}
+    # What a file leaves out, the file that it extends may hold.
+    schema.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _extension_chain(path: Path) -> list[Path]:
+    """The file and those it extends, the outermost base first."""
+    chain: list[Path] = []
+    named_by = ""
+    while True:
+        if not path.is_file():
+            raise ConfigError(f"{named_by}there is no job file {path}")
+        if any(path.samefile(seen) for seen in chain):
+            circle = " -> ".join(str(p) for p in [*chain, path])
+            raise ConfigError(f"{named_by}extends runs in a circle: {circle}; remove one of them")
+        chain.append(path)
+        values, lines = _parse(path)
+        base = values.get("extends")
+        if base is None:
+            return chain[::-1]
+        named_by = f"{path}:{lines['extends']}: extends: "
+        if not isinstance(base, str):
+            raise ConfigError(f"{named_by}must be the name of one job file, not {base!r}")
+        path = Path(os.path.normpath(path.parent / base))
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A job file's values, and the line of each field by its dotted name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() and node else {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file: {error.reason} at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+    if not isinstance(values, dict) or (node and not isinstance(node, yaml.MappingNode)):
+        raise ConfigError(f"{path}: a job file is a mapping of sections (name, data, model, ...)")
+    return {str(key): value for key, value in values.items()}, dict(_lines(node))
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            field = f"{prefix}{key.value}"
+            yield field, key.start_mark.line + 1
+            yield from _lines(value, f"{field}.")
+
+
+def _merge(base: dict[str, Any], change: Any) -> dict[str, Any]:
+    # model.config is one value: half of one architecture's configuration merged into another's fits neither.
+    config = change.get("model") and isinstance(change["model"], dict) and change["model"].get("config")
+    merged = OmegaConf.to_container(OmegaConf.merge(base, change))
+    assert isinstance(merged, dict)
+    if config and "model_type" in config:
+        merged["model"]["config"] = config
+    return {str(key): value for key, value in merged.items()}
+
+
+def _validated(values: dict[str, Any], origins: Mapping[str, str], path: Path) -> JobConfig:
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        return JobConfig.model_validate(resolved)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error), field=error.full_key) from None
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors(include_url=False):
+            field, message = _describe(dict(problem))
+            problems.setdefault(field, []).append(message)
+        lines = []
+        for field, messages in problems.items():
+            # A union reports one error a member: the first says the value, the others what else would do.
+            also = "".join(f", or {m.split(': ', 1)[-1]}" for m in messages[1:])
+            lines.append(f"{_where(origins, field) or path}: {messages[0]}{also}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _with_absolute_paths(config: JobConfig) -> JobConfig:
+    """The job with the directories that it names spelled out: workers run elsewhere. Hub ids stay as they are."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    def directory(path: str | None) -> str | None:
+        return absolute(path) if path and Path(path).expanduser().is_dir() else path
+
+    data, given = config.data, config.data.path
+    if given is not None:
+        data = data.model_copy(
+            update={"path": absolute(given) if isinstance(given, str) else list(map(absolute, given))}
+        )
+    tokenizer = config.tokenizer.model_copy(update={"path": directory(config.tokenizer.path)})
+    model = config.model.model_copy(update={"path": directory(config.model.path)})
+    return config.model_copy(update={"data": data, "tokenizer": tokenizer, "model": model})
+
+
+def _describe(error: dict[str, Any]) -> tuple[str, str]:
+    """The field at fault, and what is wrong with it."""
+    location = [str(part) for part in error["loc"]]
+    field = error.get("ctx", {}).get("field") or _known_prefix(location)
+    if error["type"] == "job":
+        return field, str(error["msg"])
+    if error["type"] == "extra_forbidden":
+        field = ".".join(location)
+        valid = list(_model_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
+        return field, f"unknown key {field}; {advice}"
+    if error["type"] == "missing":
+        return field, f"{field} is missing; add it to the job file"
+    problem = str(error["msg"][0]).lower() + str(error["msg"][1:])
+    return field, f"{field} is {error['input']!r}: {problem}"
+
+
+def _known_prefix(location: Sequence[str]) -> str:
+    """The part of an error's location that names fields; what follows names a union's members."""
+    model: type[BaseModel] | None = JobConfig
+    known: list[str] = []
+    for part in location:
+        if model is None or part not in model.model_fields:
+            break
+        known.append(part)
+        model = _section_of(model, part)
+    return ".".join(known)
+
+
+def _model_at(location: Sequence[str]) -> type[BaseModel]:
+    model: type[BaseModel] = JobConfig
+    for part in location:
+        model = _section_of(model, part) or model
+    return model
+
+
+def _section_of(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The model behind a field's annotation, `Section` or `Section | None`."""
+    annotation = model.model_fields[field].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _where(origins: Mapping[str, str], field: str) -> str | None:
+    """The line of a field, or of the nearest section around it that has one."""
+    while field:
+        if field in origins:
+            return origins[field]
+        field = field.rpartition(".")[0]
+    return None
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,99 @@
+"""Figures of a language model and of its training; no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Dense bf16 peak of a device in FLOP/s, from the makers' data sheets, by a part of the device's name.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def perplexity(loss_sum: float, num_tokens: int) -> float:
+    """exp of the mean loss of a token, in nats; infinite where a float cannot hold it."""
+    mean = loss_sum / num_tokens
+    return math.exp(mean) if mean < 709 else math.inf
+
+
+def bits_per_byte(loss_sum: float, num_bytes: int) -> float:
+    """Bits that the model needs for a byte of text: comparable between tokenizers."""
+    return loss_sum / math.log(2) / num_bytes
+
+
+def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, block_size: int) -> float:
+    """Floating point operations to train on one token: 6N + 12LTd (Chowdhery et al. 2022, PaLM, appendix B)."""
+    return 6 * num_parameters + 12 * num_layers * hidden_size * block_size
+
+
+def model_flops_utilization(
+    tokens_per_s: float, flops_a_token: float, device_name: str, num_devices: int
+) -> float | None:
+    """Share of the devices' peak that training uses; None where the device's peak is not known."""
+    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
+    return None if peak is None else tokens_per_s * flops_a_token / (peak * num_devices)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch of an evaluation."""
+
+    index: int
+    loss_sum: float
+    """Nats, summed in float64."""
+    num_tokens: int
+    """Predicted tokens."""
+    num_bytes: int
+    """Bytes of text of the predicted tokens."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The eval split's figures after a step. Step 0 is the untouched model."""
+
+    step: int
+    epoch: float
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    num_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: None if value == math.inf else value for key, value in asdict(self).items()}
+
+
+def combine(parts: Sequence[Part], *, step: int, epoch: float, num_parts: int, num_tokens: int) -> Evaluation:
+    """The evaluation of a whole split from its micro-batches, whichever ranks ran them, in whatever order.
+
+    Adding in the order of the micro-batches makes the sum the same to the last bit at every number of workers.
+
+    Raises:
+        ValueError: a micro-batch is missing or counted twice, or the tokens do not add up to the split.
+    """
+    ordered = sorted(parts, key=lambda part: part.index)
+    if [part.index for part in ordered] != list(range(num_parts)):
+        raise ValueError(f"the evaluation of step {step} has {len(ordered)} micro-batches, the split {num_parts}")
+    tokens = sum(part.num_tokens for part in ordered)
+    if tokens != num_tokens:
+        raise ValueError(f"the evaluation of step {step} covers {tokens} tokens, the split has {num_tokens}")
+    loss_sum = 0.0
+    for part in ordered:
+        loss_sum += part.loss_sum
+    num_bytes = sum(part.num_bytes for part in ordered)
+    return Evaluation(
+        step=step,
+        epoch=epoch,
+        loss=loss_sum / tokens,
+        perplexity=perplexity(loss_sum, tokens),
+        bits_per_byte=bits_per_byte(loss_sum, num_bytes) if num_bytes else None,
+        num_tokens=tokens,
+    )

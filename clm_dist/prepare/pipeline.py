@@ -1,0 +1,206 @@
+"""The order of preparation: load, subset, split, flatten, join, tokenise, concatenate, cut into blocks.
+
+The records of a split are cut into partitions of 1,000. A partition's tokens are written when it is done, so a
+preparation that was killed goes on with the partition in flight, and the shards come out the same.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import DataError
+from clm_dist.job import fingerprint
+from clm_dist.prepare.documents import documents_of, split_rows
+from clm_dist.prepare.group import blocks_of
+from clm_dist.prepare.sources import load_records, source_identity
+from clm_dist.prepare.tokens import Encoder, locate_tokenizer, tokenizer_fingerprint, train_tokenizer
+from clm_dist.progress import Progress
+from clm_dist.run_dir import make_dir, writing
+from clm_dist.shards import Ids, Manifest, Split, write_shards
+
+logger = logging.getLogger(__name__)
+
+PARTITION_RECORDS = 1000
+"""Also the batch of `datasets.map`, whose remainders the guide drops."""
+_LOSSY_SHARE = 0.01
+
+
+def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
+    """The store with the job's blocks; made now, or found where the same job was prepared before.
+
+    Raises:
+        ConfigError, DataError: the data or the tokenizer is not reachable, broken, or too small.
+    """
+    tokenizer = _locate_tokenizer(job)
+    identity = _identity(job, tokenizer)
+    store = stores / fingerprint(identity)
+    make_dir(stores)
+    with writing(store), FileLock(stores / f".{store.name}.lock"):
+        if not (store / "manifest.json").exists():
+            _build(job, tokenizer, identity, store, progress)
+    manifest = Manifest.read(store / "manifest.json")
+    counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
+    progress.note(f"Blocks of {manifest.block_size}: {counts} ({store})")
+    return store
+
+
+def find_store(job: JobConfig, stores: Path) -> Path | None:
+    """The store that `prepare` made for the job; None where it has not."""
+    store = stores / fingerprint(_identity(job, _locate_tokenizer(job)))
+    return store if (store / "manifest.json").exists() else None
+
+
+def _locate_tokenizer(job: JobConfig) -> Path | None:
+    if job.tokenizer_path is None:
+        return None
+    return locate_tokenizer(job.tokenizer_path, "tokenizer.path" if job.tokenizer.path else "model.path")
+
+
+def _identity(job: JobConfig, tokenizer: Path | None) -> dict[str, Any]:
+    """Everything that decides which blocks come out."""
+    data = job.data.model_dump(
+        mode="json", include={"text", "join", "id", "eval_fraction", "split_method", "seed", "block_size", "grouping"}
+    )
+    trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
+    return {
+        "source": source_identity(job.data),
+        "data": data | {"append_eos": job.data.append_eos},
+        "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else {"train": trained},
+    }
+
+
+def _build(job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], store: Path, progress: Progress) -> None:
+    progress.start("Loading records")
+    table = load_records(job.data)
+    rows = split_rows(table, job.data)
+    work = make_dir(store / "work")
+    if tokenizer is None:
+        tokenizer = work / "tokenizer"
+        if not tokenizer.exists():
+            progress.start("Training the tokenizer")
+            _train_tokenizer(job, table.take(rows["train"]), tokenizer)
+    encoder = Encoder(tokenizer, job.data)
+    token_bytes = encoder.token_bytes()
+
+    splits = {}
+    num_partitions = {name: -(-len(indices) // PARTITION_RECORDS) for name, indices in rows.items()}
+    progress.start("Tokenising", total=sum(num_partitions.values()), unit="partition")
+    began, num_done, num_bytes, lost_bytes = time.monotonic(), 0, 0, 0
+    for name, indices in rows.items():
+        stats = np.zeros(len(_STATS), np.int64)
+        for number in range(num_partitions[name]):
+            part = work / f"{name}-{number:06d}.npz"
+            if not part.exists():
+                some = table.take(indices[number * PARTITION_RECORDS : (number + 1) * PARTITION_RECORDS])
+                _tokenise(part, documents_of(some, job.data), encoder)
+            ids, counts = _read_partition(part)
+            stats += counts
+            num_done += 1
+            num_bytes += int(counts[_STATS.index("text_bytes")])
+            lost_bytes += abs(int(counts[_STATS.index("text_bytes")] - token_bytes[ids].sum(dtype=np.int64)))
+            progress.update(num_done, rate=f"{num_bytes / 1e6 / (time.monotonic() - began):.1f} MB/s")
+        parts = [work / f"{name}-{number:06d}.npz" for number in range(num_partitions[name])]
+        splits[name] = _write_split(job, store, name, parts, encoder, dict(zip(_STATS, map(int, stats), strict=True)))
+
+    if lost_bytes > _LOSSY_SHARE * num_bytes:
+        logger.warning("the tokenizer does not keep the text's bytes, so there will be no bits per byte")
+        token_bytes[:] = 0
+    with writing(store):
+        np.save(store / "token_bytes.npy", token_bytes)
+        encoder.tokenizer.save_pretrained(store / "tokenizer")
+        Manifest(
+            fingerprint=store.name,
+            source=identity,
+            block_size=job.data.block_size,
+            dtype=str(encoder.dtype),
+            engine=encoder.engine,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            splits=splits,
+        ).write(store / "manifest.json")
+        shutil.rmtree(work)
+
+
+_STATS = ("records", "skipped", "documents", "text_bytes", "tokens")
+
+
+def _tokenise(part: Path, documents: list[list[str]], encoder: Encoder) -> None:
+    """Write a partition's tokens and counts; the file is whole or not there."""
+    texts = [text for record in documents for text in record]
+    ids = encoder.encode(texts)
+    counts = (
+        len(documents),
+        sum(not record for record in documents),
+        len(texts),
+        sum(len(text.encode()) for text in texts),
+        len(ids),
+    )
+    unfinished = part.with_suffix(".part")
+    with writing(part):
+        with unfinished.open("wb") as file:
+            np.savez(file, ids=ids, counts=np.array(counts, np.int64))
+        unfinished.replace(part)
+
+
+def _read_partition(part: Path) -> tuple[Ids, np.ndarray[Any, np.dtype[np.int64]]]:
+    with np.load(part) as saved:
+        return saved["ids"], saved["counts"]
+
+
+def _write_split(
+    job: JobConfig, store: Path, name: str, parts: list[Path], encoder: Encoder, stats: dict[str, int]
+) -> Split:
+    if stats["documents"] == 0:
+        raise DataError(
+            f"data.text {job.data.text} is empty in all {stats['records']} records of the {name} split; "
+            "name the field that holds the text",
+            field="data.text",
+        )
+    block_size = job.data.block_size
+    if stats["tokens"] < block_size:
+        raise DataError(
+            f"the {name} split has {stats['tokens']} tokens ({stats['records']} records), less than one block of "
+            f"{block_size}; take more records, lower data.block_size or change data.eval_fraction",
+            field="data.block_size",
+        )
+
+    def token_streams() -> Iterator[Ids]:
+        for part in parts:
+            yield _read_partition(part)[0]
+
+    shards = write_shards(
+        store, name, blocks_of(token_streams(), block_size, job.data.grouping), block_size, encoder.dtype
+    )
+    num_blocks = sum(shard.num_blocks for shard in shards)
+    if num_blocks == 0:
+        raise DataError(
+            f"the {name} split has no 1,000 records with {block_size} tokens, and data.grouping guide drops the "
+            "remainder of each; use data.grouping carry",
+            field="data.grouping",
+        )
+    return Split(
+        num_records=stats["records"],
+        num_skipped={"empty": stats["skipped"]},
+        num_documents=stats["documents"],
+        num_text_bytes=stats["text_bytes"],
+        num_tokens=stats["tokens"],
+        num_blocks=num_blocks,
+        num_dropped_tokens=stats["tokens"] - num_blocks * block_size,
+        shards=tuple(shards),
+    )
+
+
+def _train_tokenizer(job: JobConfig, table: pa.Table, directory: Path) -> None:
+    assert job.tokenizer.train is not None
+    unfinished = directory.with_suffix(".part")
+    texts = (text for record in documents_of(table, job.data) for text in record)
+    with writing(directory):
+        train_tokenizer(texts, job.tokenizer.train, unfinished)
+        unfinished.rename(directory)

@@ -1,0 +1,1 @@
+"""A run's result as a table, an HTML page and a model card."""

@@ -1,0 +1,99 @@
+"""The model card: README.md of the trained model."""
+
+from pathlib import Path
+
+import yaml
+
+from clm_dist.config import JobConfig
+from clm_dist.report.table import Result, change, rows, show
+from clm_dist.run_dir import write_text
+
+
+def write_card(directory: Path, job: JobConfig, result: Result) -> None:
+    """Write the card into a model's directory."""
+    write_text(directory / "README.md", render_card(job, result))
+
+
+def render_card(job: JobConfig, result: Result) -> str:
+    """The card's Markdown, with the front matter that the Hub reads."""
+    # The Hub takes ids here, and would take a local path for a wrong one.
+    base = job.model.path if job.model.path and _is_hub_id(job.model.path) else None
+    dataset = job.data.dataset if job.data.source == "hub" else None
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["clm-dist", "generated_from_trainer"],
+        **({"base_model": base} if base else {}),
+        **({"datasets": [dataset]} if dataset else {}),
+        "model-index": [
+            {
+                "name": job.name,
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": _data_name(job), "type": dataset or job.data.source},
+                        "metrics": [
+                            {"type": name, "name": name, "value": result["final"][name]}
+                            for name in ("perplexity", "loss", "bits_per_byte")
+                            if result["final"][name] is not None
+                        ],
+                    }
+                ],
+            }
+        ]
+        if result["final"]
+        else [],
+    }
+    start = f"[{base}](https://huggingface.co/{base})" if base else (job.model.path or "random weights")
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        "",
+        f"# {job.name}",
+        "",
+        f"A causal language model, trained from {start} on {_data_name(job)}"
+        f"{' (`' + job.data.text + '`)' if job.data.source != 'builtin' else ''} with clm-dist.",
+        "",
+        "| evaluation | step | epoch | loss | perplexity | change | bits per byte |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, e in rows(result):
+        lines.append(
+            f"| {name} | {e['step']} | {e['epoch']:.2f} | {e['loss']:.4f} | {show(e['perplexity'], '.2f')} | "
+            f"{change(result['baseline'], e)} | {show(e['bits_per_byte'], '.4f')} |"
+        )
+    evaluated = result["final"] or (result["evals"] or [result["baseline"]])[-1]
+    if evaluated:
+        share = f"{job.data.eval_fraction:.0%}"
+        lines += [
+            "",
+            f"Evaluated on {evaluated['num_tokens']:,} tokens of the {share} of the records that were held out "
+            f"({job.data.split_method} split), in blocks of {job.data.block_size} tokens. The baseline is the same "
+            "model before training.",
+        ]
+    lines += ["", "## Training", ""]
+    batch, train = job.batch, job.train
+    facts = {
+        "steps": f"{result['train']['steps']} of {batch.global_size} blocks of {job.data.block_size} tokens",
+        "learning rate": f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} warm-up steps",
+        "optimizer": f"AdamW, betas {train.adam_beta1:g} and {train.adam_beta2:g}, weight decay {train.weight_decay:g}",
+        "precision": train.precision,
+        "seed": str(train.seed),
+        "workers": f"{result['workers']} ({result['strategy']})",
+        "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+    }
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _data_name(job: JobConfig) -> str:
+    data = job.data
+    if data.source == "hub":
+        return f"{data.dataset}, {data.split}"
+    if data.source == "builtin":
+        return "the Python language reference (pydoc_data.topics)"
+    paths = [data.path] if isinstance(data.path, str) else data.path or []
+    return ", ".join(Path(path).name for path in paths)
+
+
+def _is_hub_id(path: str) -> bool:
+    return not Path(path).expanduser().exists() and path.count("/") <= 1 and not path.startswith(("~", ".", "/"))

@@ -1,0 +1,146 @@
+"""A run as one HTML page that opens with no network: figures, loss curves as SVG, the job."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from clm_dist.report.table import Result, change, rows, show
+from clm_dist.run_dir import RunDir, read_records
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+h1 { margin-bottom: 0; } .sub { color: #5b6675; margin-top: .2rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem; text-align: right; }
+th { border-bottom: 2px solid #1c2430; font-weight: 600; } td { border-bottom: 1px solid #dfe4ea; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+svg { width: 100%; height: auto; } pre { background: #f4f6f8; padding: 1rem; overflow-x: auto; font-size: 13px; }
+.legend span { display: inline-block; margin-right: 1.2rem; } .dot { width: .8rem; height: .8rem; border-radius: 50%; }
+"""
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 800, 320, 64, 40, 14, 14
+_TRAIN_COLOUR, _EVAL_COLOUR = "#8aa4c8", "#c2410c"
+_MAX_POINTS = 600
+
+Points = Sequence[tuple[float, float]]
+
+
+def write_page(run: RunDir, result: Result) -> None:
+    """Write `report.html`."""
+    from clm_dist.run_dir import write_text
+
+    write_text(run.report, render_page(result, read_records(run.metrics), run.job.read_text(encoding="utf-8")))
+
+
+def render_page(result: Result, records: Sequence[dict[str, Any]], job: str) -> str:
+    """The page's HTML."""
+    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "step"]
+    evals = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]
+    speed = [(r["step"], r["tokens_per_s"]) for r in records if r["kind"] == "step"]
+    name = html.escape(result["name"])
+    figures = result["train"]
+    body = [
+        f"<h1>{name}</h1>",
+        f'<p class="sub">{html.escape(_summary(result))}</p>',
+        _eval_table(result),
+        "<h2>Loss</h2>",
+        f'<p class="legend"><span style="color:{_TRAIN_COLOUR}">&#9679; training, a step</span>'
+        f'<span style="color:{_EVAL_COLOUR}">&#9679; evaluation</span></p>',
+        _plot([(train, _TRAIN_COLOUR, False), (evals, _EVAL_COLOUR, True)], "step", "nats per token"),
+        "<h2>Speed</h2>",
+        f"<p>{figures['tokens']:,} tokens in {figures['seconds']:,.0f} s of training steps.</p>",
+        _plot([(speed, _TRAIN_COLOUR, False)], "step", "tokens/s"),
+        "<h2>Run</h2>",
+        _facts(result),
+        "<h2>Job</h2>",
+        f"<pre>{html.escape(job)}</pre>",
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _summary(result: Result) -> str:
+    train = result["train"]
+    speed = show(train["tokens_per_s"], ",.0f")
+    summary = f"{result['status']} after {train['steps']} steps on {result['workers']} workers ({result['strategy']})"
+    error = f". {result['error']}" if "error" in result else ""
+    return f"{summary}, {speed} tokens/s, finished {result['finished']}{error}"
+
+
+def _eval_table(result: Result) -> str:
+    head = "".join(
+        f"<th>{c}</th>" for c in ("evaluation", "step", "epoch", "loss", "perplexity", "change", "bits per byte")
+    )
+    lines = []
+    for name, e in rows(result):
+        cells = (
+            name,
+            f"{e['step']}",
+            f"{e['epoch']:.2f}",
+            f"{e['loss']:.4f}",
+            show(e["perplexity"], ".2f"),
+            change(result["baseline"], e),
+            show(e["bits_per_byte"], ".4f"),
+        )
+        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _facts(result: Result) -> str:
+    facts = {
+        "blocks": result["data"],
+        "restarts": result["restarts"],
+        "device": result["hardware"]["device"],
+        "machine": f"{result['hardware']['machine']}, {result['hardware']['cpus']} CPUs",
+    } | result["versions"]
+    lines = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+    return f"<table>{lines}</table>"
+
+
+def _plot(series: Sequence[tuple[Points, str, bool]], x_name: str, y_name: str) -> str:
+    """An SVG line plot; each series is its points, its colour and whether points are marked."""
+    shown = [(_thinned(points), colour, marked) for points, colour, marked in series if points]
+    if not shown:
+        return "<p>No data yet.</p>"
+    xs = [x for points, _, _ in shown for x, _ in points]
+    ys = [y for points, _, _ in shown for _, y in points]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    margin = 0.05 * (max(ys) - min(ys)) or 1.0
+    y_low, y_high = min(ys) - margin, max(ys) + margin
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        down = _TOP + (y_high - y) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return round(across, 1), round(down, 1)
+
+    parts = []
+    for tick in range(5):
+        y = y_low + (y_high - y_low) * tick / 4
+        x = x_low + (x_high - x_low) * tick / 4
+        (left, down), (across, _) = place(x_low, y), place(x, y_low)
+        parts.append(f'<line x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{down}" y2="{down}" stroke="#e3e8ee"/>')
+        parts.append(f'<text x="{left - 8}" y="{down + 4}" text-anchor="end">{_tick(y)}</text>')
+        parts.append(f'<text x="{across}" y="{_HEIGHT - 20}" text-anchor="middle">{_tick(round(x))}</text>')
+    for points, colour, marked in shown:
+        path = " ".join("{},{}".format(*place(x, y)) for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if marked:
+            parts += ['<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*place(x, y), colour) for x, y in points]
+    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{x_name}</text>')
+    middle = _HEIGHT / 2
+    parts.append(f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{y_name}</text>')
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="#5b6675" role="img" '
+        f'aria-label="{y_name} by {x_name}">{"".join(parts)}</svg>'
+    )
+
+
+def _thinned(points: Points) -> Points:
+    """At most _MAX_POINTS points, each the mean of its neighbours."""
+    size = -(-len(points) // _MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"

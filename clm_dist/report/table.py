@@ -1,0 +1,112 @@
+"""A run's result as a table for the terminal, and several runs' results side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from clm_dist.errors import ConfigError
+from clm_dist.run_dir import RunDir, read_json
+
+Result = dict[str, Any]
+
+
+def read_result(path: Path) -> Result:
+    """The result of a run directory. Raises ConfigError where there is none."""
+    run = RunDir(path)
+    if not run.result.is_file():
+        reason = "has no result yet" if run.exists() else "is no run directory"
+        raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
+    result: Result = read_json(run.result)
+    return result
+
+
+def rows(result: Result) -> list[tuple[str, dict[str, Any]]]:
+    """The evaluations of a run with their names: baseline, every one in between, final."""
+    named = [("baseline", result["baseline"])] if result["baseline"] else []
+    evals = result["evals"]
+    for number, evaluation in enumerate(evals):
+        last = number == len(evals) - 1 and result["final"] is not None
+        epoch = evaluation["epoch"]
+        named.append(("final" if last else f"epoch {epoch:.3g}", evaluation))
+    return named
+
+
+def result_table(result: Result) -> Table:
+    """Baseline, every evaluation and the final one."""
+    table = Table(title=f"{result['name']}: {result['status']}", box=box.SIMPLE_HEAVY, title_justify="left")
+    table.add_column("evaluation")
+    for column in ("step", "epoch", "loss", "perplexity", "change", "bits per byte"):
+        table.add_column(column, justify="right")
+    first = result["baseline"]
+    for name, evaluation in rows(result):
+        table.add_row(
+            name,
+            str(evaluation["step"]),
+            f"{evaluation['epoch']:.2f}",
+            f"{evaluation['loss']:.4f}",
+            show(evaluation["perplexity"], ".2f"),
+            change(first, evaluation),
+            show(evaluation["bits_per_byte"], ".4f"),
+        )
+    return table
+
+
+def comparison_table(results: Sequence[Result]) -> Table:
+    """One row a run."""
+    table = Table(title="Runs", box=box.SIMPLE_HEAVY, title_justify="left")
+    table.add_column("run")
+    columns = (
+        "status",
+        "data",
+        "workers",
+        "strategy",
+        "steps",
+        "tokens/s",
+        "baseline",
+        "perplexity",
+        "change",
+        "bits per byte",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("status", "data", "strategy") else "right")
+    for result in results:
+        last = result["final"] or (result["evals"] or [None])[-1] or {}
+        table.add_row(
+            result["name"],
+            result["status"],
+            result["data"][:8],
+            str(result["workers"]),
+            result["strategy"],
+            str(result["train"]["steps"]),
+            show(result["train"]["tokens_per_s"], ",.0f"),
+            show((result["baseline"] or {}).get("perplexity"), ".2f"),
+            show(last.get("perplexity"), ".2f"),
+            change(result["baseline"], last) if last else "-",
+            show(last.get("bits_per_byte"), ".4f"),
+        )
+    return table
+
+
+def comparability(results: Sequence[Result]) -> str | None:
+    """What a reader must know before comparing perplexities; None where the runs share their blocks."""
+    if len({result["data"] for result in results}) == 1:
+        return None
+    return (
+        "These runs were evaluated on different blocks (see the column data): their perplexities are not comparable; "
+        "bits per byte are, where the eval text is the same."
+    )
+
+
+def show(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def change(first: dict[str, Any] | None, evaluation: dict[str, Any]) -> str:
+    """How much the perplexity fell since the baseline: `-94.1 %`, or `/ 12.3` where it fell tenfold."""
+    if not first or not first["perplexity"] or not evaluation.get("perplexity") or first is evaluation:
+        return ""
+    ratio = first["perplexity"] / evaluation["perplexity"]
+    return f"/ {ratio:.1f}" if ratio >= 10 else f"{(1 / ratio - 1) * 100:+.1f} %"

@@ -1,0 +1,140 @@
+"""Every path that a run writes, and how it is written: a file is whole or it is not there."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clm_dist.errors import ConfigError, describe_os_error
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of one run."""
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        """The resolved job; workers read this copy and nothing else."""
+        return self.root / "job.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, in the order of the steps."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def final(self) -> Path:
+        """The trained model, a plain Hugging Face directory."""
+        return self.root / "final"
+
+    @property
+    def exports(self) -> Path:
+        """Models of earlier epochs that wait for their push."""
+        return self.root / "exports"
+
+    @property
+    def hub(self) -> Path:
+        """What is pushed and what is still to push."""
+        return self.root / "hub.json"
+
+    @property
+    def stop(self) -> Path:
+        """Once this file is there, the workers save a checkpoint and end."""
+        return self.root / "stop"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def exists(self) -> bool:
+        return self.job.is_file()
+
+
+def local_dir(path: str, option: str) -> Path:
+    """An absolute local path. Raises ConfigError for a URL."""
+    if "://" in path and not path.startswith("file://"):
+        raise ConfigError(f"{option} {path}: only directories that every node sees are supported yet, no URLs")
+    return Path(path.removeprefix("file://")).expanduser().absolute()
+
+
+def make_dir(path: Path) -> Path:
+    """Create a directory. Raises ConfigError where that is not possible."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        # A directory may exist and still refuse files.
+        probe = path / f".write-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        described = describe_os_error(error, path)
+        if described is None:
+            raise
+        raise described from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader sees the old content or the new, also after a crash."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def replace_dir(source: Path, target: Path) -> None:
+    """Put a complete directory in place of another, on the same disk."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # Every whole record ends with a newline, so what follows the last one is a fragment or nothing.
+    return [json.loads(line) for line in lines[:-1]]

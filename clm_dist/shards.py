@@ -1,0 +1,175 @@
+"""Blocks of token ids on disk: Arrow shards that numpy maps with no copy, and the manifest that names them.
+
+A store's directory holds `manifest.json`, `tokenizer/`, `token_bytes.npy` and one directory of shards a split. A shard
+is an Arrow IPC stream, as `datasets` writes them, with one column
+`input_ids: fixed_size_list<uint16|uint32>[block_size]`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from clm_dist.errors import DataError
+from clm_dist.run_dir import write_json, writing
+
+FORMAT_VERSION = 1
+SHARD_TOKENS = 2**26
+"""Tokens in a full shard: 128 MiB of uint16."""
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+"""Token ids, uint16 or uint32."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's file, relative to the store, and what it holds."""
+
+    file: str
+    num_blocks: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """What became of a split's records; records = used + skipped, tokens = blocks x block_size + dropped."""
+
+    num_records: int
+    num_skipped: dict[str, int]
+    """Records that gave no document, by reason."""
+    num_documents: int
+    num_text_bytes: int
+    num_tokens: int
+    num_blocks: int
+    num_dropped_tokens: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds and what it was made from."""
+
+    fingerprint: str
+    source: dict[str, Any]
+    block_size: int
+    dtype: str
+    engine: str
+    """The tokenizer engine that ran."""
+    tokenizer_fingerprint: str
+    splits: dict[str, Split]
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises DataError where the manifest is of a newer format or does not parse."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no manifest ({error}); remove {path.parent} to prepare again") from None
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format {version}, this version of clm-dist reads {FORMAT_VERSION}; "
+                f"use the version that wrote it, or remove {path.parent} to prepare again"
+            )
+        splits = {
+            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+            for name, split in values.pop("splits").items()
+        }
+        return cls(splits=splits, **values)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every token id: uint16 up to 65,536 tokens, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def write_shards(store: Path, split: str, blocks: Iterable[Ids], block_size: int, dtype: np.dtype[Any]) -> list[Shard]:
+    """Write a split's blocks as shards of at most SHARD_TOKENS tokens.
+
+    Args:
+        blocks: arrays of shape (num_blocks, block_size), in order; where they are cut does not change the shards.
+    """
+    directory = store / split
+    shards = []
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for index, ids in enumerate(_regroup(blocks, max(1, SHARD_TOKENS // block_size))):
+            path = directory / f"{index:05d}.arrow"
+            values = pa.array(ids.reshape(-1).astype(dtype, copy=False))
+            column = pa.FixedSizeListArray.from_arrays(values, block_size)
+            batch = pa.record_batch([column], names=["input_ids"])
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            shards.append(Shard(f"{split}/{path.name}", len(ids), _sha256(path)))
+    return shards
+
+
+class Blocks:
+    """The blocks of a split, mapped from its shards; indexing copies just the rows that are asked for."""
+
+    def __init__(self, store: Path, split: str) -> None:
+        manifest = Manifest.read(store / "manifest.json")
+        self.block_size = manifest.block_size
+        shards = manifest.splits[split].shards
+        self._arrays = [_map_shard(store / shard.file, manifest.block_size) for shard in shards]
+        for shard, array in zip(shards, self._arrays, strict=True):
+            if len(array) != shard.num_blocks:
+                raise DataError(
+                    f"{store / shard.file} holds {len(array)} blocks, its manifest says {shard.num_blocks}; "
+                    f"remove {store} to prepare again"
+                )
+        self._ends = np.cumsum([len(array) for array in self._arrays])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Blocks by index: (n,) -> (n, block_size) int64."""
+        rows = np.empty((len(indices), self.block_size), dtype=np.int64)
+        shard_of = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shard_of):
+            here = shard_of == shard
+            first = self._ends[shard] - len(self._arrays[shard])
+            rows[here] = self._arrays[shard][indices[here] - first]
+        return rows
+
+
+def _map_shard(path: Path, block_size: int) -> Ids:
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            column = reader.read_all().column("input_ids")
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise DataError(f"cannot read the shard {path}: {error}; remove its store to prepare again") from None
+    values = column.chunk(0).values.to_numpy(zero_copy_only=True)
+    ids: Ids = values.reshape(-1, block_size)
+    return ids
+
+
+def _regroup(arrays: Iterable[Ids], rows: int) -> Iterator[Ids]:
+    """The same rows in arrays of `rows` each, the last one shorter."""
+    waiting: list[Ids] = []
+    num_waiting = 0
+    for array in arrays:
+        while num_waiting + len(array) >= rows:
+            head, array = array[: rows - num_waiting], array[rows - num_waiting :]
+            yield np.concatenate([*waiting, head])
+            waiting, num_waiting = [], 0
+        waiting.append(array)
+        num_waiting += len(array)
+    if num_waiting:
+        yield np.concatenate(waiting)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Blocks to a model: driver, workers, loop, evaluation, checkpoints."""

@@ -1,0 +1,121 @@
+"""The eval split's loss, the same to the last bit at every number of workers."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ConfigError
+from clm_dist.metrics import Evaluation, Part, combine
+from clm_dist.progress import Progress
+from clm_dist.shards import Blocks
+from clm_dist.train.model import next_token_loss
+
+
+@dataclass(frozen=True)
+class EvalSplit:
+    """The eval blocks, cut into micro-batches: number j is blocks [j*m, j*m+m), whichever rank runs it."""
+
+    blocks: Blocks
+    micro_size: int
+    token_bytes: npt.NDArray[np.uint16]
+    """Bytes of text of each token of the vocabulary."""
+
+    @classmethod
+    def of_store(cls, store: Path, micro_size: int) -> "EvalSplit":
+        return cls(Blocks(store, "eval"), micro_size, np.load(store / "token_bytes.npy"))
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.blocks) // self.micro_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens: the first of a block has nothing before it."""
+        return len(self.blocks) * (self.blocks.block_size - 1)
+
+
+def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
+    """The eval split's figures of a model that is written already, in this process alone."""
+    transformers.utils.logging.disable_progress_bar()
+    model = load_written(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    split = EvalSplit.of_store(store, job.eval.micro_size)
+    progress.start("Evaluating", total=split.num_parts, unit="batch")
+    parts = evaluate_parts(model.to(device), split, device=device, on_part=progress.update)
+    return combine(parts, step=0, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+
+
+def load_written(path: Path | str) -> nn.Module:
+    """A causal language model in the precision that it was written in."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"{path} is neither a model's directory nor reachable on the Hub: {reason}") from None
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def evaluate_parts(
+    model: nn.Module,
+    split: EvalSplit,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    in_step: bool = False,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    on_part: Callable[[int], None] = lambda done: None,
+) -> list[Part]:
+    """This rank's micro-batches of the eval split, each summed in float64.
+
+    Args:
+        in_step: every rank runs equally many forward passes, as sharded weights need; a rank with nothing left
+            repeats a micro-batch that is not counted. Collective then.
+        on_part: called with the number of micro-batches that this rank is done with.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    rounds = -(-split.num_parts // world_size)
+    with torch.no_grad():
+        for turn in range(rounds):
+            index = turn * world_size + rank
+            if index < split.num_parts:
+                parts.append(_evaluate_part(model, split, index, device, autocast))
+            elif in_step:
+                _evaluate_part(model, split, 0, device, autocast)
+            on_part(turn + 1)
+    model.train(was_training)
+    return parts
+
+
+def _evaluate_part(
+    model: nn.Module,
+    split: EvalSplit,
+    index: int,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> Part:
+    start = index * split.micro_size
+    ids = split.blocks[np.arange(start, min(start + split.micro_size, len(split.blocks)))]
+    ids_BT = torch.from_numpy(ids).to(device)
+    with autocast():
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    losses = next_token_loss(logits_BTV, ids_BT)
+    return Part(
+        index=index,
+        loss_sum=losses.double().sum().item(),
+        num_tokens=losses.numel(),
+        num_bytes=int(split.token_bytes[ids[:, 1:]].sum(dtype=np.int64)),
+    )

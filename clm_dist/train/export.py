@@ -1,0 +1,50 @@
+"""The trained model as a plain Hugging Face directory, and the proof that it is the model that was trained."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clm_dist.config import JobConfig
+from clm_dist.metrics import Part
+from clm_dist.run_dir import replace_dir, writing
+from clm_dist.train.evaluate import EvalSplit, evaluate_parts, load_written
+from clm_dist.train.strategy import Strategy, shard
+
+
+def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
+    """Write weights, configuration and tokenizer; the directory is whole or it is not there. Collective."""
+    weights = strategy.full_weights()
+    if strategy.rank == 0:
+        unfinished = target.with_name(f".{target.name}.part")
+        model: Any = strategy.plain_model
+        with writing(target):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(tokenizer, unfinished)
+            model.config.use_cache = True
+            model.save_pretrained(unfinished, state_dict=weights)
+            model.config.use_cache = False
+            replace_dir(unfinished, target)
+    strategy.barrier()
+
+
+def evaluate_export(strategy: Strategy, job: JobConfig, directory: Path, split: EvalSplit) -> list[Part]:
+    """This rank's micro-batches of the eval split, by the model as it was written. Collective.
+
+    The strategy must have released the trained model. Where its weights were sharded, these are too, so that what
+    could be trained can also be read back.
+    """
+    model = load_written(directory)
+    bf16 = job.train.precision == "bf16" and job.cluster.strategy == "fsdp2"
+    if strategy.sharded:
+        model = shard(model, strategy.device, strategy.world_size, bf16=bf16)
+    else:
+        model.to(strategy.device)
+    return evaluate_parts(
+        model,
+        split,
+        device=strategy.device,
+        rank=strategy.rank,
+        world_size=strategy.world_size,
+        in_step=strategy.sharded,
+        autocast=strategy.autocast,
+    )

@@ -1,0 +1,80 @@
+"""The driver's eyes: reads the run's metrics as they come, and shows them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clm_dist.progress import Progress
+from clm_dist.run_dir import RunDir, read_records
+
+
+class Follower:
+    """Shows what is added to a run's metrics.
+
+    Args:
+        on_export: called with the directory and the step of every model that is written before the end.
+    """
+
+    def __init__(self, run: RunDir, progress: Progress, on_export: Callable[[Path, int], None]) -> None:
+        self._run, self._progress, self._on_export = run, progress, on_export
+        self._seen = 0
+        self._inode = 0
+        self._num_starts = sum(record["kind"] == "start" for record in read_records(run.metrics))
+        if run.metrics.exists():
+            self._inode, self._seen = run.metrics.stat().st_ino, run.metrics.stat().st_size
+        self._num_steps: int | None = None
+
+    def look(self) -> None:
+        """Show what is new."""
+        if not self._run.metrics.exists():
+            return
+        with self._run.metrics.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                # A restart wrote the file anew; only what follows its start is news.
+                text = file.read()
+                start = text.rfind(b'{"kind": "start"')
+                self._inode, self._seen = inode, max(start, 0)
+            file.seek(self._seen)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._seen += len(whole)
+        for line in whole.splitlines():
+            self._show(json.loads(line))
+
+    def _show(self, record: dict[str, Any]) -> None:
+        progress = self._progress
+        if record["kind"] == "start":
+            self._num_steps = record["num_steps"]
+            self._num_starts += 1
+            if record["step"]:
+                progress.note(f"Resuming from the checkpoint of step {record['step']}")
+            elif self._num_starts > 1:
+                progress.note("Starting again from step 0: no checkpoint was committed yet")
+        elif record["kind"] == "phase":
+            training = record["phase"] == "Training"
+            progress.start(
+                record["phase"], total=self._num_steps if training else None, unit="step" if training else ""
+            )
+            if training:
+                progress.update(record["step"])
+        elif record["kind"] == "step":
+            progress.update(
+                record["step"],
+                epoch=f"{record['epoch']:.2f}",
+                loss=f"{record['loss']:.4f}",
+                tokens_per_s=f"{record['tokens_per_s']:,.0f}",
+            )
+        elif record["kind"] == "eval":
+            shown = "inf" if record["perplexity"] is None else f"{record['perplexity']:.2f}"
+            progress.note(
+                f"Step {record['step']}, epoch {record['epoch']:.2f}: "
+                f"eval loss {record['loss']:.4f}, perplexity {shown}"
+            )
+            if record["step"] != self._num_steps:
+                progress.start("Training", total=self._num_steps, unit="step")
+                progress.update(record["step"])
+        elif record["kind"] == "export":
+            self._on_export(Path(record["path"]), record["step"])

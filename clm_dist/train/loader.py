@@ -1,0 +1,79 @@
+"""Which blocks a worker computes in a step.
+
+Six blocks, global batches of 4, micro-batches of 2, one epoch; `p` is the epoch's permutation:
+
+    step 0: blocks p0 p1 | p2 p3      micro-batches 0 and 1
+    step 1: blocks p4 p5              micro-batch 0; a last short batch is used, not dropped
+
+One worker computes micro-batches 0 and 1 in two passes; of two workers, worker 0 computes micro-batch 0 and worker 1
+micro-batch 1. In step 1 worker 1 has none: it repeats micro-batch 0 with weight 0, because sharded strategies need
+every rank in every pass. Which blocks a step has depends on the number of workers no more than their order does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from clm_dist.config import JobConfig
+from clm_dist.train.order import permute
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The blocks of one pass."""
+
+    index: int
+    """Place in the global batch; seeds dropout."""
+    blocks: npt.NDArray[np.int64]
+    counts: bool
+    """False for a repeat that only keeps the ranks in step."""
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Global batches of every step of a run, by arithmetic on the step."""
+
+    num_blocks: int
+    global_size: int
+    micro_size: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+
+    @classmethod
+    def of_job(cls, job: JobConfig, num_blocks: int) -> "BatchOrder":
+        batch, train = job.batch, job.train
+        return cls(num_blocks, batch.global_size, batch.micro_size, train.epochs, train.max_steps, train.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_blocks // self.global_size)
+
+    @property
+    def num_steps(self) -> int:
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def global_batch(self, step: int) -> npt.NDArray[np.int64]:
+        """Block numbers of a step (the first is 0), (at most global_size,)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.global_size
+        places = np.arange(start, min(start + self.global_size, self.num_blocks))
+        return permute(places, self.num_blocks, self.seed, epoch)
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
+        """This rank's passes of a step; every rank has equally many, in short batches too."""
+        blocks = self.global_batch(step)
+        for number in range(self.global_size // (self.micro_size * world_size)):
+            index = number * world_size + rank
+            own = blocks[index * self.micro_size : (index + 1) * self.micro_size]
+            if len(own):
+                yield MicroBatch(index, own, counts=True)
+            else:
+                yield MicroBatch(index, blocks[: self.micro_size], counts=False)

@@ -1,0 +1,112 @@
+"""What workers report, and how the driver turns it into the run's metrics and commits.
+
+Every rank sends a message at the same points of the run. Rank 0's has the records of the steps since; in an
+evaluation each has the micro-batches that the rank ran. The driver's side, `Recorder`, is the only one that adds
+losses up, writes metrics.jsonl and commits checkpoints. Messages arrive in order, so what a checkpoint's marker
+promises is on disk before the marker.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from clm_dist.metrics import Evaluation, Part, combine
+from clm_dist.run_dir import RunDir, read_records, write_text, writing
+from clm_dist.train.checkpoint import commit
+
+Record = dict[str, Any]
+
+
+class EvalMessage(TypedDict):
+    """A rank's share of an evaluation."""
+
+    kind: str
+    """`eval`, or `verify` for the evaluation of the written model."""
+    step: int
+    epoch: float
+    parts: list[tuple[int, float, int, int]]
+
+
+class Message(TypedDict, total=False):
+    """What a rank sends; every rank sends equally many."""
+
+    records: list[Record]
+    evaluation: EvalMessage
+
+
+class Recorder:
+    """Writes metrics.jsonl and commits checkpoints.
+
+    Args:
+        num_parts: micro-batches of the eval split.
+        num_tokens: predicted tokens of the eval split.
+        keep: committed checkpoints that are kept.
+    """
+
+    def __init__(self, run: RunDir, *, num_parts: int, num_tokens: int, keep: int, tensorboard: bool = False) -> None:
+        self._run, self._keep = run, keep
+        self._num_parts, self._num_tokens = num_parts, num_tokens
+        self._tensorboard = tensorboard
+        self._writer: Any = None
+
+    def receive(self, messages: Sequence[Message], checkpoint: str | None = None) -> Evaluation | None:
+        """Take what the ranks sent at one point, rank 0 first, and the checkpoint that is now complete."""
+        records = messages[0].get("records", [])
+        evaluation = self._evaluation(messages)
+        if evaluation:
+            kind = messages[0]["evaluation"]["kind"]
+            records = [*records, {"kind": kind, **evaluation.as_dict()}]
+        self._append(records)
+        if checkpoint is not None:
+            commit(self._run.checkpoints, checkpoint, self._keep)
+        return evaluation
+
+    def _evaluation(self, messages: Sequence[Message]) -> Evaluation | None:
+        shares = [message["evaluation"] for message in messages if "evaluation" in message]
+        if not shares:
+            return None
+        parts = [Part(*part) for share in shares for part in share["parts"]]
+        return combine(
+            parts,
+            step=shares[0]["step"],
+            epoch=shares[0]["epoch"],
+            num_parts=self._num_parts,
+            num_tokens=self._num_tokens,
+        )
+
+    def _append(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if record["kind"] == "start":
+                # Steps after the checkpoint will be trained again.
+                forget_after(self._run.metrics, record["step"])
+        if not records:
+            return
+        with writing(self._run.metrics), self._run.metrics.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+        if self._tensorboard:
+            self._write_tensorboard(records)
+
+    def _write_tensorboard(self, records: Sequence[Record]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = self._writer or SummaryWriter(str(self._run.tensorboard))
+        for record in records:
+            if record["kind"] in ("step", "eval"):
+                for name, value in record.items():
+                    if isinstance(value, int | float) and name not in ("step", "epoch"):
+                        self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        self._writer.flush()
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Take the records of later steps out of a metrics file, and a last line that a crash cut short."""
+    if not metrics.exists():
+        return
+    kept = [
+        record for record in read_records(metrics) if record["kind"] == "start" or (record["step"] <= step and step > 0)
+    ]
+    write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,60 @@
+"""What a Ray Train worker runs."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, TypedDict
+
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from clm_dist.job import read_saved_job
+from clm_dist.run_dir import RunDir
+from clm_dist.train.loop import Session, train
+from clm_dist.train.record import Message
+
+
+class WorkerConfig(TypedDict):
+    """What the driver tells a worker; the job itself is read from the run directory."""
+
+    run: str
+    store: str
+    use_gpu: bool
+    num_threads: int
+
+
+def train_worker(config: WorkerConfig) -> dict[str, Any]:
+    """Train as one rank of a Ray Train run; gives the fields of the loop's Outcome."""
+    quieten_libraries()
+    run = RunDir(Path(config["run"]))
+    context = ray.train.get_context()
+
+    def report(message: Message, checkpoint: Path | None, name: str | None) -> None:
+        ray.train.report(
+            dict(message),
+            checkpoint=None if checkpoint is None else Checkpoint.from_directory(checkpoint),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=checkpoint is not None,
+        )
+
+    session = Session(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        use_gpu=config["use_gpu"],
+        num_threads=config["num_threads"],
+        run=run,
+        store=Path(config["store"]),
+        report=report,
+    )
+    return dataclasses.asdict(train(read_saved_job(run.job), session))
+
+
+def quieten_libraries() -> None:
+    """Warnings only, and no bars: many workers share one terminal."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("accelerate", "deepspeed", "DeepSpeed", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
