@@ -57,7 +57,7 @@ def describe_os_error(error: OSError, path: Path) -> ConfigError | None:
             f"no space left while writing {path} ({free_mib:.0f} MiB free there); free some space, or name another "
             "disk with --runs or --store, and run the same command again"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return ConfigError(
             f"cannot write {path}: {error.strerror}; name a directory that you may write to with --runs or --store "
             "(or CLM_DIST_RUNS, CLM_DIST_STORE)"

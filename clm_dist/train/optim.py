@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimiz
             if (chosen := [p for name, p in parameters if _is_matrix(name, p) is decayed])
         ]
     return torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon
+        groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon, fused=True
     )
 
 

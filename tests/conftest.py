@@ -1,0 +1,99 @@
+"""Fixtures that the tests share: a tiny job, its store, one Ray for all, and the material beside the repository."""
+
+import os
+
+# Before any library reads them: no test may reach the network, or wait for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clm_dist.config import JobConfig
+from clm_dist.job import load_job
+from clm_dist.progress import Silent
+from clm_dist.train.driver import Cluster, start_ray
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+
+WriteJob = Callable[..., Path]
+MakeJob = Callable[..., JobConfig]
+
+
+@pytest.fixture
+def write_job(tmp_path: Path) -> WriteJob:
+    """Writes a job file that trains a tiny model in seconds; takes `section.field=value` and a file name."""
+
+    def write(*settings: str, name: str = "tiny.yaml") -> Path:
+        path = tmp_path / name
+        job = {
+            "name": "tiny",
+            "data": {"source": "builtin", "id": "topic", "split": "train[:24]", "block_size": 32},
+            "tokenizer": {"train": {"vocab_size": 300}},
+            "model": {"config": TINY_GPT2},
+            "batch": {"global_size": 8, "micro_size": 4},
+            "train": {"max_steps": 6, "learning_rate": 1e-3},
+            "checkpoint": {"every": 2},
+        }
+        path.write_text(yaml.safe_dump(job))
+        if settings:
+            path.write_text(yaml.safe_dump(load_job(path, settings).config.model_dump(mode="json")))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_job(write_job: WriteJob) -> MakeJob:
+    """The tiny job with `section.field=value` settings."""
+
+    def make(*settings: str) -> JobConfig:
+        return load_job(write_job(), settings).config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests prepare, so that equal jobs are prepared once."""
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture
+def prepared(stores: Path) -> Callable[[JobConfig], Path]:
+    """The store of a job."""
+    from clm_dist.prepare.pipeline import prepare
+
+    return lambda job: prepare(job, stores, Silent())
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One Ray for all tests; each start costs seconds."""
+    from clm_dist.config import ClusterConfig
+
+    with start_ray(ClusterConfig()) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data, a real model and a Hub server, which lie beside the repository where it is developed."""
+    path = ROOT.parent / "shared"
+    if not (path / "data" / "eli5").is_dir():
+        pytest.skip("../shared (ELI5 records, stories260K, fakehub) is not here; it is not part of the repository")
+    return path

@@ -1,0 +1,200 @@
+"""Job files: what they give, and what a wrong one says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clm_dist.errors import ConfigError
+from clm_dist.job import differing_fields, job_schema, job_text, load_job
+
+GOOD = "name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\n"
+
+
+def error_of(path: Path, text: str, *overrides: str) -> str:
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_job(path, overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "job.yaml"
+
+
+def test_defaults_are_those_of_the_guide(path: Path) -> None:
+    path.write_text(GOOD)
+    job = load_job(path).config
+    train = job.train
+    assert (train.learning_rate, train.weight_decay, train.epochs, train.schedule) == (2e-5, 0.01, 3, "linear")
+    assert (job.data.block_size, job.batch.micro_size, job.eval.every, job.train.seed) == (128, 8, "epoch", 42)
+
+
+def test_a_file_changes_the_file_that_it_extends_and_set_changes_both(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(GOOD + "train: {epochs: 5, weight_decay: 0.1}\n")
+    (tmp_path / "sub" / "child.yaml").write_text("extends: ../base.yaml\nname: b\ntrain: {epochs: 7}\n")
+    job = load_job(tmp_path / "sub" / "child.yaml", ["train.learning_rate=1e-3", "data.split='train[:10]'"])
+    assert (job.config.name, job.config.train.epochs, job.config.train.weight_decay) == ("b", 7, 0.1)
+    assert (job.config.train.learning_rate, job.config.data.split) == (1e-3, "train[:10]")
+    assert job.where("train.epochs") == f"{tmp_path / 'sub' / 'child.yaml'}:3"
+    assert job.where("train.weight_decay") == f"{tmp_path / 'base.yaml'}:4"
+    assert job.where("train.learning_rate") == "--set train.learning_rate=1e-3"
+    assert job.where("checkpoint.keep") is None
+
+
+def test_a_model_configuration_replaces_another_whole(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "name: a\ndata: {source: builtin}\ntokenizer: {train: {}}\nmodel: {config: {model_type: gpt2, n_layer: 2}}\n"
+    )
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nmodel: {config: {model_type: llama}}\n")
+    assert load_job(tmp_path / "child.yaml").config.model.config == {"model_type": "llama"}
+    small = load_job(tmp_path / "base.yaml", ["model.config.n_layer=1"]).config.model.config
+    assert small == {"model_type": "gpt2", "n_layer": 1}
+
+
+def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
+    assert error_of(path, GOOD + "train:\n  epoch: 3\n") == (f"{path}:5: unknown key train.epoch; did you mean epochs?")
+    assert f"{path}:4: unknown key trian; did you mean train?" in error_of(path, GOOD + "trian: {epochs: 3}\n")
+    assert "valid keys here: every, micro_size" in error_of(path, GOOD + "eval: {qqq: 3}\n")
+    assert error_of(path, GOOD, "train.epoch=3").startswith("--set train.epoch=3: unknown key train.epoch;")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train: {epochs: three}", "train.epochs is 'three': input should be a valid integer"),
+        ("train: {epochs: true}", "train.epochs is True: input should not be true or false"),
+        ("train: {epochs: 0}", "train.epochs is 0: input should be greater than 0"),
+        ("train: 3", "train is 3: input should be a valid dictionary"),
+        ("eval: {every: sometimes}", "eval.every is 'sometimes': input should be 'epoch', or input should be a valid"),
+        ("cluster: {strategy: zero4}", "cluster.strategy is 'zero4': input should be 'ddp', 'zero1'"),
+        ("tracking: [wandb]", "tracking is 'wandb': input should be 'tensorboard'"),
+    ],
+)
+def test_wrong_value_names_field_value_and_line(path: Path, line: str, message: str) -> None:
+    assert f"{path}:4: {message}" in error_of(path, GOOD + line + "\n")
+
+
+def test_every_wrong_field_is_named_at_once(path: Path) -> None:
+    message = error_of(path, GOOD + "train: {epochs: three, lr: 1}\nbatches: {}\n")
+    assert [line.split(": ")[0] for line in message.splitlines()] == [f"{path}:4", f"{path}:4", f"{path}:5"]
+
+
+def test_missing_section_is_named(path: Path) -> None:
+    assert error_of(path, "name: a\ndata: {source: builtin}\n") == (f"{path}: model is missing; add it to the job file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "a: [1,\n", "not valid YAML"),
+        (GOOD + "data: {source: hub}\n", "found duplicate key data"),
+        ("- a\n", "a job file is a mapping"),
+        ("\tname: a", ":1: not valid YAML"),
+    ],
+)
+def test_broken_yaml_names_file_and_line(path: Path, text: str, message: str) -> None:
+    said = error_of(path, text)
+    assert said.startswith(str(path))
+    assert message in said
+
+
+def test_extends_in_a_circle_or_to_nothing(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("extends: b.yaml\n")
+    b.write_text("name: b\nextends: a.yaml\n")
+    assert f"{b}:2: extends: extends runs in a circle: {a} -> {b} -> {a}" in error_of(a, a.read_text())
+    b.write_text("name: b\nextends: missing.yaml\n")
+    assert f"{b}:2: extends: there is no job file {tmp_path / 'missing.yaml'}" in error_of(a, a.read_text())
+    with pytest.raises(ConfigError, match="there is no job file"):
+        load_job(tmp_path / "none.yaml")
+
+
+def test_global_batch_that_workers_cannot_share_names_what_fits(path: Path) -> None:
+    text = GOOD + "batch: {global_size: 64}\n"
+    assert error_of(path, text, "cluster.workers=3") == (
+        f"{path}:4: batch.global_size is 64, but 3 workers x 8 blocks take 24 at a time; try 48 or 72"
+    )
+    # Both pieces of advice must be right.
+    path.write_text(text)
+    load_job(path, ["cluster.workers=3", "batch.global_size=48"])
+    assert "try 16, or batch.micro_size 4" in error_of(path, GOOD, "cluster.workers=2")
+    path.write_text(GOOD)
+    load_job(path, ["cluster.workers=2", "batch.micro_size=4"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tokenizer: {path: gpt2, train: {}}", "tokenizer has both path and train"),
+        ("cluster: {offload: optimizer}", "offload optimizer is not supported with ddp; it works with zero1, zero2"),
+        ("train: {precision: fp16}\ncluster: {strategy: fsdp2}", "fp16 is not supported with fsdp2; use bf16"),
+    ],
+)
+def test_settings_that_contradict_each_other(path: Path, line: str, message: str) -> None:
+    assert message in error_of(path, GOOD + line + "\n")
+
+
+def test_set_that_does_not_parse(path: Path) -> None:
+    assert "write it as section.field=value" in error_of(path, GOOD, "train.epochs")
+    assert error_of(path, GOOD, "train.epochs=[1").startswith("--set train.epochs=[1: ")
+
+
+def test_saved_job_reads_back_as_the_same_job(path: Path) -> None:
+    path.write_text(GOOD + "train: {learning_rate: 2e-5, epochs: 1}\n")
+    job = load_job(path).config
+    saved = path.with_name("saved.yaml")
+    saved.write_text(job_text(job))
+    assert load_job(saved).config == job
+
+
+def test_local_directories_become_absolute_and_hub_ids_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("job.yaml").write_text("name: a\ndata: {source: files, path: '*.txt'}\nmodel: {path: model}\n")
+    job = load_job(Path("job.yaml")).config
+    assert (job.model.path, job.data.path) == (str(tmp_path / "model"), str(tmp_path / "*.txt"))
+    assert load_job(Path("job.yaml"), ["model.path=distilbert/distilgpt2"]).config.model.path == (
+        "distilbert/distilgpt2"
+    )
+
+
+def test_only_what_changes_the_computation_makes_jobs_differ(path: Path) -> None:
+    path.write_text(GOOD)
+    job = load_job(path).config
+    assert differing_fields(job, load_job(path, ["checkpoint.keep=5", "hub.push=end"]).config) == []
+    assert differing_fields(job, load_job(path, ["train.epochs=9", "data.seed=1"]).config) == [
+        "data.seed",
+        "train.epochs",
+    ]
+
+
+def test_schema_describes_every_field_and_takes_the_jobs(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    yaml = pytest.importorskip("yaml")
+    schema = job_schema()
+    undescribed = [
+        f"{section}.{name}"
+        for section, model in schema["$defs"].items()
+        for name, field in model["properties"].items()
+        if "description" not in field
+    ]
+    assert undescribed == []
+    for file in (Path(__file__).parent.parent / "jobs").glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "a", "train": {"epoch": 3}}, schema)
+
+
+def test_reading_a_job_loads_neither_torch_nor_ray(path: Path) -> None:
+    path.write_text(GOOD)
+    code = (
+        "import sys, json; from pathlib import Path; from clm_dist.job import load_job; "
+        f"load_job(Path({str(path)!r})); print(json.dumps([m for m in ('torch', 'ray') if m in sys.modules]))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert json.loads(printed) == []

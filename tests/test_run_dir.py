@@ -1,0 +1,95 @@
+"""Writing whole files, and what a full or unwritable disk says."""
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clm_dist.errors import ConfigError
+from clm_dist.run_dir import local_dir, make_dir, read_records, replace_dir, write_json, write_text, writing
+
+
+@contextlib.contextmanager
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """A small disk of its own; skips where that takes rights that the tests do not have."""
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes rights that are not here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "result.json"
+    write_text(file, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"no space left while writing .*result.json .* MiB free there"):
+        write_text(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        with pytest.raises(ConfigError, match=r"no space left .* run the same command again") as caught:
+            write_text(disk / "metrics.jsonl", "x" * 2**20)
+        assert caught.value.exit_code == 2
+        assert list(disk.iterdir()) == []
+
+
+def test_an_unwritable_directory_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write .*: Not a directory; .* --runs or --store"):
+        make_dir(tmp_path / "file" / "runs")
+    with pytest.raises(ConfigError, match=r"cannot write .*file: File exists"):
+        make_dir(tmp_path / "file")
+
+
+def test_a_read_only_disk_says_so(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "ro") as disk, pytest.raises(ConfigError, match=r"cannot write .*Read-only file"):
+        make_dir(disk / "runs")
+
+
+def test_other_errors_are_not_dressed_up(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), writing(tmp_path):
+        (tmp_path / "none").read_text()
+
+
+def test_urls_are_refused_and_home_is_spelled_out() -> None:
+    with pytest.raises(ConfigError, match="no URLs"):
+        local_dir("s3://bucket/runs", "--runs")
+    assert local_dir("~/x", "--runs") == Path.home() / "x"
+    assert local_dir("runs", "--runs") == Path.cwd() / "runs"
+
+
+def test_records_end_where_a_crash_cut_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [record["step"] for record in read_records(file)] == [1, 2]
+    assert read_records(tmp_path / "none") == []
+
+
+def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", float("nan"))
+
+
+def test_a_directory_replaces_another(tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_dir(tmp_path / "new", tmp_path / "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert [p.name for p in (tmp_path / "old").iterdir()] == ["new"]

@@ -1,0 +1,88 @@
+"""Shards and their manifest."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clm_dist import shards
+from clm_dist.errors import DataError
+from clm_dist.shards import Blocks, Ids, Manifest, Split, token_dtype, write_shards
+
+
+def store_of(path: Path, blocks: Ids, pieces: int = 1) -> Path:
+    """A store with one split, written in so many pieces."""
+    written = write_shards(path, "train", np.array_split(blocks, pieces), blocks.shape[1], blocks.dtype)
+    counts = {"num_records": 1, "num_skipped": {}, "num_documents": 1, "num_text_bytes": 1, "num_dropped_tokens": 0}
+    split = Split(num_tokens=blocks.size, num_blocks=len(blocks), shards=tuple(written), **counts)  # type: ignore[arg-type]
+    Manifest("f", {}, blocks.shape[1], str(blocks.dtype), "tokenizers", "t", {"train": split}).write(
+        path / "manifest.json"
+    )
+    return path
+
+
+@pytest.fixture
+def blocks() -> Ids:
+    return np.random.default_rng(0).integers(0, 50257, (1000, 16)).astype(np.uint16)
+
+
+def test_blocks_come_back_in_any_order_from_several_shards(
+    tmp_path: Path,
+    blocks: Ids,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300 * 16)
+    store = store_of(tmp_path, blocks)
+    assert [s.num_blocks for s in Manifest.read(store / "manifest.json").splits["train"].shards] == [300, 300, 300, 100]
+    read = Blocks(store, "train")
+    assert len(read) == 1000
+    order = np.random.default_rng(1).permutation(1000)
+    assert read[order].dtype == np.int64
+    assert np.array_equal(read[order], blocks[order])
+    assert np.array_equal(read[np.array([299, 300, 999, 0])], blocks[[299, 300, 999, 0]])
+
+
+def test_shards_do_not_depend_on_the_pieces_they_are_written_in(
+    tmp_path: Path,
+    blocks: Ids,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300 * 16)
+    manifests = [Manifest.read(store_of(tmp_path / str(n), blocks, n) / "manifest.json") for n in (1, 7, 1000)]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_datasets_opens_a_shard_as_it_is(tmp_path: Path, blocks: Ids) -> None:
+    datasets = pytest.importorskip("datasets")
+    store = store_of(tmp_path, blocks)
+    dataset = datasets.Dataset.from_file(str(store / "train" / "00000.arrow"))
+    assert len(dataset) == 1000
+    assert dataset[7]["input_ids"] == blocks[7].tolist()
+
+
+def test_reading_a_block_copies_only_that_block(tmp_path: Path, blocks: Ids) -> None:
+    read = Blocks(store_of(tmp_path, blocks), "train")
+    assert not read._arrays[0].flags.owndata
+
+
+def test_ids_take_two_bytes_where_they_fit() -> None:
+    assert [token_dtype(size).itemsize for size in (50257, 65536, 65537)] == [2, 2, 4]
+
+
+def test_broken_stores_say_what_to_do(tmp_path: Path, blocks: Ids) -> None:
+    store = store_of(tmp_path, blocks)
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(DataError, match=r"has format 99, this version of clm-dist reads 1; .* remove .* again"):
+        Blocks(store, "train")
+    (store / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="is no manifest"):
+        Blocks(store, "train")
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "train" / "00000.arrow").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="cannot read the shard"):
+        Blocks(store, "train")
+    (store / "train" / "00000.arrow").unlink()
+    with pytest.raises(DataError, match="cannot read the shard"):
+        Blocks(store, "train")

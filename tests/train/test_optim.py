@@ -1,0 +1,38 @@
+"""AdamW and its schedule."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from clm_dist.config import TrainConfig
+from clm_dist.train.optim import build_optimizer, build_schedule
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "polynomial", "inverse_sqrt"])
+def test_the_rate_of_a_step_is_that_of_the_schedule_stepped_so_often(schedule: str) -> None:
+    train = TrainConfig.model_validate({"schedule": schedule, "warmup_steps": 5, "learning_rate": 1e-3})
+    rate = build_schedule(train, 40)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    stepped = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
+    for step in range(40):
+        assert rate(step) == pytest.approx(stepped.get_last_lr()[0])
+        optimizer.step()
+        stepped.step()
+    assert rate(0) == 0
+    assert rate(5) == pytest.approx(1e-3)
+
+
+def test_the_guides_rate_falls_from_its_peak_to_nothing() -> None:
+    rate = build_schedule(TrainConfig(), 100)
+    assert [rate(0), rate(50)] == pytest.approx([2e-5, 1e-5])
+
+
+def test_biases_and_norms_are_decayed_unless_the_job_says_otherwise() -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+    plain = build_optimizer(model, TrainConfig())
+    assert [(len(g["params"]), g["weight_decay"]) for g in plain.param_groups] == [(4, 0.01)]
+    chosen = build_optimizer(model, TrainConfig(decay_bias_and_norm=False))
+    assert [(len(g["params"]), g["weight_decay"]) for g in chosen.param_groups] == [(1, 0.01), (3, 0.0)]
+    assert chosen.param_groups[0]["params"][0] is model["linear"].weight
