@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,15 +35,27 @@ WriteJob = Callable[..., Path]
 MakeJob = Callable[..., JobConfig]
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """45 records of 100 to 145 characters of Python's language reference: about 100 blocks of 32 tokens."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(" ".join(topics.values()).split())
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    records = [{"topic": f"t{i}", "text": text[200 * i : 200 * i + 100 + i]} for i in range(45)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 @pytest.fixture
-def write_job(tmp_path: Path) -> WriteJob:
+def write_job(tmp_path: Path, corpus: Path) -> WriteJob:
     """Writes a job file that trains a tiny model in seconds; takes `section.field=value` and a file name."""
 
     def write(*settings: str, name: str = "tiny.yaml") -> Path:
         path = tmp_path / name
         job = {
             "name": "tiny",
-            "data": {"source": "builtin", "id": "topic", "split": "train[:24]", "block_size": 32},
+            "data": {"source": "files", "path": str(corpus), "id": "topic", "block_size": 32},
             "tokenizer": {"train": {"vocab_size": 300}},
             "model": {"config": TINY_GPT2},
             "batch": {"global_size": 8, "micro_size": 4},

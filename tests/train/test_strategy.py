@@ -1,0 +1,251 @@
+"""Every strategy computes what one plain process computes, and none can train without sharing gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import RunError
+from clm_dist.metrics import Part, combine
+from clm_dist.run_dir import RunDir, read_records
+from clm_dist.shards import Blocks
+from clm_dist.train.checkpoint import committed
+from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.loader import BatchOrder
+from clm_dist.train.local import train_here
+from clm_dist.train.loop import Outcome
+from clm_dist.train.model import load_model
+from clm_dist.train.record import Recorder
+from clm_dist.train.strategy import DataParallel, FullyShard
+from tests.conftest import MakeJob
+from tests.workers import forget_accelerate, run_workers
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+STEPS = 20
+# An epoch has fewer than 20 steps, so its last, short batch is among them.
+SETTINGS = ("train.max_steps=20", "train.epochs=9", "checkpoint.every=1000")
+
+
+def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_size: int = 1) -> Outcome:
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    split = EvalSplit.of_store(store, job.eval.micro_size)
+    recorder = Recorder(run, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2)
+    outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
+    forget_accelerate()
+    return outcome
+
+
+def train_several(rank: int, world_size: int, jobs: list[JobConfig], runs: list[Path], store: Path) -> list[Outcome]:
+    """One process trains several jobs, since each start of processes costs seconds."""
+    return [train_one(job, RunDir(run), store, rank, world_size) for job, run in zip(jobs, runs, strict=True)]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "step"]
+
+
+@pytest.fixture
+def few_blocks(make_job: MakeJob, prepared: Any) -> Path:
+    store: Path = prepared(make_job(*SETTINGS))
+    return store
+
+
+def plain_losses(job: JobConfig, store: Path) -> list[float]:
+    """The losses of a loop in plain torch: the whole global batch in one pass, transformers' own loss."""
+    blocks = Blocks(store, "train")
+    order = BatchOrder.of_job(job, len(blocks))
+    model = load_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.learning_rate, weight_decay=0.01)
+    losses = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = job.train.learning_rate * (1 - step / STEPS)
+        ids = torch.from_numpy(blocks[order.global_batch(step)])
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, list[float]]:
+    """The plain losses, computed once."""
+    return {}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_loss_curve_is_that_of_one_plain_process(
+    strategy: str,
+    world_size: int,
+    make_job: MakeJob,
+    few_blocks: Path,
+    tmp_path: Path,
+    reference: dict[str, list[float]],
+) -> None:
+    cluster = (f"cluster.workers={world_size}", f"cluster.strategy={strategy}")
+    # Accumulation 1 and 4.
+    jobs = [make_job(*SETTINGS, *cluster, f"batch.micro_size={8 // (world_size * passes)}") for passes in (1, 4)]
+    assert [job.passes_per_step for job in jobs] == [1, 4]
+    runs = [tmp_path / "1", tmp_path / "4"]
+    if "plain" not in reference:
+        reference["plain"] = plain_losses(jobs[0], few_blocks)
+        sizes = [len(BatchOrder.of_job(jobs[0], len(Blocks(few_blocks, "train"))).global_batch(i)) for i in range(20)]
+        assert min(sizes) < 8, "no short batch among the steps"
+    outcomes = run_workers(train_several, world_size, jobs, runs, few_blocks)[0]
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    for run in runs:
+        assert len(losses_of(run)) == STEPS
+        np.testing.assert_allclose(losses_of(run), reference["plain"], rtol=1e-5)
+        check_export(run, jobs[0], few_blocks)
+
+
+def check_export(run: Path, job: JobConfig, store: Path) -> None:
+    """The written weights, read by plain transformers, evaluate to the loss of the trained model."""
+    model = AutoModelForCausalLM.from_pretrained(run / "final.unverified")
+    assert not any(p.is_meta for p in model.parameters())
+    split = EvalSplit.of_store(store, job.eval.micro_size)
+    parts: list[Part] = evaluate_parts(model, split, device=torch.device("cpu"))
+    loss = combine(parts, step=0, epoch=0, num_parts=split.num_parts, num_tokens=split.num_tokens).loss
+    records = read_records(run / "metrics.jsonl")
+    for kind in ("eval", "verify"):
+        assert [r for r in records if r["kind"] == kind][-1]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_from_a_checkpoint_is_exact_with_dropout(
+    strategy: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    settings = (
+        *SETTINGS,
+        "cluster.workers=2",
+        f"cluster.strategy={strategy}",
+        "batch.micro_size=2",
+        "checkpoint.every=4",
+        "checkpoint.keep=9",
+        "model.config.resid_pdrop=0.2",
+        "model.config.attn_pdrop=0.2",
+    )
+    job = make_job(*settings, "train.max_steps=8")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_workers(train_and_resume, 2, job, whole, cut, few_blocks)
+    assert losses_of(cut) == losses_of(whole)
+    assert (cut / "final.unverified" / "model.safetensors").read_bytes() == (
+        whole / "final.unverified" / "model.safetensors"
+    ).read_bytes()
+
+
+def train_and_resume(rank: int, world_size: int, job: JobConfig, whole: Path, cut: Path, store: Path) -> None:
+    """Train to the end; then once more from the checkpoint of step 4, in another run."""
+    import shutil
+
+    train_one(job, RunDir(whole), store, rank, world_size)
+    if rank == 0:
+        middle = [path for path in committed(RunDir(whole).checkpoints) if path.name.startswith("step-00000004")]
+        shutil.copytree(middle[0], RunDir(cut).checkpoints / middle[0].name)
+        shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")
+    torch.distributed.barrier()
+    assert train_one(job, RunDir(cut), store, rank, world_size).status == "done"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_bf16_trains_close_to_fp32(strategy: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path) -> None:
+    cluster = ("cluster.workers=2", f"cluster.strategy={strategy}", "train.max_steps=6")
+    jobs = [make_job(*SETTINGS, *cluster, f"train.precision={precision}") for precision in ("fp32", "bf16")]
+    runs = [tmp_path / "fp32", tmp_path / "bf16"]
+    outcomes = run_workers(train_several, 2, jobs, runs, few_blocks)[0]
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    fp32, bf16 = (losses_of(run) for run in runs)
+    np.testing.assert_allclose(bf16, fp32, rtol=1e-3)
+    assert bf16 != fp32
+    evaluations = {r["kind"]: r["loss"] for r in read_records(runs[1] / "metrics.jsonl") if "perplexity" in r}
+    assert evaluations["verify"] == pytest.approx(evaluations["eval"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        ("zero2", ("cluster.offload=optimizer",)),
+        ("zero3", ("cluster.offload=all", "train.gradient_checkpointing=true")),
+        ("fsdp2", ("cluster.offload=all", "train.gradient_checkpointing=true")),
+        ("ddp", ("train.gradient_checkpointing=true", "train.max_grad_norm=null")),
+    ],
+)
+def test_offload_and_recomputation_change_no_number(
+    strategy: str, settings: tuple[str, ...], make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    cluster = ("cluster.workers=2", f"cluster.strategy={strategy}", "train.max_steps=6", "train.max_grad_norm=null")
+    jobs = [make_job(*SETTINGS, *cluster), make_job(*SETTINGS, *cluster, *settings)]
+    runs = [tmp_path / "plain", tmp_path / "changed"]
+    outcomes = run_workers(train_several, 2, jobs, runs, few_blocks)[0]
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    np.testing.assert_allclose(losses_of(runs[1]), losses_of(runs[0]), rtol=1e-6)
+
+
+def sabotaged(rank: int, world_size: int, kind: str, job: JobConfig, run: Path, store: Path) -> tuple[str, str]:
+    """Train with ranks that keep their gradients to themselves; what the loop says, or what it raises."""
+    import contextlib
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+
+    if kind == "ddp never syncs":
+
+        @contextlib.contextmanager
+        def alone(self: DataParallel, *, last: bool) -> Iterator[Any]:
+            with self.accelerator.no_sync(self.model):
+                yield self.model
+
+        DataParallel.one_pass = alone  # type: ignore[method-assign]
+    elif kind == "fsdp2 never syncs":
+
+        @contextlib.contextmanager
+        def unsharded(self: FullyShard, *, last: bool) -> Iterator[Any]:
+            yield self.model
+
+        def prepare(self: Any, model: Any, make_optimizer: Any) -> None:
+            self.model = model
+            self.optimizer = make_optimizer(model)
+
+        def step(self: Any, learning_rate: float) -> float:
+            return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+
+        FullyShard.one_pass, FullyShard.prepare, FullyShard.step = unsharded, prepare, step  # type: ignore[method-assign,assignment]
+    elif kind == "accelerate without cpu=True":
+        DataParallel._build_accelerator = lambda self: Accelerator()  # type: ignore[method-assign]
+    elif kind == "zero without reduction":
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        DeepSpeedZeroOptimizer.average_tensor = lambda *_, **__: None
+    try:
+        outcome = train_one(job, RunDir(run), store, rank, world_size)
+    except RunError as error:
+        return "raised", str(error)
+    return outcome.status, str(outcome.error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "message"),
+    [
+        ("ddp never syncs", "ddp", "the ranks do not share their gradients"),
+        ("fsdp2 never syncs", "fsdp2", "the ranks do not share their gradients"),
+        ("accelerate without cpu=True", "ddp", "sees itself as process 0 of 1"),
+        ("none", "ddp", "None"),
+    ],
+)
+def test_a_run_whose_ranks_do_not_share_gradients_is_impossible(
+    kind: str, strategy: str, message: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    job = make_job(*SETTINGS, "cluster.workers=2", f"cluster.strategy={strategy}", "train.max_steps=3")
+    results = run_workers(sabotaged, 2, kind, job, tmp_path / "run", few_blocks)
+    for status, said in results:
+        assert message in said
+        assert (status == "done") == (kind == "none")
+    assert bool(committed(tmp_path / "run" / "checkpoints")) == (kind == "none")
