@@ -275,14 +275,13 @@ def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: b
             if config.hub.push != "never":
                 hub.check_access(config)
             load_config(config)
+            driver.check_trackers(config)
+            store = pipeline.find_store(config, stores_dir)
+            if store is None and only_train:
+                raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")
             with driver.start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
-                if only_train:
-                    store = pipeline.find_store(config, stores_dir)
-                    if store is None:
-                        raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job")
-                else:
-                    store = pipeline.prepare(config, stores_dir, progress)
+                store = pipeline.prepare(config, stores_dir, progress)
 
                 def push_epoch(path: Path, step: int) -> None:
                     pushing.submit(_push_epoch, config, directory, path, step, progress)

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from transformers import AutoTokenizer
 
 from clm_dist.config import ClusterConfig, JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, RunError, describe_os_error
@@ -21,8 +22,9 @@ from clm_dist.job import differing_fields, job_text, read_saved_job
 from clm_dist.progress import Progress
 from clm_dist.run_dir import RunDir, make_dir, read_json, write_json, write_text
 from clm_dist.shards import Manifest
-from clm_dist.train.checkpoint import remove_uncommitted
+from clm_dist.train.checkpoint import committed, read_state, remove_uncommitted
 from clm_dist.train.follow import Follower
+from clm_dist.train.model import load_config
 from clm_dist.train.record import Recorder
 from clm_dist.train.result import accept_export, build_result
 from clm_dist.train.worker import WorkerConfig, train_worker
@@ -109,6 +111,18 @@ def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: boo
     return run, done and not different
 
 
+def check_trackers(job: JobConfig) -> None:
+    """Raise ConfigError where a tracker of the job is not installed."""
+    if "tensorboard" in job.tracking:
+        try:
+            import tensorboardX  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                "tracking has tensorboard, but tensorboardX is not installed; pip install 'clm-dist[tensorboard]'",
+                field="tracking",
+            ) from None
+
+
 def train(
     job: JobConfig,
     run: RunDir,
@@ -129,6 +143,7 @@ def train(
             The result says `failed` then, and what was committed stays.
     """
     manifest = Manifest.read(store / "manifest.json")
+    _check(job, run, store, manifest, overwrite)
     _open_run(job, run, overwrite)
     recorder = Recorder(
         run,
@@ -155,6 +170,13 @@ def train(
     result = build_result(job, run, manifest, outcome["status"])
     write_json(run.result, result)
     return result
+
+
+def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Raise here what would fail in every worker: it costs no start of workers, and is not tried again."""
+    load_config(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
+    if not overwrite and (checkpoints := committed(run.checkpoints)):
+        read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
 
 
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:

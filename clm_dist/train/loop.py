@@ -1,6 +1,7 @@
 """The training loop. It knows nothing of Ray: what it reports goes through a callable."""
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class _Loop:
             step=self.step,
             num_steps=order.num_steps,
             time=time.time(),
+            pid=os.getpid(),
             workers=strategy.world_size,
             strategy=job.cluster.strategy,
             device=self.throughput.device_name,

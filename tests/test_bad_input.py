@@ -1,0 +1,164 @@
+"""Whatever is wrong with a job: exit code 2, one message with cause, fix and place, and nothing half-written."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clm_dist.job import job_text
+from clm_dist.train.driver import Cluster
+from tests.command import Said, clm_dist
+from tests.conftest import MakeJob, WriteJob
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stores: Path) -> Run:
+    """`clm-dist run` with `--set` settings; checks that a wrong job leaves no run behind."""
+
+    def call(job: Path, *settings: str, options: tuple[str, ...] = ()) -> Said:
+        sets = [part for setting in settings for part in ("--set", setting)]
+        runs = tmp_path / "runs"
+        said = clm_dist(capsys, monkeypatch, "run", job, *sets, "--runs", runs, "--store", stores, *options)
+        assert said.code == 2, said.err
+        assert "Traceback" not in said.err
+        assert said.err.count("error: ") == 1
+        assert not runs.exists() or not any(runs.iterdir()) or "exists with another job" in said.err
+        return said
+
+    return call
+
+
+def test_a_wrong_key_ends_in_2_before_anything_is_loaded(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\ntrain:\n  epoch: 3\n")
+    command = [sys.executable, "-X", "importtime", "-m", "clm_dist", "run", str(job)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert f"error: {job}:5: unknown key train.epoch; did you mean epochs?" in ended.stderr
+    loaded = {line.split("|")[-1].strip() for line in ended.stderr.splitlines() if line.startswith("import time")}
+    assert not loaded & {"torch", "ray", "transformers", "datasets"}
+
+
+def test_data_paths_and_files(run: Run, write_job: WriteJob, tmp_path: Path, cluster: Cluster) -> None:
+    job = write_job()
+    line = next(n for n, text in enumerate(job.read_text().splitlines(), 1) if "path:" in text and "corpus" in text)
+    assert "matches no file" in run(job, f"data.path={tmp_path}/none*.jsonl").err
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    assert f"{broken}:2: not a JSON record" in run(job, f"data.path={broken}", "data.id=null").err
+    said = run(job, "data.text=answers.body")
+    assert "--set data.text=answers.body: data.text answers.body is not in" in said.err
+    assert "its fields are: topic, text" in said.err
+    # A field of the file itself is named with its line.
+    job.write_text(job.read_text().replace("corpus.jsonl", "gone.jsonl"))
+    assert f"error: {job}:{line}: data.path" in run(job).err
+
+
+def test_texts_that_do_not_fill_a_block(run: Run, write_job: WriteJob, tmp_path: Path, cluster: Cluster) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(5)))
+    said = run(write_job(), f"data.path={short}", "data.id=null")
+    assert "less than one block of 32; take more records, lower data.block_size" in said.err
+    short.write_text('{"text": ""}\n{"text": null}\n' * 5)
+    assert "is empty in all" in run(write_job(), f"data.path={short}", "data.id=null").err
+
+
+def test_a_block_above_the_model_s_context(run: Run, write_job: WriteJob) -> None:
+    said = run(write_job(), "data.block_size=65")
+    assert "--set data.block_size=65: data.block_size is 65, above the model's context of 64; set" in said.err
+
+
+def test_a_model_that_is_nowhere(run: Run, write_job: WriteJob, tmp_path: Path) -> None:
+    said = run(write_job(), "model.config=null", "model.path=nobody/nothing")
+    assert "model.path nobody/nothing is neither a model's directory nor reachable on the Hub" in said.err
+    (tmp_path / "empty").mkdir()
+    said = run(write_job(), "model.config=null", f"model.path={tmp_path / 'empty'}")
+    assert f"error: --set model.path={tmp_path / 'empty'}: model.path: Unrecognized model in" in said.err
+
+
+def test_a_model_configuration_with_a_wrong_key(run: Run, write_job: WriteJob) -> None:
+    said = run(write_job(), "model.config.n_layers=3")
+    assert "unknown key model.config.n_layers of GPT2Config; did you mean n_layer?" in said.err
+    assert "model.config" in run(write_job(), "model.config.model_type=gtp2").err
+    assert "is no causal language model" in run(write_job(), "model.config={model_type: t5}").err
+
+
+def test_a_tokenizer_larger_than_the_model(run: Run, write_job: WriteJob, cluster: Cluster) -> None:
+    said = run(write_job(), "model.config.vocab_size=256")
+    assert "the tokenizer has 300 tokens, the model embeds 256" in said.err
+
+
+def test_a_data_set_that_is_nowhere(run: Run, write_job: WriteJob, cluster: Cluster) -> None:
+    said = run(write_job(), "data.source=hub", "data.dataset=nobody/nothing", "data.split=train")
+    assert "--set data.dataset=nobody/nothing: data.dataset nobody/nothing is not reachable on the Hub" in said.err
+
+
+def test_more_workers_than_the_machine_has_cpus_or_gpus(run: Run, write_job: WriteJob, cluster: Cluster) -> None:
+    settings = ("cluster.workers=1000", "batch.global_size=1000", "batch.micro_size=1")
+    said = run(write_job(), *settings)
+    assert "--set cluster.workers=1000: cluster.workers 1000 x 1 CPU need 1000, " in said.err
+    assert "set cluster.workers to" in said.err
+    said = run(write_job(), "cluster.gpus_per_worker=1")
+    assert "cluster.workers 1 x 1 GPU need 1, " in said.err
+    assert "has 0; use a cluster with GPUs" in said.err
+
+
+def test_a_run_of_the_same_name_with_another_job(
+    run: Run, write_job: WriteJob, make_job: MakeJob, tmp_path: Path
+) -> None:
+    existing = tmp_path / "runs" / "tiny"
+    existing.mkdir(parents=True)
+    (existing / "job.yaml").write_text(job_text(make_job("train.epochs=9")))
+    said = run(write_job())
+    assert f"the run {existing} exists with another job (different: train.epochs)" in said.err
+    assert all(way in said.err for way in ("--resume", "--overwrite", "--set name="))
+
+
+def test_an_unwritable_runs_directory(run: Run, write_job: WriteJob, tmp_path: Path, cluster: Cluster) -> None:
+    (tmp_path / "file").write_text("")
+    said = run(write_job(), options=("--runs", str(tmp_path / "file" / "runs")))
+    assert "cannot write" in said.err
+    assert "--runs or --store" in said.err
+
+
+def test_a_tracker_that_is_not_installed(run: Run, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert (
+        "tracking has tensorboard, but tensorboardX is not installed" in run(write_job(), "tracking=[tensorboard]").err
+    )
+
+
+def test_a_push_without_a_token(run: Run, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert (
+        "--set hub.push=end: there is no Hub token to push with; run `hf auth login`"
+        in run(write_job(), "hub.push=end").err
+    )
+
+
+def test_commands_on_what_is_no_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_job: MakeJob
+) -> None:
+    for command in ("report", "push"):
+        said = clm_dist(capsys, monkeypatch, command, tmp_path / "none")
+        assert (said.code, "is no run directory" in said.err) == (2, True)
+    said = clm_dist(capsys, monkeypatch, "evaluate", tmp_path / "none")
+    assert "name the job whose eval split to use: --job JOB" in said.err
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "job.yaml").write_text(job_text(make_job()))
+    for command, *options in (["generate", "--prompt", "a"], ["evaluate"]):
+        said = clm_dist(capsys, monkeypatch, command, tmp_path / "tiny", *options)
+        assert (said.code, "has no final model yet" in said.err) == (2, True)
+    assert "has no result yet" in clm_dist(capsys, monkeypatch, "report", tmp_path / "tiny").err
+    said = clm_dist(capsys, monkeypatch, "generate", "nobody/nothing", "--prompt", "a")
+    assert (said.code, "neither a run, a model's directory nor reachable" in said.err) == (2, True)
+    job = tmp_path / "job.yaml"
+    job.write_text(job_text(make_job("data.seed=77")))
+    said = clm_dist(capsys, monkeypatch, "train", job, "--runs", tmp_path / "runs", "--store", tmp_path / "stores")
+    assert (said.code, "run `clm-dist prepare`" in said.err) == (2, True)
