@@ -18,7 +18,8 @@ from clm_dist.run_dir import RunDir, read_json, write_json
 logger = logging.getLogger(__name__)
 
 _RETRIED = {408, 429, 500, 502, 503, 504}
-RETRY_DELAYS_S: Sequence[float] = (1, 2, 4, 8, 16)
+# Few: the library's own tries, where it has any, take 23 s.
+RETRY_DELAYS_S: Sequence[float] = (2, 8)
 
 T = TypeVar("T")
 
@@ -74,7 +75,6 @@ def push(
     *,
     repo: str | None = None,
     private: bool | None = None,
-    delays_s: Sequence[float] = RETRY_DELAYS_S,
 ) -> str:
     """Push a model's directory, check that the Hub has every byte of it, and give its address.
 
@@ -83,7 +83,6 @@ def push(
     Args:
         repo: instead of the job's.
         private: instead of the job's; only where the repository does not exist yet.
-        delays_s: waits before the second, third, ... try.
 
     Raises:
         HubError, ConfigError: the push failed; the directory is whole.
@@ -95,7 +94,7 @@ def push(
     write_json(run.hub, state)
     try:
         state["repo"] = full_name = repo_of(job, repo)
-        commit, url = _retrying(lambda: _upload(full_name, directory, step, private), delays_s)
+        commit, url = _retrying(lambda: _upload(full_name, directory, step, private))
     except Exception as error:  # whatever a push raises, the run's work must be left pending, not lost
         described = error if isinstance(error, ClmDistError) else _describe(error, str(state["repo"]))
         state["pending"]["error"] = str(described)
@@ -131,13 +130,13 @@ def _same(path: Path, file: Any) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == str(file.blob_id)
 
 
-def _retrying(action: Callable[[], T], delays_s: Sequence[float]) -> T:
+def _retrying(action: Callable[[], T]) -> T:
     """The action's value, tried again where it fails for a reason that passes.
 
     huggingface_hub itself retries some requests and not others: a commit without Xet, or creating a repository, is
     tried once.
     """
-    for delay in delays_s:
+    for delay in RETRY_DELAYS_S:
         try:
             return action()
         except Exception as error:  # judged below

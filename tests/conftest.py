@@ -6,17 +6,23 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models: two threads that wait for each other on a busy machine take a hundred times longer than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from clm_dist.config import JobConfig
-from clm_dist.job import load_job
+from clm_dist.job import job_text, load_job
 from clm_dist.progress import Silent
+from clm_dist.run_dir import RunDir, write_json
+from clm_dist.shards import Manifest
 from clm_dist.train.driver import Cluster, start_ray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +36,20 @@ TINY_GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+
+
+def tiny_job(corpus: Path) -> dict[str, Any]:
+    """A job that trains in seconds."""
+    return {
+        "name": "tiny",
+        "data": {"source": "files", "path": str(corpus), "id": "topic", "block_size": 32},
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "model": {"config": TINY_GPT2},
+        "batch": {"global_size": 8, "micro_size": 4},
+        "train": {"max_steps": 6, "learning_rate": 1e-3},
+        "checkpoint": {"every": 2},
+    }
+
 
 WriteJob = Callable[..., Path]
 MakeJob = Callable[..., JobConfig]
@@ -53,16 +73,7 @@ def write_job(tmp_path: Path, corpus: Path) -> WriteJob:
 
     def write(*settings: str, name: str = "tiny.yaml") -> Path:
         path = tmp_path / name
-        job = {
-            "name": "tiny",
-            "data": {"source": "files", "path": str(corpus), "id": "topic", "block_size": 32},
-            "tokenizer": {"train": {"vocab_size": 300}},
-            "model": {"config": TINY_GPT2},
-            "batch": {"global_size": 8, "micro_size": 4},
-            "train": {"max_steps": 6, "learning_rate": 1e-3},
-            "checkpoint": {"every": 2},
-        }
-        path.write_text(yaml.safe_dump(job))
+        path.write_text(yaml.safe_dump(tiny_job(corpus)))
         if settings:
             path.write_text(yaml.safe_dump(load_job(path, settings).config.model_dump(mode="json")))
         return path
@@ -110,3 +121,29 @@ def shared() -> Path:
     if not (path / "data" / "eli5").is_dir():
         pytest.skip("../shared (ELI5 records, stories260K, fakehub) is not here; it is not part of the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores: Path) -> RunDir:
+    """A run that is done: trained in this process, two epochs of the tiny job. Tests copy it before they change it."""
+    from clm_dist.prepare.pipeline import prepare
+    from clm_dist.train.result import accept_export, build_result
+    from tests.train.test_strategy import train_one
+
+    directory = tmp_path_factory.mktemp("runs")
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_job(corpus)))
+    job = load_job(path, ["train.max_steps=24", "model.config.n_positions=128"]).config
+    store = prepare(job, stores, Silent())
+    run = RunDir(directory / "tiny")
+    assert train_one(job, run, store).status == "done"
+    run.job.write_text(job_text(job))
+    accept_export(job, run)
+    write_json(run.result, build_result(job, run, Manifest.read(store / "manifest.json"), "done"))
+    return run
+
+
+@pytest.fixture
+def run(finished_run: RunDir, tmp_path: Path) -> RunDir:
+    """A copy of a run that is done."""
+    return RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "runs" / "tiny")))

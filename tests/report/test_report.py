@@ -1,0 +1,117 @@
+"""What a run looks like on a terminal, as a page and as a card."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from clm_dist.job import load_job, read_saved_job
+from clm_dist.report.card import render_card
+from clm_dist.report.page import render_page
+from clm_dist.report.table import change, comparability, comparison_table, read_result, result_table, rows
+from clm_dist.run_dir import RunDir, read_records, write_json
+from tests.command import clm_dist
+
+
+@pytest.fixture
+def result(finished_run: RunDir) -> dict[str, Any]:
+    return read_result(finished_run.root)
+
+
+def printed(table: Any) -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_table_has_the_baseline_every_epoch_and_the_final_model(result: dict[str, Any]) -> None:
+    assert [name for name, _ in rows(result)] == ["baseline", "epoch 1", "final"]
+    text = printed(result_table(result))
+    for evaluation in (result["baseline"], *result["evals"]):
+        assert f"{evaluation['perplexity']:.2f}" in text
+    assert change(result["baseline"], result["final"]) in text
+
+
+def test_changes_are_percent_or_factors() -> None:
+    first = {"perplexity": 100.0}
+    assert change(first, {"perplexity": 50.0}) == "-50.0 %"
+    assert change(first, {"perplexity": 125.0}) == "+25.0 %"
+    assert change(first, {"perplexity": 8.0}) == "/ 12.5"
+    assert change(first, {"perplexity": None}) == change(None, first) == change(first, first) == ""
+
+
+def test_runs_on_other_blocks_are_not_compared_by_perplexity(result: dict[str, Any]) -> None:
+    other = result | {"name": "other", "data": "0123"}
+    assert "tiny" in printed(comparison_table([result, other]))
+    assert comparability([result, result]) is None
+    assert "perplexities are not comparable" in str(comparability([result, other]))
+
+
+class Page(HTMLParser):
+    """Tags that are open, and everything that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.points = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.fetched += [str(values[name]) for name in ("src", "href") if name in values]
+        if tag == "polyline":
+            self.points += len(str(values["points"]).split())
+
+
+def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDir, result: dict[str, Any]) -> None:
+    text = render_page(result, read_records(finished_run.metrics), finished_run.job.read_text())
+    page = Page()
+    page.feed(text)
+    assert page.fetched == []
+    assert "http" not in text.replace("http://www.w3.org", "")
+    # 24 training losses, 3 evaluations, 24 speeds.
+    assert page.points == 24 + 3 + 24
+    assert "learning_rate: 0.001" in text
+
+
+def test_the_page_of_a_run_that_failed_at_once_says_so(result: dict[str, Any]) -> None:
+    failed = result | {"status": "failed", "error": "<b>no & nothing</b>", "baseline": None, "evals": [], "final": None}
+    failed["train"] = {"steps": 0, "tokens": 0, "seconds": 0, "tokens_per_s": None}
+    text = render_page(failed, [], "name: a")
+    assert "&lt;b&gt;no &amp; nothing&lt;/b&gt;" in text
+    assert "No data yet" in text
+
+
+def test_the_card_has_front_matter_that_the_hub_reads_and_the_figures(
+    finished_run: RunDir, result: dict[str, Any]
+) -> None:
+    card = render_card(read_saved_job(finished_run.job), result)
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "text-generation"
+    assert "base_model" not in front
+    metrics = {m["type"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["perplexity"] == result["final"]["perplexity"]
+    assert f"| final | 24 | 2.00 | {result['final']['loss']:.4f} |" in card
+
+
+def test_the_card_of_a_hub_job_links_model_and_data_set(result: dict[str, Any]) -> None:
+    job = load_job(Path(__file__).parent.parent.parent / "jobs" / "eli5-guide.yaml").config
+    card = render_card(job, result)
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["datasets"]) == ("distilbert/distilgpt2", ["dany0407/eli5_category"])
+
+
+def test_report_writes_the_page_and_compares_runs(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = clm_dist(capsys, monkeypatch, "report", run.root)
+    assert (said.code, run.report.is_file()) == (0, True)
+    assert "baseline" in said.out
+    other = RunDir(tmp_path / "other")
+    other.root.mkdir()
+    write_json(other.result, json.loads(run.result.read_text()) | {"name": "other", "data": "ffff"})
+    said = clm_dist(capsys, monkeypatch, "report", run.root, other.root)
+    assert "not comparable" in said.out

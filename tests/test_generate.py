@@ -1,0 +1,79 @@
+"""Text from a model, in the guide's two ways."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from clm_dist.errors import ConfigError
+from clm_dist.generate import Sampling, find_model, generate
+from clm_dist.run_dir import RunDir
+from tests.command import clm_dist
+
+
+def test_the_same_seed_gives_the_same_text_whatever_prompts_are_beside_it(finished_run: RunDir) -> None:
+    model = str(finished_run.final)
+    both = list(generate(model, ["The import", "A class"], seed=1, sampling=Sampling(max_new_tokens=20)))
+    (alone,) = generate(model, ["A class"], seed=1, sampling=Sampling(max_new_tokens=20))
+    (other,) = generate(model, ["A class"], seed=2, sampling=Sampling(max_new_tokens=20))
+    assert both[1] == alone != other
+    assert both[0].startswith("The import")
+
+
+def test_generate_is_transformers_with_the_guides_values(finished_run: RunDir) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.final)
+    model = AutoModelForCausalLM.from_pretrained(finished_run.final)
+    inputs = tokenizer("The import", return_tensors="pt").input_ids
+    set_seed(42)
+    outputs = model.generate(inputs, max_new_tokens=100, do_sample=True, top_k=50, top_p=0.95)
+    (ours,) = generate(str(finished_run.final), ["The import"], seed=42, sampling=Sampling())
+    assert ours == tokenizer.batch_decode(outputs, skip_special_tokens=True)[0]
+
+
+def test_pipeline_is_transformers_pipeline(finished_run: RunDir) -> None:
+    from transformers import pipeline, set_seed
+
+    generator = pipeline("text-generation", model=str(finished_run.final))
+    set_seed(42)
+    theirs = generator("The import", max_new_tokens=100)[0]["generated_text"]
+    (ours,) = generate(str(finished_run.final), ["The import"], seed=42, sampling=None)
+    assert ours[: len(theirs)] == theirs
+
+
+def test_a_context_that_is_full(finished_run: RunDir) -> None:
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, the model's context 128; shorten the prompt"):
+        list(generate(str(finished_run.final), ["word " * 200], seed=0, sampling=Sampling()))
+    (text,) = generate(str(finished_run.final), [""], seed=0, sampling=Sampling(max_new_tokens=9999))
+    assert text
+
+
+def test_prompts_from_options_a_file_and_standard_input(
+    finished_run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", finished_run.root, "--max-new-tokens", "3", "--greedy")
+    by_option = clm_dist(capsys, monkeypatch, *command, "--prompt", "The", "--prompt", "A class")
+    (tmp_path / "prompts").write_text("The\n\nA class\n")
+    by_file = clm_dist(capsys, monkeypatch, *command, "--file", tmp_path / "prompts")
+    monkeypatch.setattr("sys.stdin", io.StringIO("The\nA class\n"))
+    by_input = clm_dist(capsys, monkeypatch, *command)
+    assert by_option.code == 0
+    assert by_option.out == by_file.out == by_input.out
+    assert by_option.out.startswith("The")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "there is no prompt" in clm_dist(capsys, monkeypatch, *command).err
+    assert "cannot read the prompts" in clm_dist(capsys, monkeypatch, *command, "--file", tmp_path / "none").err
+
+
+def test_a_run_is_its_final_model(finished_run: RunDir, tmp_path: Path) -> None:
+    assert find_model(str(finished_run.root)) == str(finished_run.final)
+    assert find_model(str(tmp_path)) == str(tmp_path)
+    assert find_model("distilbert/distilgpt2") == "distilbert/distilgpt2"
+
+
+def test_a_real_model_tells_its_story(shared: Path) -> None:
+    (text,) = generate(
+        str(shared / "models" / "stories260K"), ["Once upon a time"], seed=0, sampling=Sampling(30, greedy=True)
+    )
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")

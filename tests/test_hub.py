@@ -1,0 +1,157 @@
+"""Pushes against a Hub server that stores, checks tokens and fails on demand."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from clm_dist import hub
+from clm_dist.errors import ConfigError, HubError
+from clm_dist.job import read_saved_job
+from clm_dist.run_dir import RunDir, read_json
+from tests.command import clm_dist
+
+
+@pytest.fixture
+def fakehub(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The server; this process talks to it with alice's token."""
+    spec = importlib.util.spec_from_file_location("fakehub", shared / "hub" / "fakehub.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server, url = module.start(str(tmp_path / "hub"), {"hf_good": "alice", "hf_bob": "bob"})
+    server.hub.url = url
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    # The library reads these from the environment when it is imported.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # Without Xet the library does not try a failed commit again, so what is tested is ours.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub, "RETRY_DELAYS_S", (0.01, 0.01))
+    yield server.hub
+    server.shutdown()
+
+
+def push(run: RunDir, **options: Any) -> str:
+    return hub.push(read_saved_job(run.job), run, run.final, 24, **options)
+
+
+def in_a_new_process(fakehub: Any, code: str) -> str:
+    environment = os.environ | {"HF_ENDPOINT": fakehub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": fakehub.root + "/home"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return printed.strip().splitlines()[-1]
+
+
+def test_a_pushed_model_comes_back_bit_for_bit_with_its_card(
+    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = clm_dist(capsys, monkeypatch, "push", run.root)
+    assert said.code == 0
+    assert f"pushed to {fakehub.url}/alice/tiny" in said.out
+    saved = tmp_path / "back"
+    tokens = in_a_new_process(
+        fakehub,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from huggingface_hub import model_info, hf_hub_download\n"
+        f"AutoModelForCausalLM.from_pretrained('alice/tiny').save_pretrained({str(saved)!r})\n"
+        "info = model_info('alice/tiny')\n"
+        "card = open(hf_hub_download('alice/tiny', 'README.md')).read()\n"
+        "ids = AutoTokenizer.from_pretrained('alice/tiny')('the import')['input_ids']\n"
+        "print(ids, info.private, '| final | 24 |' in card)",
+    )
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(run.final)("the import")["input_ids"]
+    assert tokens == f"{ids} True True"
+    ours, theirs = load_file(run.final / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    state = read_json(run.hub)
+    assert (state["repo"], state["private"], state["pending"]) == ("alice/tiny", True, None)
+    assert state["pushed"][0]["step"] == 24
+
+
+def test_passing_faults_are_tried_again(fakehub: Any, run: RunDir) -> None:
+    fakehub.faults = [
+        {"match": "POST /api/repos/create", "status": 503, "times": 1},
+        {"match": "POST .*/commit/", "status": 503, "times": 1},
+    ]
+    assert push(run).endswith("alice/tiny")
+    assert read_json(run.hub)["pending"] is None
+
+
+def test_a_hub_that_fails_at_the_end_leaves_the_model_whole_and_the_run_done(
+    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakehub.faults = [{"match": "POST .*/commit/", "status": 503, "times": 99}]
+    files = {path: path.read_bytes() for path in run.final.iterdir() if path.suffix == ".safetensors"}
+    command = ("run", run.job, "--set", "hub.push=end", "--runs", run.root.parent)
+    said = clm_dist(capsys, monkeypatch, *command)
+    assert said.code == 0
+    assert f"push it later with `clm-dist push {run.root}`" in said.err
+    assert "503" in said.err
+    assert {path: path.read_bytes() for path in files} == files
+    pending = read_json(run.hub)["pending"]
+    assert (pending["step"], pending["path"]) == (24, str(run.final))
+    assert "503" in pending["error"]
+
+    # The command that was named, once the Hub is back; then there is nothing left to push.
+    fakehub.faults = []
+    assert clm_dist(capsys, monkeypatch, "push", run.root).code == 0
+    assert read_json(run.hub)["pending"] is None
+    fakehub.log.clear()
+    assert clm_dist(capsys, monkeypatch, *command).code == 0
+    assert not [line for line in fakehub.log if line[0] == "POST"]
+
+
+def test_tokens_that_are_refused(
+    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(run)
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    said = clm_dist(capsys, monkeypatch, "push", run.root, "--repo", "alice/tiny")
+    assert (said.code, "the token may not write to alice/tiny" in said.err) == (2, True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ConfigError, match=r"the Hub refuses the token; log in again with `hf auth login`"):
+        push(run)
+    assert "refuses the token" in read_json(run.hub)["pending"]["error"]
+
+
+def test_a_hub_that_is_down_does_not_stop_a_job_from_starting(
+    fakehub: Any, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert hub.check_access(read_saved_job(run.job)) is None
+    with pytest.raises(HubError, match="the Hub is not reachable"):
+        push(run)
+
+
+def test_a_repository_may_be_public_and_named(fakehub: Any, run: RunDir) -> None:
+    push(run, repo="alice/other", private=False)
+    assert (
+        in_a_new_process(
+            fakehub, "from huggingface_hub import model_info; print(model_info('alice/other', token=False).private)"
+        )
+        == "False"
+    )
+
+
+def test_what_the_hub_does_not_hold_as_pushed_is_found(
+    fakehub: Any, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regular = type(fakehub).regular
+    monkeypatch.setattr(
+        type(fakehub), "regular", lambda self, data: regular(self, data[:-1] if len(data) > 9999 else data)
+    )
+    with pytest.raises(HubError, match=r"does not hold .* as it was pushed"):
+        push(run)
+    assert read_json(run.hub)["pending"]

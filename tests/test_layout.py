@@ -1,0 +1,91 @@
+"""What imports what, and what --help costs."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
+# A module may import from its own layer's package and from what stands below it.
+LAYERS = [
+    {"errors"},
+    {"config", "progress"},
+    {"job", "run_dir", "metrics", "shards"},
+    {"prepare", "train", "report", "hub", "generate", "perplexity"},
+    {"cli"},
+    {"__main__"},
+]
+STAGES = LAYERS[3]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules that a file imports anywhere, late imports included, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def parts_of(file: Path) -> set[str]:
+    """Top-level parts of the package that a file imports."""
+    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    names = {name.split(".")[1] for name in imports_of(file) if name.startswith("clm_dist.")}
+    return names - {own, "__version__"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_down_and_stages_do_not_import_each_other(file: Path) -> None:
+    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own == "__init__":
+        assert parts_of(file) == set()
+        return
+    layer = next(number for number, names in enumerate(LAYERS) if own in names)
+    for part in parts_of(file):
+        other = next(number for number, names in enumerate(LAYERS) if part in names)
+        assert other <= layer, f"{own} imports {part} from above"
+        assert not (own in STAGES and part in STAGES), f"the stage {own} imports the stage {part}"
+
+
+def test_ray_is_imported_by_the_driver_and_the_worker_alone() -> None:
+    with_ray = {
+        str(file.relative_to(PACKAGE))
+        for file in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "ray" for name in imports_of(file))
+    }
+    assert with_ray == {"train/driver.py", "train/worker.py"}
+
+
+def test_nothing_below_the_stages_imports_torch() -> None:
+    for layer in LAYERS[:3]:
+        for name in layer:
+            assert not {m.split(".")[0] for m in imports_of(PACKAGE / f"{name}.py")} & {"torch", "transformers", "ray"}
+
+
+def test_help_takes_under_a_second_and_loads_neither_torch_nor_ray() -> None:
+    code = "import sys; sys.argv = ['clm-dist', '--help']\nfrom clm_dist.cli import main\ntry:\n main()\n"
+    code += "except SystemExit:\n print(sorted({'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)))"
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        times.append(time.perf_counter() - began)
+        assert ended.stdout.strip().splitlines()[-1] == "[]"
+    assert min(times) < 1
+
+
+def test_every_job_file_is_a_job() -> None:
+    from clm_dist.job import load_job
+
+    jobs = {file.stem: load_job(file).config for file in (PACKAGE.parent / "jobs").glob("*.yaml")}
+    assert {"quickstart", "eli5-guide", "eli5-subset", "eli5-full", "eli5-zero3"} <= jobs.keys()
+    assert all(job.name == name for name, job in jobs.items())
+    full, subset = jobs["eli5-full"], jobs["eli5-subset"]
+    assert (full.data.split, full.data.split_method, full.cluster.strategy) == ("train", "hash", "zero2")
+    assert (subset.data.dataset, full.model) == (full.data.dataset, subset.model)
+    assert jobs["eli5-zero3"].cluster.strategy == "zero3"

@@ -1,0 +1,136 @@
+"""Runs under Ray Train: what they leave, and what a killed worker costs."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import CheckpointError, RunError
+from clm_dist.progress import Silent
+from clm_dist.run_dir import RunDir, read_json, read_records
+from clm_dist.train import driver
+from clm_dist.train.checkpoint import committed
+from clm_dist.train.driver import Cluster
+from tests.conftest import MakeJob
+from tests.train.test_strategy import losses_of, train_one
+from tests.workers import forget_accelerate
+
+TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
+
+
+class Notes(Silent):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def fit(cluster: Cluster, prepared: Callable[[JobConfig], Path]) -> Callable[..., dict[str, Any]]:
+    def run(job: JobConfig, directory: Path, **options: Any) -> dict[str, Any]:
+        progress = options.pop("progress", Silent())
+        return driver.train(job, RunDir(directory), prepared(job), cluster, progress, **options)
+
+    return run
+
+
+def test_a_run_leaves_what_the_design_promises(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    job = make_job(*TWO_WORKERS, "train.max_steps=24", "tracking=[tensorboard]", "hub.push=epoch")
+    exported: list[tuple[Path, int]] = []
+    progress = Notes()
+    result = fit(job, tmp_path / "run", on_export=lambda path, step: exported.append((path, step)), progress=progress)
+
+    run = RunDir(tmp_path / "run")
+    assert result == read_json(run.result)
+    assert (result["status"], result["workers"], result["strategy"], result["restarts"]) == ("done", 2, "ddp", 0)
+    assert result["train"]["steps"] == 24
+    assert result["data"] == prepared(job).name
+    records = read_records(run.metrics)
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == list(range(1, 25))
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait"} <= steps[0].keys()
+    assert result["train"]["tokens"] == sum(record["tokens"] for record in steps)
+    # The untouched model, after each epoch of 12 steps; the last is the final one.
+    assert [result["baseline"]["step"], *(e["step"] for e in result["evals"])] == [0, 12, 24]
+    assert result["final"] == result["evals"][-1]
+    assert result["final"]["loss"] < result["baseline"]["loss"]
+    assert {path.name for path in run.final.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert not (run.root / "final.unverified").exists()
+    assert [path.name[:13] for path in committed(run.checkpoints)] == ["step-00000022", "step-00000024"]
+    assert exported == [(run.exports / "step-00000012", 12)]
+    assert (exported[0][0] / "model.safetensors").is_file()
+    assert any(run.tensorboard.iterdir())
+    assert any("Step 24, epoch 2.00: eval loss" in note for note in progress.notes)
+
+    # The same numbers without Ray, in one process: the evaluation of equal weights to the last bit.
+    (tmp_path / "alone").mkdir()
+    alone = make_job("train.max_steps=24")
+    assert train_one(alone, RunDir(tmp_path / "alone"), prepared(alone)).status == "done"
+    forget_accelerate()
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-6)
+    evals = [r for r in read_records(tmp_path / "alone" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert evals[0]["loss"] == result["baseline"]["loss"]
+
+
+def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothing(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
+) -> None:
+    settings = (*TWO_WORKERS, "train.max_steps=150", "train.epochs=99", "eval.every=50", "checkpoint.every=10")
+    job = make_job(*settings, "model.config.resid_pdrop=0.1", "cluster.strategy=zero2")
+    untouched = fit(job, tmp_path / "untouched")
+    run = RunDir(tmp_path / "killed")
+    killed: list[int] = []
+
+    def kill_rank_0_after_a_commit() -> None:
+        while not committed(run.checkpoints):
+            time.sleep(0.02)
+        pid = next(record["pid"] for record in read_records(run.metrics) if record["kind"] == "start")
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killer = threading.Thread(target=kill_rank_0_after_a_commit)
+    killer.start()
+    progress = Notes()
+    result = fit(job, run.root, progress=progress)
+    killer.join()
+    assert killed
+    assert (result["status"], result["restarts"]) == ("done", 1)
+    starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    assert starts[0] == 0
+    assert starts[1] >= 10
+    assert any(f"Resuming from the checkpoint of step {starts[1]}" in note for note in progress.notes)
+    assert losses_of(run.root) == losses_of(tmp_path / "untouched")
+    assert result["evals"] == untouched["evals"]
+    weights = [directory / "final" / "model.safetensors" for directory in (run.root, tmp_path / "untouched")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    # ZeRO's checkpoints do not load with another number of workers yet: said at once, with the way out.
+    with pytest.raises(CheckpointError, match=r"was saved by 2 workers, and zero2 cannot resume with 1 yet; resume "):
+        fit(make_job(*settings, "cluster.strategy=zero2", "cluster.workers=1"), run.root)
+    with pytest.raises(CheckpointError, match=r"saved with cluster.strategy zero2, the job has ddp"):
+        fit(make_job(*settings), run.root)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(*TWO_WORKERS, "train.learning_rate=1e30", "train.max_grad_norm=null", "checkpoint.every=1")
+    with pytest.raises(RunError, match=r"(loss|gradient) of step \d+ is (nan|inf|not finite)"):
+        fit(job, tmp_path / "run")
+    result = read_json(tmp_path / "run" / "result.json")
+    assert (result["status"], result["final"], result["restarts"]) == ("failed", None, 0)
+    assert "of step" in result["error"]
+    assert not (tmp_path / "run" / "final").exists()
+    assert json.dumps(result, allow_nan=False)
