@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 
 from clm_dist import __version__
 from clm_dist.config import JobConfig
@@ -68,9 +69,11 @@ def _set_up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    if verbose:
-        logging.getLogger().setLevel(logging.DEBUG)
+    ours = logging.getLogger("clm_dist")
+    if not ours.handlers:
+        # On our logger, not the root: libraries that print their own warnings would print them twice.
+        ours.addHandler(RichHandler(console=err, show_time=False, show_path=False))
+    ours.setLevel(logging.DEBUG if verbose else logging.WARNING)
     if version:
         typer.echo(__version__)
         raise typer.Exit

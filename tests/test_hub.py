@@ -1,5 +1,6 @@
 """Pushes against a Hub server that stores, checks tokens and fails on demand."""
 
+import gzip
 import importlib.util
 import os
 import subprocess
@@ -15,7 +16,9 @@ from clm_dist import hub
 from clm_dist.errors import ConfigError, HubError
 from clm_dist.job import read_saved_job
 from clm_dist.run_dir import RunDir, read_json
+from clm_dist.shards import Manifest
 from tests.command import clm_dist
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def fakehub(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    server, url = module.start(str(tmp_path / "hub"), {"hf_good": "alice", "hf_bob": "bob"})
+    server, url = module.start(str(tmp_path / "hub"), {"hf_good": "alice", "hf_bob": "bob"}, lfs=True)
     server.hub.url = url
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     # The library reads these from the environment when it is imported.
@@ -155,3 +158,29 @@ def test_what_the_hub_does_not_hold_as_pushed_is_found(
     with pytest.raises(HubError, match=r"does not hold .* as it was pushed"):
         push(run)
     assert read_json(run.hub)["pending"]
+
+
+def test_a_data_set_of_the_hub_gives_the_blocks_of_its_file(
+    fakehub: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ELI5's nested shape as a Hub data set, read in a process of its own, beside the same records in a file."""
+    from huggingface_hub import HfApi
+
+    records = gzip.decompress((shared / "data" / "eli5" / "eli5_category_test.jsonl.gz").read_bytes()).splitlines()
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"\n".join(records[:120]) + b"\n")
+    HfApi().create_repo("alice/eli5", repo_type="dataset", private=True)
+    HfApi().upload_file(path_or_fileobj=file, path_in_repo="train.jsonl", repo_id="alice/eli5", repo_type="dataset")
+    settings = ("data.dataset=alice/eli5", "data.split='train[:100]'", "tokenizer.train.vocab_size=500", "model.path=x")
+    prepare = [sys.executable, "-m", "clm_dist", "prepare", str(ROOT / "jobs" / "eli5-subset.yaml")]
+    prepare += [part for setting in settings for part in ("--set", setting)]
+    environment = os.environ | {"HF_ENDPOINT": fakehub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    stores = []
+    for source in ((), ("--set", "data.source=files", "--set", f"data.path={file}")):
+        command = [*prepare, *source, "--store", str(tmp_path / "stores")]
+        printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        stores.append(Path(printed.strip()))
+    assert stores[0] != stores[1]
+    splits = [Manifest.read(store / "manifest.json").splits for store in stores]
+    assert splits[0] == splits[1]
+    assert splits[0]["train"].num_records == 80

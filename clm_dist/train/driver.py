@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from transformers import AutoTokenizer
@@ -141,10 +142,24 @@ def train(
     Raises:
         RunError: workers kept failing, the loss is not finite, or the written model is not the one that was trained.
             The result says `failed` then, and what was committed stays.
+        ConfigError, CheckpointError: the run cannot be trained as the job says; nothing was changed.
     """
     manifest = Manifest.read(store / "manifest.json")
     _check(job, run, store, manifest, overwrite)
-    _open_run(job, run, overwrite)
+    with _only_driver(run):
+        _open_run(job, run, overwrite)
+        return _train(job, run, store, manifest, cluster, progress, on_export)
+
+
+def _train(
+    job: JobConfig,
+    run: RunDir,
+    store: Path,
+    manifest: Manifest,
+    cluster: Cluster,
+    progress: Progress,
+    on_export: Callable[[Path, int], None],
+) -> dict[str, Any]:
     recorder = Recorder(
         run,
         num_parts=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
@@ -177,6 +192,23 @@ def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, overwri
     load_config(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     if not overwrite and (checkpoints := committed(run.checkpoints)):
         read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
+
+
+@contextlib.contextmanager
+def _only_driver(run: RunDir) -> Iterator[None]:
+    """Hold the run against a second driver; the system lets go of it when this process ends, however it ends."""
+    lock = FileLock(make_dir(run.root.parent) / f".{run.root.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"the run {run.root} is being trained by another process; wait for it, or make another run with "
+            "--set name=..."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:

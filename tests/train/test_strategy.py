@@ -1,5 +1,6 @@
 """Every strategy computes what one plain process computes, and none can train without sharing gradients."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +145,38 @@ def test_resume_from_a_checkpoint_is_exact_with_dropout(
 
 def train_and_resume(rank: int, world_size: int, job: JobConfig, whole: Path, cut: Path, store: Path) -> None:
     """Train to the end; then once more from the checkpoint of step 4, in another run."""
-    import shutil
-
     train_one(job, RunDir(whole), store, rank, world_size)
     if rank == 0:
-        middle = [path for path in committed(RunDir(whole).checkpoints) if path.name.startswith("step-00000004")]
-        shutil.copytree(middle[0], RunDir(cut).checkpoints / middle[0].name)
-        shutil.copy(whole / "metrics.jsonl", cut / "metrics.jsonl")
+        leave_only(RunDir(whole), step=4, target=RunDir(cut))
     torch.distributed.barrier()
     assert train_one(job, RunDir(cut), store, rank, world_size).status == "done"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_resume_with_another_number_of_workers_keeps_the_loss_curve(
+    strategy: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    settings = (*SETTINGS, "train.max_steps=8", "checkpoint.every=4", "batch.micro_size=4")
+    two, one = (make_job(*settings, f"cluster.strategy={strategy}", f"cluster.workers={n}") for n in (2, 1))
+    run_workers(train_and_resume, 2, two, tmp_path / "whole", tmp_path / "unused", few_blocks)
+    cut = RunDir(tmp_path / "cut")
+    leave_only(RunDir(tmp_path / "whole"), step=4, target=cut)
+    (outcome,) = run_workers(train_one_here, 1, one, cut, few_blocks)
+    assert outcome.status == "done"
+    starts = [r["step"] for r in read_records(cut.metrics) if r["kind"] == "start"]
+    assert starts == [0, 4]
+    np.testing.assert_allclose(losses_of(cut.root), losses_of(tmp_path / "whole"), rtol=1e-5)
+
+
+def train_one_here(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> Outcome:
+    return train_one(job, run, store, rank, world_size)
+
+
+def leave_only(source: RunDir, *, step: int, target: RunDir) -> None:
+    """A run as it was when its checkpoint of a step was the last."""
+    (checkpoint,) = (path for path in committed(source.checkpoints) if path.name.startswith(f"step-{step:08d}"))
+    shutil.copytree(checkpoint, target.checkpoints / checkpoint.name)
+    shutil.copy(source.metrics, target.metrics)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])

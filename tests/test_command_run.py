@@ -1,0 +1,202 @@
+"""`clm-dist run` as a user has it: in a process of its own, with a Ray that it starts and stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clm_dist.run_dir import RunDir, read_json, read_records
+from clm_dist.train.checkpoint import committed
+from tests.conftest import ROOT, WriteJob
+from tests.train.test_strategy import losses_of
+
+TIMEOUT_S = 300
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """The command in a session of its own, so that a kill of its process group is a kill of all that it started."""
+    command = [sys.executable, "-m", "clm_dist", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, out, err
+
+
+def wait_for_commit(process: subprocess.Popen[str], run: RunDir, after: int) -> None:
+    """Until a checkpoint beyond a step is committed."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any(int(path.name.split("-")[1]) > after for path in committed(run.checkpoints)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def last_commit(run: RunDir) -> int:
+    return int(committed(run.checkpoints)[-1].name.split("-")[1])
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, waiting = [], [pid]
+    while waiting:
+        new = children.get(waiting.pop(), [])
+        found += new
+        waiting += new
+    return found
+
+
+def running(pids: list[int]) -> list[int]:
+    """Those of some processes that have not ended."""
+    alive = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            alive.append(pid)
+    return alive
+
+
+def writes_runs(pid: int) -> bool:
+    """Whether a process is a worker or Ray Train's controller."""
+    try:
+        name = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"RayTrainWorker" in name or b"TrainController" in name
+
+
+def test_quickstart_goes_from_nothing_to_a_perplexity(tmp_path: Path) -> None:
+    """The README's first command, apart from its installation."""
+    began = time.monotonic()
+    process = start("run", ROOT / "jobs" / "quickstart.yaml", "--runs", tmp_path, "--store", tmp_path / "store")
+    time.sleep(10)
+    started = descendants(process.pid)
+    code, out, err = finish(process)
+    seconds = time.monotonic() - began
+    assert code == 0, err
+    result = read_json(tmp_path / "quickstart" / "result.json")
+    assert result["baseline"]["perplexity"] / result["final"]["perplexity"] > 10
+    assert [e["epoch"] for e in result["evals"]] == [1, 2, 3]
+    # A table, a sample, and lines for a log file instead of a moving display.
+    assert "baseline" in out
+    assert "A sample, from the prompt" in out
+    assert "Training · step" in err
+    assert "left" in err
+    assert "\x1b" not in out + err
+    # Its Ray is gone with it.
+    assert len(started) > 3
+    time.sleep(1)
+    assert running(started) == []
+    print(f"quickstart took {seconds:.0f} s")
+
+
+@pytest.fixture
+def long_job(write_job: WriteJob) -> Path:
+    return write_job(
+        "train.max_steps=400",
+        "train.epochs=999",
+        "checkpoint.every=20",
+        "eval.every=100",
+        "cluster.workers=2",
+        "model.config.resid_pdrop=0.1",
+    )
+
+
+def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(long_job: Path, tmp_path: Path) -> None:
+    def command(runs: Path) -> list[object]:
+        return ["run", long_job, "--runs", runs, "--store", tmp_path / "store"]
+
+    process = start(*command(tmp_path / "untouched"))
+    assert finish(process)[0] == 0
+    run = RunDir(tmp_path / "cut" / "tiny")
+
+    # An announced end: a checkpoint, and the exit code that asks to be run again.
+    process = start(*command(tmp_path / "cut"))
+    wait_for_commit(process, run, after=0)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    assert "SIGTERM: saving a checkpoint, then stopping" in err
+    assert "the same command goes on from it" in err
+    result = read_json(run.result)
+    assert (result["status"], result["final"]) == ("preempted", None)
+    stopped_at = result["train"]["steps"]
+    assert stopped_at == last_commit(run)
+    assert stopped_at < 400
+    assert not run.stop.exists()
+
+    # A kill of the driver, which takes its Ray and its workers with it.
+    process = start(*command(tmp_path / "cut"))
+    wait_for_commit(process, run, after=stopped_at)
+    code, _, err = finish(start(*command(tmp_path / "cut")))
+    assert (code, "is being trained by another process" in err) == (2, True)
+    started = descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed_at = last_commit(run)
+    # Nothing that writes into the run may outlive it for long; Ray's own agents wait a minute for its return.
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in running(started) if writes_runs(pid)]:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.1)
+    (run.checkpoints / "step-00000399-torn").mkdir()
+
+    process = start(*command(tmp_path / "cut"))
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert f"Resuming from the checkpoint of step {last_start(run)}" in err
+    assert last_start(run) >= killed_at
+    assert not (run.checkpoints / "step-00000399-torn").exists()
+    untouched = RunDir(tmp_path / "untouched" / "tiny")
+    assert losses_of(run.root) == losses_of(untouched.root)
+    weights = [directory.final / "model.safetensors" for directory in (run, untouched)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert read_json(run.result)["evals"] == read_json(untouched.result)["evals"]
+    assert read_json(run.result)["restarts"] == 2
+
+    # Once more: nothing is left to do, and that is said.
+    code, again, err = finish(start(*command(tmp_path / "cut")))
+    assert (code, "is done; --overwrite starts it again" in err) == (0, True)
+    assert "baseline" in again
+    assert "baseline" in out
+
+
+def last_start(run: RunDir) -> int:
+    steps: list[int] = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    return steps[-1]
+
+
+def test_two_interrupts_end_a_run_at_once(long_job: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "tiny")
+    process = start("run", long_job, "--runs", tmp_path, "--store", tmp_path / "store")
+    wait_for_commit(process, run, after=0)
+    started = descendants(process.pid)
+    process.send_signal(signal.SIGSTOP)  # so that the second comes before the first is done
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code in (75, 130), err
+    assert "Ctrl-C again stops at once" in err
+    assert "the same command goes on" in err
+    deadline = time.monotonic() + 60
+    while running(started):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
