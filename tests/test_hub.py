@@ -151,11 +151,16 @@ def test_a_repository_may_be_public_and_named(fakehub: Any, run: RunDir) -> None
 def test_what_the_hub_does_not_hold_as_pushed_is_found(
     fakehub: Any, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    regular = type(fakehub).regular
-    monkeypatch.setattr(
-        type(fakehub), "regular", lambda self, data: regular(self, data[:-1] if len(data) > 9999 else data)
-    )
-    with pytest.raises(HubError, match=r"does not hold .* as it was pushed"):
+    from huggingface_hub import HfApi
+
+    upload = HfApi.upload_folder
+
+    def upload_other_bytes(self: HfApi, **options: Any) -> Any:
+        upload(self, **options)
+        return self.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=options["repo_id"])
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_other_bytes)
+    with pytest.raises(HubError, match=r"does not hold config.json as it was pushed"):
         push(run)
     assert read_json(run.hub)["pending"]
 
