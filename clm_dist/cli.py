@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -287,7 +288,7 @@ def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: b
                 store = pipeline.prepare(config, stores_dir, progress)
 
                 def push_epoch(path: Path, step: int) -> None:
-                    pushing.submit(_push_epoch, config, directory, path, step, progress)
+                    pushing.submit(_push_epoch, config, directory, store, path, step, progress)
 
                 result = driver.train(
                     config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
@@ -316,6 +317,7 @@ def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, samp
     if job.hub.push != "never" and not pushed:
         try:
             out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
+            shutil.rmtree(directory.exports, ignore_errors=True)
         except (HubError, ConfigError) as error:
             err.print(
                 f"not pushed: {error}\nThe model is whole in {directory.final}; push it later with "
@@ -342,13 +344,16 @@ def _show_sample(directory: RunDir) -> None:
     out.print(f"  {text.strip()}\n", markup=False, style="italic")
 
 
-def _push_epoch(job: JobConfig, directory: RunDir, path: Path, step: int, progress: Progress) -> None:
+def _push_epoch(job: JobConfig, directory: RunDir, store: Path, path: Path, step: int, progress: Progress) -> None:
     """Push an epoch's model; a failure does not stop training, and the next push supersedes it."""
-    import shutil
-
     from clm_dist import hub
+    from clm_dist.report.card import write_card
+    from clm_dist.shards import Manifest
+    from clm_dist.train.result import build_result
 
     try:
+        result = build_result(job, directory, Manifest.read(store / "manifest.json"), "running")
+        write_card(path, job, result)
         url = hub.push(job, directory, path, step)
     except ClmDistError as error:
         progress.note(f"The model of step {step} is not pushed: {error}")

@@ -48,14 +48,16 @@ class HubError(ClmDistError):
     """The Hub refused or could not be reached."""
 
 
-def describe_os_error(error: OSError, path: Path) -> ConfigError | None:
+def describe_os_error(error: Exception, path: Path) -> ConfigError | None:
     """The error that a person understands for a full or unwritable disk; None for anything else."""
+    if not isinstance(error, OSError):
+        return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         existing = next(p for p in (path, *path.parents) if p.exists())
         free_mib = shutil.disk_usage(existing).free / 2**20
         return ConfigError(
             f"no space left while writing {path} ({free_mib:.0f} MiB free there); free some space, or name another "
-            "disk with --runs or --store, and run the same command again"
+            "disk with --runs or --store (TMPDIR for what is on its way there), and run the same command again"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return ConfigError(

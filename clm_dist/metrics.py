@@ -77,7 +77,8 @@ def combine(parts: Sequence[Part], *, step: int, epoch: float, num_parts: int, n
     Adding in the order of the micro-batches makes the sum the same to the last bit at every number of workers.
 
     Raises:
-        ValueError: a micro-batch is missing or counted twice, or the tokens do not add up to the split.
+        ValueError: a micro-batch is missing or counted twice, the tokens do not add up to the split, or the loss is
+            not finite.
     """
     ordered = sorted(parts, key=lambda part: part.index)
     if [part.index for part in ordered] != list(range(num_parts)):
@@ -88,6 +89,8 @@ def combine(parts: Sequence[Part], *, step: int, epoch: float, num_parts: int, n
     loss_sum = 0.0
     for part in ordered:
         loss_sum += part.loss_sum
+    if not math.isfinite(loss_sum):
+        raise ValueError(f"the eval loss of step {step} is {loss_sum}")
     num_bytes = sum(part.num_bytes for part in ordered)
     return Evaluation(
         step=step,

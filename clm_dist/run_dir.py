@@ -1,6 +1,7 @@
 """Every path that a run writes, and how it is written: a file is whole or it is not there."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.errors import ConfigError, describe_os_error
+
+_FULL_BYTES = 2**20
+"""A disk with less is full: a write that failed took what was left, and may have given some of it back."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,18 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a full or unwritable disk into an error that says so."""
     try:
         yield
-    except OSError as error:
-        described = describe_os_error(error, path)
+    except (OSError, RuntimeError) as error:
+        # torch and Arrow raise errors of their own where the disk is full.
+        full = not isinstance(error, OSError) and _is_full(path)
+        described = describe_os_error(OSError(errno.ENOSPC, "full") if full else error, path)
         if described is None:
             raise
         raise described from error
+
+
+def _is_full(path: Path) -> bool:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(existing).free < _FULL_BYTES
 
 
 def write_text(path: Path, text: str) -> None:

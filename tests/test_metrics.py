@@ -39,6 +39,7 @@ def test_parts_of_different_sizes_weigh_by_their_tokens() -> None:
         ([*parts(10), parts(1)[0]], "11 micro-batches, the split 10"),
         ([*parts(9), parts(1)[0]], "10 micro-batches, the split 10"),
         ([*parts(9), Part(9, 1.0, 999, 1)], "tokens, the split has"),
+        ([*parts(9), Part(9, math.nan, 10, 1)], "eval loss of step 0 is nan"),
     ],
 )
 def test_parts_that_do_not_add_up_to_the_split_are_refused(wrong: list[Part], message: str) -> None:

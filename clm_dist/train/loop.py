@@ -16,7 +16,7 @@ import torch.distributed as dist
 from clm_dist.config import Every, JobConfig
 from clm_dist.errors import RunError
 from clm_dist.metrics import flops_per_token, model_flops_utilization
-from clm_dist.run_dir import RunDir
+from clm_dist.run_dir import RunDir, writing
 from clm_dist.shards import Blocks, Manifest
 from clm_dist.train.checkpoint import TrainerState, checkpoint_name, committed, read_state
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
@@ -152,7 +152,7 @@ class _Loop:
         num_targets = len(batch) * (self.blocks.block_size - 1)
         # Ranks average their gradients; this makes the average the gradient of the mean over all tokens.
         scale = strategy.world_size / num_targets
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
         for number, micro in enumerate(
             micros := list(self.order.micro_batches(self.step, strategy.rank, strategy.world_size))
         ):
@@ -164,10 +164,10 @@ class _Loop:
                 losses = next_token_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
                 strategy.backward(losses.sum() * (scale if micro.counts else 0.0))
             if micro.counts:
-                loss_sum += losses.detach().double().sum().item()
+                loss_sum += losses.detach().double().sum()
 
         wishes = self.reporter.wishes()
-        total, stops, reports = strategy.all_reduce([loss_sum, *wishes])
+        total, stops, reports = strategy.all_reduce([loss_sum.item(), *wishes])
         loss = total / num_targets
         if not np.isfinite(loss):
             raise RunError(
@@ -225,11 +225,12 @@ class _Loop:
         name = checkpoint_name(self.step)
         # On a local disk; the report copies it into the run directory, in the background under Ray.
         share = Path(tempfile.gettempdir()) / f"clm-dist-{name}"
-        share.mkdir()
-        self.strategy.save(share)
-        if self.strategy.rank == 0:
-            state = TrainerState(self.step, self.strategy.world_size, self.job.cluster.strategy, self.fingerprint)
-            state.write(share)
+        with writing(share):
+            share.mkdir()
+            self.strategy.save(share)
+            if self.strategy.rank == 0:
+                state = TrainerState(self.step, self.strategy.world_size, self.job.cluster.strategy, self.fingerprint)
+                state.write(share)
         self.reporter.add(kind="checkpoint", step=self.step)
         self.reporter.send(share, name)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from clm_dist.errors import RunError
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.run_dir import RunDir, read_records, write_text, writing
 from clm_dist.train.checkpoint import commit
@@ -68,13 +69,16 @@ class Recorder:
         if not shares:
             return None
         parts = [Part(*part) for share in shares for part in share["parts"]]
-        return combine(
-            parts,
-            step=shares[0]["step"],
-            epoch=shares[0]["epoch"],
-            num_parts=self._num_parts,
-            num_tokens=self._num_tokens,
-        )
+        try:
+            return combine(
+                parts,
+                step=shares[0]["step"],
+                epoch=shares[0]["epoch"],
+                num_parts=self._num_parts,
+                num_tokens=self._num_tokens,
+            )
+        except ValueError as error:
+            raise RunError(f"{error}; the committed checkpoints are whole") from error
 
     def _append(self, records: Sequence[Record]) -> None:
         for record in records:

@@ -62,6 +62,9 @@ class Strategy(ABC):
         self._max_norm = job.train.max_grad_norm
         self.accelerator = self._build_accelerator()
         self.device: torch.device = self.accelerator.device
+        if use_gpu:
+            # Object collectives and seeds go to the current device.
+            torch.cuda.set_device(self.device)
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._check_world()

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import CheckpointError, RunError
+from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train import driver
 from clm_dist.train.checkpoint import committed
 from clm_dist.train.driver import Cluster
 from tests.conftest import MakeJob
+from tests.test_run_dir import mounted
 from tests.train.test_strategy import losses_of, train_one
 from tests.workers import forget_accelerate
 
@@ -134,3 +136,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
     assert "of step" in result["error"]
     assert not (tmp_path / "run" / "final").exists()
     assert json.dumps(result, allow_nan=False)
+
+
+def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job("train.max_steps=40", "train.epochs=9", "checkpoint.every=2", "cluster.max_restarts=0")
+    with mounted(tmp_path / "disk", "size=1200k") as disk:
+        with pytest.raises(ConfigError, match=r"no space left .* run the same command again"):
+            fit(job, disk / "run")
+        kept = committed(disk / "run" / "checkpoints")
+        assert kept
+        state = torch.load(kept[-1] / "state.pt", weights_only=True)
+        assert state.keys() == {"model", "optimizer"}
