@@ -17,7 +17,7 @@ class Progress(Protocol):
         """Begin a stage of `total` units; None where the end is not known."""
 
     def update(self, done: int, **figures: str) -> None:
-        """`done` units of the stage are done; figures are shown as they are: `loss="2.31"`."""
+        """`done` units of the stage are done; figures are shown as they are: `tokens_per_s="9,100"`."""
 
     def note(self, text: str) -> None:
         """Say one line that stays."""
@@ -54,7 +54,7 @@ class _Stage:
             parts.append(f"{self.unit} {self.done}/{self.total}".strip())
         elif self.unit:
             parts.append(f"{self.unit} {self.done}")
-        parts += [f"{name.replace('_', ' ')} {value}" for name, value in self.figures.items()]
+        parts += [f"{name.replace('_per_', '/')} {value}" for name, value in self.figures.items()]
         left = self._seconds_left()
         parts.append(f"{_clock(left)} left" if left is not None else _clock(time.monotonic() - self.began))
         return " · ".join(parts)

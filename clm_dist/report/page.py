@@ -1,11 +1,12 @@
 """A run as one HTML page that opens with no network: figures, loss curves as SVG, the job."""
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from clm_dist.report.table import Result, change, rows, show
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.run_dir import RunDir, read_records, write_text
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
@@ -25,8 +26,6 @@ Points = Sequence[tuple[float, float]]
 
 def write_page(run: RunDir, result: Result) -> None:
     """Write `report.html`."""
-    from clm_dist.run_dir import write_text
-
     write_text(run.report, render_page(result, read_records(run.metrics), run.job.read_text(encoding="utf-8")))
 
 
@@ -114,13 +113,12 @@ def _plot(series: Sequence[tuple[Points, str, bool]], x_name: str, y_name: str) 
         return round(across, 1), round(down, 1)
 
     parts = []
-    for tick in range(5):
-        y = y_low + (y_high - y_low) * tick / 4
-        x = x_low + (x_high - x_low) * tick / 4
-        (left, down), (across, _) = place(x_low, y), place(x, y_low)
+    for y in _ticks(y_low, y_high):
+        left, down = place(x_low, y)
         parts.append(f'<line x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{down}" y2="{down}" stroke="#e3e8ee"/>')
-        parts.append(f'<text x="{left - 8}" y="{down + 4}" text-anchor="end">{_tick(y)}</text>')
-        parts.append(f'<text x="{across}" y="{_HEIGHT - 20}" text-anchor="middle">{_tick(round(x))}</text>')
+        parts.append(f'<text x="{left - 8}" y="{down + 4}" text-anchor="end">{y:,g}</text>')
+    for x in _ticks(x_low, x_high):
+        parts.append(f'<text x="{place(x, y_low)[0]}" y="{_HEIGHT - 20}" text-anchor="middle">{x:,g}</text>')
     for points, colour, marked in shown:
         path = " ".join("{},{}".format(*place(x, y)) for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
@@ -142,5 +140,9 @@ def _thinned(points: Points) -> Points:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _tick(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers in a range."""
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [round(number * step, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -105,8 +105,8 @@ def show(value: float | None, spec: str) -> str:
 
 
 def change(first: dict[str, Any] | None, evaluation: dict[str, Any]) -> str:
-    """How much the perplexity fell since the baseline: `-94.1 %`, or `/ 12.3` where it fell tenfold."""
+    """How much the perplexity fell since the baseline: `-84.1 %`, or `÷ 12.3` where it fell tenfold."""
     if not first or not first["perplexity"] or not evaluation.get("perplexity") or first is evaluation:
         return ""
     ratio = first["perplexity"] / evaluation["perplexity"]
-    return f"/ {ratio:.1f}" if ratio >= 10 else f"{(1 / ratio - 1) * 100:+.1f} %"
+    return f"÷ {ratio:.1f}" if ratio >= 10 else f"{(1 / ratio - 1) * 100:+.1f} %"

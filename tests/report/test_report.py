@@ -40,7 +40,7 @@ def test_changes_are_percent_or_factors() -> None:
     first = {"perplexity": 100.0}
     assert change(first, {"perplexity": 50.0}) == "-50.0 %"
     assert change(first, {"perplexity": 125.0}) == "+25.0 %"
-    assert change(first, {"perplexity": 8.0}) == "/ 12.5"
+    assert change(first, {"perplexity": 8.0}) == "÷ 12.5"
     assert change(first, {"perplexity": None}) == change(None, first) == change(first, first) == ""
 
 

@@ -213,6 +213,30 @@ def test_offload_and_recomputation_change_no_number(
     np.testing.assert_allclose(losses_of(runs[1]), losses_of(runs[0]), rtol=1e-6)
 
 
+def test_biases_and_norms_without_decay_are_the_same_parameters_under_every_strategy(
+    make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    settings = (
+        *SETTINGS,
+        "cluster.workers=2",
+        "train.max_steps=6",
+        "train.weight_decay=0.9",
+        "train.learning_rate=0.1",
+    )
+    jobs = [make_job(*settings, "cluster.strategy=ddp")]
+    jobs += [
+        make_job(*settings, "train.decay_bias_and_norm=false", f"cluster.strategy={strategy}")
+        for strategy in ("ddp", "fsdp2", "zero1", "zero3")
+    ]
+    runs = [tmp_path / str(number) for number in range(len(jobs))]
+    run_workers(train_several, 2, jobs, runs, few_blocks)
+    plain, *chosen = (losses_of(run) for run in runs)
+    # The setting changes the numbers, and every strategy by as much.
+    assert abs(plain[-1] / chosen[0][-1] - 1) > 1e-3
+    for losses in chosen[1:]:
+        np.testing.assert_allclose(losses, chosen[0], rtol=1e-4)
+
+
 def sabotaged(rank: int, world_size: int, kind: str, job: JobConfig, run: Path, store: Path) -> tuple[str, str]:
     """Train with ranks that keep their gradients to themselves; what the loop says, or what it raises."""
     import contextlib

@@ -1,0 +1,57 @@
+"""What a person sees while a stage works."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from clm_dist.progress import LineProgress, TerminalProgress, open_progress
+
+
+def work(progress: LineProgress | TerminalProgress) -> None:
+    with progress:
+        progress.start("Training", total=40, unit="step")
+        progress.update(10)  # a resumed run begins here
+        time.sleep(0.2)
+        progress.update(20, loss="2.5000", tokens_per_s="9,100")
+        time.sleep(0.2)
+        progress.note("Step 20: eval loss 2.4")
+
+
+def test_a_log_file_gets_plain_lines() -> None:
+    log = io.StringIO()
+    progress = LineProgress(Console(file=log), interval_s=0.1)
+    work(progress)
+    lines = [line.split(" ", 1)[1] for line in log.getvalue().splitlines()]
+    # 10 steps took 0.2 s, so 20 take 0.4: the 10 that were done before count for nothing.
+    assert lines == [
+        "Training",
+        "Training · step 20/40 · loss 2.5000 · tokens/s 9,100 · 0:00 left",
+        "Step 20: eval loss 2.4",
+    ]
+    assert "\x1b" not in log.getvalue()
+
+
+def test_time_left_counts_only_this_process_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    log = io.StringIO()
+    progress = LineProgress(Console(file=log), interval_s=1)
+    progress.start("Training", total=1000, unit="step")
+    progress.update(900)
+    clock[0] = 60.0
+    progress.update(910)
+    assert log.getvalue().splitlines()[-1].endswith("step 910/1000 · 9:00 left")
+
+
+def test_a_terminal_gets_a_line_that_moves_and_notes_that_stay() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    assert isinstance(open_progress(console), TerminalProgress)
+    assert isinstance(open_progress(Console(file=io.StringIO())), LineProgress)
+    work(TerminalProgress(console))
+    shown = screen.getvalue()
+    assert "Training · step 20/40 · loss 2.5000 · tokens/s 9,100 · 0:00 left" in shown
+    assert "Step 20: eval loss 2.4\n" in shown
+    assert "\x1b[2K" in shown
