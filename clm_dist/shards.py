@@ -25,6 +25,8 @@ SHARD_TOKENS = 2**26
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids, uint16 or uint32."""
+TokenBytes = npt.NDArray[np.uint16]
+"""Bytes of text that each token stands for, (vocab_size,); 0 for special tokens."""
 
 
 @dataclass(frozen=True)

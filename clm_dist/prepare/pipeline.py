@@ -4,10 +4,12 @@ The records of a split are cut into partitions of 1,000. A partition's tokens ar
 preparation that was killed goes on with the partition in flight, and the shards come out the same.
 """
 
+import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from clm_dist.prepare.sources import load_records, source_identity
 from clm_dist.prepare.tokens import Encoder, locate_tokenizer, tokenizer_fingerprint, train_tokenizer
 from clm_dist.progress import Progress
 from clm_dist.run_dir import make_dir, writing
-from clm_dist.shards import Ids, Manifest, Split, write_shards
+from clm_dist.shards import Ids, Manifest, Split, TokenBytes, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,9 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
         ConfigError, DataError: the data or the tokenizer is not reachable, broken, or too small.
     """
     tokenizer = _locate_tokenizer(job)
-    identity = _identity(job, tokenizer)
-    store = stores / fingerprint(identity)
     make_dir(stores)
+    identity = _identity(job, tokenizer, stores)
+    store = stores / fingerprint(identity)
     with writing(store), FileLock(stores / f".{store.name}.lock"):
         if not (store / "manifest.json").exists():
             _build(job, tokenizer, identity, store, progress)
@@ -54,7 +56,7 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
 
 def find_store(job: JobConfig, stores: Path) -> Path | None:
     """The store that `prepare` made for the job; None where it has not."""
-    store = stores / fingerprint(_identity(job, _locate_tokenizer(job)))
+    store = make_dir(stores) / fingerprint(_identity(job, _locate_tokenizer(job), stores))
     return store if (store / "manifest.json").exists() else None
 
 
@@ -64,14 +66,14 @@ def _locate_tokenizer(job: JobConfig) -> Path | None:
     return locate_tokenizer(job.tokenizer_path, "tokenizer.path" if job.tokenizer.path else "model.path")
 
 
-def _identity(job: JobConfig, tokenizer: Path | None) -> dict[str, Any]:
+def _identity(job: JobConfig, tokenizer: Path | None, stores: Path) -> dict[str, Any]:
     """Everything that decides which blocks come out."""
     data = job.data.model_dump(
         mode="json", include={"text", "join", "id", "eval_fraction", "split_method", "seed", "block_size", "grouping"}
     )
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
     return {
-        "source": source_identity(job.data),
+        "source": source_identity(job.data, stores / "digests.json"),
         "data": data | {"append_eos": job.data.append_eos},
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else {"train": trained},
     }
@@ -90,27 +92,24 @@ def _build(job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], sto
     encoder = Encoder(tokenizer, job.data)
     token_bytes = encoder.token_bytes()
 
-    splits = {}
-    num_partitions = {name: -(-len(indices) // PARTITION_RECORDS) for name, indices in rows.items()}
-    progress.start("Tokenising", total=sum(num_partitions.values()), unit="partition")
-    began, num_done, num_bytes, lost_bytes = time.monotonic(), 0, 0, 0
+    starts = {name: range(0, len(indices), PARTITION_RECORDS) for name, indices in rows.items()}
+    progress.start("Tokenising", total=sum(map(len, starts.values())), unit="partition")
+    began, num_done, splits, total = time.monotonic(), 0, {}, Counter[str]()
     for name, indices in rows.items():
-        stats = np.zeros(len(_STATS), np.int64)
-        for number in range(num_partitions[name]):
-            part = work / f"{name}-{number:06d}.npz"
+        counts = Counter[str]()
+        parts = [work / f"{name}-{start:09d}.npz" for start in starts[name]]
+        for start, part in zip(starts[name], parts, strict=True):
             if not part.exists():
-                some = table.take(indices[number * PARTITION_RECORDS : (number + 1) * PARTITION_RECORDS])
-                _tokenise(part, documents_of(some, job.data), encoder)
-            ids, counts = _read_partition(part)
-            stats += counts
+                some = table.take(indices[start : start + PARTITION_RECORDS])
+                _tokenise(part, documents_of(some, job.data), encoder, token_bytes)
+            counts.update(_read_partition(part)[1])
             num_done += 1
-            num_bytes += int(counts[_STATS.index("text_bytes")])
-            lost_bytes += abs(int(counts[_STATS.index("text_bytes")] - token_bytes[ids].sum(dtype=np.int64)))
-            progress.update(num_done, rate=f"{num_bytes / 1e6 / (time.monotonic() - began):.1f} MB/s")
-        parts = [work / f"{name}-{number:06d}.npz" for number in range(num_partitions[name])]
-        splits[name] = _write_split(job, store, name, parts, encoder, dict(zip(_STATS, map(int, stats), strict=True)))
+            rate = (total["text_bytes"] + counts["text_bytes"]) / 1e6 / (time.monotonic() - began)
+            progress.update(num_done, rate=f"{rate:.1f} MB/s")
+        splits[name] = _write_split(job, store, name, parts, encoder, counts)
+        total.update(counts)
 
-    if lost_bytes > _LOSSY_SHARE * num_bytes:
+    if total["lost_bytes"] > _LOSSY_SHARE * total["text_bytes"]:
         logger.warning("the tokenizer does not keep the text's bytes, so there will be no bits per byte")
         token_bytes[:] = 0
     with writing(store):
@@ -128,45 +127,46 @@ def _build(job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], sto
         shutil.rmtree(work)
 
 
-_STATS = ("records", "skipped", "documents", "text_bytes", "tokens")
-
-
-def _tokenise(part: Path, documents: list[list[str]], encoder: Encoder) -> None:
+def _tokenise(part: Path, documents: list[list[str]], encoder: Encoder, token_bytes: TokenBytes) -> None:
     """Write a partition's tokens and counts; the file is whole or not there."""
     texts = [text for record in documents for text in record]
-    ids = encoder.encode(texts)
-    counts = (
-        len(documents),
-        sum(not record for record in documents),
-        len(texts),
-        sum(len(text.encode()) for text in texts),
-        len(ids),
-    )
+    encoded = encoder.encode(texts)
+    sizes = np.array([len(text.encode()) for text in texts], np.int64)
+    token_sizes = np.array([token_bytes[ids].sum(dtype=np.int64) for ids in encoded], np.int64)
+    ids = np.concatenate([np.empty(0, encoder.dtype), *encoded])
+    counts = {
+        "records": len(documents),
+        "skipped": sum(not record for record in documents),
+        "documents": len(texts),
+        "text_bytes": int(sizes.sum()),
+        "lost_bytes": int(np.abs(sizes - token_sizes).sum()),
+        "tokens": len(ids),
+    }
     unfinished = part.with_suffix(".part")
     with writing(part):
         with unfinished.open("wb") as file:
-            np.savez(file, ids=ids, counts=np.array(counts, np.int64))
+            np.savez(file, ids=ids, counts=json.dumps(counts))
         unfinished.replace(part)
 
 
-def _read_partition(part: Path) -> tuple[Ids, np.ndarray[Any, np.dtype[np.int64]]]:
+def _read_partition(part: Path) -> tuple[Ids, dict[str, int]]:
     with np.load(part) as saved:
-        return saved["ids"], saved["counts"]
+        return saved["ids"], json.loads(str(saved["counts"]))
 
 
 def _write_split(
-    job: JobConfig, store: Path, name: str, parts: list[Path], encoder: Encoder, stats: dict[str, int]
+    job: JobConfig, store: Path, name: str, parts: list[Path], encoder: Encoder, counts: Mapping[str, int]
 ) -> Split:
-    if stats["documents"] == 0:
+    if counts["documents"] == 0:
         raise DataError(
-            f"data.text {job.data.text} is empty in all {stats['records']} records of the {name} split; "
+            f"data.text {job.data.text} is empty in all {counts['records']} records of the {name} split; "
             "name the field that holds the text",
             field="data.text",
         )
     block_size = job.data.block_size
-    if stats["tokens"] < block_size:
+    if counts["tokens"] < block_size:
         raise DataError(
-            f"the {name} split has {stats['tokens']} tokens ({stats['records']} records), less than one block of "
+            f"the {name} split has {counts['tokens']} tokens ({counts['records']} records), less than one block of "
             f"{block_size}; take more records, lower data.block_size or change data.eval_fraction",
             field="data.block_size",
         )
@@ -186,13 +186,13 @@ def _write_split(
             field="data.grouping",
         )
     return Split(
-        num_records=stats["records"],
-        num_skipped={"empty": stats["skipped"]},
-        num_documents=stats["documents"],
-        num_text_bytes=stats["text_bytes"],
-        num_tokens=stats["tokens"],
+        num_records=counts["records"],
+        num_skipped={"empty": counts["skipped"]},
+        num_documents=counts["documents"],
+        num_text_bytes=counts["text_bytes"],
+        num_tokens=counts["tokens"],
         num_blocks=num_blocks,
-        num_dropped_tokens=stats["tokens"] - num_blocks * block_size,
+        num_dropped_tokens=counts["tokens"] - num_blocks * block_size,
         shards=tuple(shards),
     )
 

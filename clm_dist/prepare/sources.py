@@ -1,5 +1,6 @@
 """Records of a job's data as an Arrow table with just the columns that the job reads."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from glob import iglob
@@ -13,6 +14,7 @@ import pyarrow.parquet
 
 from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError, DataError
+from clm_dist.run_dir import read_json, write_json
 
 _COMPRESSIONS = (".gz", ".zst", ".bz2")
 _FORMATS = {
@@ -32,15 +34,31 @@ _FORMATS = {
 _JSON_BLOCK_BYTES = 1 << 26
 
 
-def source_identity(data: DataConfig) -> dict[str, Any]:
-    """What stands for the records in a store's fingerprint; cheap, and reads no record."""
+def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
+    """What stands for the records in a store's fingerprint.
+
+    A file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers what
+    files held, so that one whose size and time are as they were is not read again.
+    """
     if data.source == "hub":
         return {"dataset": data.dataset, "config": data.config, "revision": data.revision, "split": data.split}
     if data.source == "builtin":
         return {"builtin": "pydoc_data.topics", "topics": _builtin_version(), "split": data.split}
-    stats = [(file, file.stat()) for file in find_files(data)]
-    files = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    return {"files": files, "split": data.split}
+    return {"files": _digests_of(find_files(data), digests), "split": data.split}
+
+
+def _digests_of(files: list[Path], remembered: Path) -> list[tuple[str, str]]:
+    """Suffix and sha256 of each file; the suffix says how it is read."""
+    known = read_json(remembered) if remembered.exists() else {}
+    keys = {file: f"{file.absolute()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files}
+    fresh = {}
+    for file, key in keys.items():
+        if key not in known:
+            with file.open("rb") as opened:
+                fresh[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if fresh:
+        write_json(remembered, known | fresh)
+    return [("".join(file.suffixes), (known | fresh)[key]) for file, key in keys.items()]
 
 
 def load_records(data: DataConfig) -> pa.Table:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from clm_dist.config import DataConfig, TokenizerTraining
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.shards import Ids, token_dtype
+from clm_dist.shards import Ids, TokenBytes, token_dtype
 
 # Whatever of these a tokenizer has decides which ids a text gets.
 _FILES = (
@@ -109,19 +108,19 @@ class Encoder:
                 )
         self.dtype = token_dtype(len(self.tokenizer))
 
-    def encode(self, documents: Sequence[str]) -> Ids:
-        """The ids of the documents one after the other, (num_tokens,)."""
-        pieces = [np.empty(0, self.dtype)]
+    def encode(self, documents: Sequence[str]) -> list[Ids]:
+        """The ids of each document, (num_tokens,)."""
+        arrays = []
         for encoding in self._backend.encode_batch_fast(list(documents), add_special_tokens=True):
             ids = encoding.ids
             # Some tokenizers end a text themselves.
             if self._eos is not None and (not ids or ids[-1] != self._eos):
                 ids.append(self._eos)
-            pieces.append(np.array(ids, self.dtype))
-        return np.concatenate(pieces)
+            arrays.append(np.array(ids, self.dtype))
+        return arrays
 
-    def token_bytes(self) -> npt.NDArray[np.uint16]:
-        """Bytes of text that each token stands for, (vocab_size,); 0 for special tokens."""
+    def token_bytes(self) -> TokenBytes:
+        """As it follows from the vocabulary: whether it is so for a text shows when the text is encoded."""
         decoder = json.dumps(json.loads(self._backend.to_str()).get("decoder"))
         special = set(self.tokenizer.all_special_ids)
         sizes = np.zeros(len(self.tokenizer), np.uint16)

@@ -53,10 +53,14 @@ def committed(checkpoints: Path) -> list[Path]:
     return sorted(marker.parent for marker in checkpoints.glob(f"step-*/{_MARKER}"))
 
 
+def is_committed(directory: Path) -> bool:
+    return (directory / _MARKER).exists()
+
+
 def remove_uncommitted(checkpoints: Path) -> None:
     """Clear what killed saves left behind. Only while no worker saves."""
     for directory in checkpoints.glob("step-*"):
-        if not (directory / _MARKER).exists():
+        if not is_committed(directory):
             shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 from torch import nn
@@ -17,7 +16,7 @@ from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
-from clm_dist.shards import Blocks
+from clm_dist.shards import Blocks, TokenBytes
 from clm_dist.train.model import next_token_loss
 
 
@@ -27,7 +26,7 @@ class EvalSplit:
 
     blocks: Blocks
     micro_size: int
-    token_bytes: npt.NDArray[np.uint16]
+    token_bytes: TokenBytes
     """Bytes of text of each token of the vocabulary."""
 
     @classmethod

@@ -18,7 +18,7 @@ from clm_dist.errors import RunError
 from clm_dist.metrics import flops_per_token, model_flops_utilization
 from clm_dist.run_dir import RunDir, writing
 from clm_dist.shards import Blocks, Manifest
-from clm_dist.train.checkpoint import TrainerState, checkpoint_name, committed, read_state
+from clm_dist.train.checkpoint import TrainerState, checkpoint_name, committed, is_committed, read_state
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.loader import BatchOrder
@@ -34,6 +34,7 @@ Report = Callable[[Message, Path | None, str | None], None]
 
 _REPORT_INTERVAL_S = 1.0
 _STOP_INTERVAL_S = 0.5
+_COMMIT_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class _Loop:
         self.throughput = _Throughput.of_model(model, self.blocks.block_size, self.strategy)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
         self.step = self._resume()
+        self.saving: str | None = None
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
@@ -222,6 +224,7 @@ class _Loop:
         self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), parts)
 
     def _save(self) -> None:
+        self._await_commit()
         name = checkpoint_name(self.step)
         # On a local disk; the report copies it into the run directory, in the background under Ray.
         share = Path(tempfile.gettempdir()) / f"clm-dist-{name}"
@@ -233,6 +236,12 @@ class _Loop:
                 state.write(share)
         self.reporter.add(kind="checkpoint", step=self.step)
         self.reporter.send(share, name)
+        self.saving = name
+
+    def _await_commit(self) -> None:
+        """Wait for the save in flight: a second one could fill the disk before the first has its marker."""
+        while self.strategy.rank == 0 and self.saving and not is_committed(self.session.run.checkpoints / self.saving):
+            time.sleep(_COMMIT_POLL_S)
 
     def _resume(self) -> int:
         """Load the last committed checkpoint; gives the steps that are done. Collective."""

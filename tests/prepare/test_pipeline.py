@@ -104,7 +104,7 @@ def test_bytes_of_tokens_of_a_sentencepiece_tokenizer(shared: Path) -> None:
     text = "Lily and Tom saw a café — and said “hi”.\n\U0001f600"
     sizes = encoder.token_bytes()
     # One byte more: the tokenizer puts a space before the text.
-    assert sizes[encoder.encode([text])].sum() == len(text.encode()) + 1
+    assert sizes[encoder.encode([text])[0]].sum() == len(text.encode()) + 1
 
 
 def test_a_second_call_reads_nothing(make: MakeJob, stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,21 @@ def test_a_second_call_reads_nothing(make: MakeJob, stores: Path, monkeypatch: p
     assert prepare(job, stores, Silent()) == store == find_store(job, stores)
 
 
-def test_whatever_changes_the_blocks_changes_the_store(make: MakeJob, stores: Path) -> None:
+def test_a_file_is_what_it_holds(make_job: MakeJob, tmp_path: Path, corpus: Path) -> None:
+    file, copy = tmp_path / "a.jsonl", tmp_path / "deep" / "b.jsonl"
+    copy.parent.mkdir()
+    for path in (file, copy):
+        shutil.copyfile(corpus, path)
+    store = prepare(make_job(f"data.path={file}"), tmp_path, Silent())
+    file.touch()
+    assert find_store(make_job(f"data.path={file}"), tmp_path) == store
+    assert find_store(make_job(f"data.path={copy}"), tmp_path) == store
+    # One letter of another case, in a file of the same size.
+    file.write_text(file.read_text().replace("e", "E", 1))
+    assert find_store(make_job(f"data.path={file}"), tmp_path) is None
+
+
+def test_whatever_changes_the_blocks_changes_the_store(make: MakeJob, tmp_path: Path) -> None:
     changes = (
         "data.split='train[:100]'",
         "data.eval_fraction=0.3",
@@ -126,10 +140,14 @@ def test_whatever_changes_the_blocks_changes_the_store(make: MakeJob, stores: Pa
         "data.join=x",
         "tokenizer.train.vocab_size=300",
     )
-    identities = [json.dumps(pipeline._identity(make(*settings), None)) for settings in ((), *((c,) for c in changes))]
+
+    def identity(*settings: str) -> str:
+        return json.dumps(pipeline._identity(make(*settings), None, tmp_path))
+
+    identities = [identity(), *map(identity, changes)]
     assert len(set(identities)) == len(changes) + 1
-    unrelated = make("train.learning_rate=1", "batch.global_size=4", "cluster.max_restarts=0", "name=other")
-    assert json.dumps(pipeline._identity(unrelated, None)) == identities[0]
+    unrelated = ("train.learning_rate=1", "batch.global_size=4", "cluster.max_restarts=0", "name=other")
+    assert identity(*unrelated) == identities[0]
 
 
 def test_a_killed_preparation_goes_on_and_gives_the_same_shards(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from clm_dist.config import JobConfig
 from clm_dist.errors import CheckpointError, ConfigError, RunError
@@ -123,6 +124,15 @@ def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothi
         fit(make_job(*settings, "cluster.strategy=zero2", "cluster.workers=1"), run.root)
     with pytest.raises(CheckpointError, match=r"saved with cluster.strategy zero2, the job has ddp"):
         fit(make_job(*settings), run.root)
+
+
+def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".run.lock"),
+        pytest.raises(ConfigError, match=r"the run .*run is being trained by another process; wait for it"),
+    ):
+        fit(make_job(), tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
