@@ -11,6 +11,7 @@ import pytest
 
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train.checkpoint import committed
+from tests.command import clm_dist
 from tests.conftest import ROOT, WriteJob
 from tests.train.test_strategy import losses_of
 
@@ -166,17 +167,20 @@ def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(long_job: Path
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert read_json(run.result)["evals"] == read_json(untouched.result)["evals"]
     assert read_json(run.result)["restarts"] == 2
-
-    # Once more: nothing is left to do, and that is said.
-    code, again, err = finish(start(*command(tmp_path / "cut")))
-    assert (code, "is done; --overwrite starts it again" in err) == (0, True)
-    assert "baseline" in again
     assert "baseline" in out
 
 
 def last_start(run: RunDir) -> int:
     steps: list[int] = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
     return steps[-1]
+
+
+def test_a_run_that_is_done_is_not_trained_again(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent)
+    assert (said.code, "is done; --overwrite starts it again" in said.err) == (0, True)
+    assert "baseline" in said.out
 
 
 def test_two_interrupts_end_a_run_at_once(long_job: Path, tmp_path: Path) -> None:
