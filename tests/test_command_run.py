@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,26 @@ from tests.train.test_strategy import losses_of
 TIMEOUT_S = 300
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """The command in a session of its own, so that a kill of its process group is a kill of all that it started."""
-    command = [sys.executable, "-m", "clm_dist", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts the command; what still runs at the end of the test is killed with all that it started."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "clm_dist", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            for pid in [process.pid, *descendants(process.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -81,7 +98,7 @@ def writes_runs(pid: int) -> bool:
     return b"RayTrainWorker" in name or b"TrainController" in name
 
 
-def test_quickstart_goes_from_nothing_to_a_perplexity(tmp_path: Path) -> None:
+def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Path) -> None:
     """The README's first command, apart from its installation."""
     began = time.monotonic()
     process = start("run", ROOT / "jobs" / "quickstart.yaml", "--runs", tmp_path, "--store", tmp_path / "store")
@@ -118,12 +135,12 @@ def long_job(write_job: WriteJob) -> Path:
     )
 
 
-def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(long_job: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(start: Start, long_job: Path, tmp_path: Path) -> None:
     def command(runs: Path) -> list[object]:
         return ["run", long_job, "--runs", runs, "--store", tmp_path / "store"]
 
-    process = start(*command(tmp_path / "untouched"))
-    assert finish(process)[0] == 0
+    aside = start(*command(tmp_path / "untouched"))
     run = RunDir(tmp_path / "cut" / "tiny")
 
     # An announced end: a checkpoint, and the exit code that asks to be run again.
@@ -161,6 +178,7 @@ def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(long_job: Path
     assert f"Resuming from the checkpoint of step {last_start(run)}" in err
     assert last_start(run) >= killed_at
     assert not (run.checkpoints / "step-00000399-torn").exists()
+    assert finish(aside)[0] == 0
     untouched = RunDir(tmp_path / "untouched" / "tiny")
     assert losses_of(run.root) == losses_of(untouched.root)
     weights = [directory.final / "model.safetensors" for directory in (run, untouched)]
@@ -183,7 +201,8 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert "baseline" in said.out
 
 
-def test_two_interrupts_end_a_run_at_once(long_job: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_interrupts_end_a_run_at_once(start: Start, long_job: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "tiny")
     process = start("run", long_job, "--runs", tmp_path, "--store", tmp_path / "store")
     wait_for_commit(process, run, after=0)

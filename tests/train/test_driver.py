@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_design_promises(
 def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothing(
     fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
 ) -> None:
-    settings = (*TWO_WORKERS, "train.max_steps=150", "train.epochs=99", "eval.every=50", "checkpoint.every=10")
+    settings = (*TWO_WORKERS, "train.max_steps=60", "train.epochs=99", "eval.every=20", "checkpoint.every=10")
     job = make_job(*settings, "model.config.resid_pdrop=0.1", "cluster.strategy=zero2")
     untouched = fit(job, tmp_path / "untouched")
     run = RunDir(tmp_path / "killed")
