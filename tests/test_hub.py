@@ -17,8 +17,9 @@ from clm_dist.errors import ConfigError, HubError
 from clm_dist.job import read_saved_job
 from clm_dist.run_dir import RunDir, read_json
 from clm_dist.shards import Manifest
+from clm_dist.train.driver import Cluster
 from tests.command import clm_dist
-from tests.conftest import ROOT
+from tests.conftest import ROOT, WriteJob
 
 
 @pytest.fixture
@@ -114,6 +115,34 @@ def test_a_hub_that_fails_at_the_end_leaves_the_model_whole_and_the_run_done(
     fakehub.log.clear()
     assert clm_dist(capsys, monkeypatch, *command).code == 0
     assert not [line for line in fakehub.log if line[0] == "POST"]
+
+
+def test_every_epoch_is_pushed_while_training_goes_on(
+    fakehub: Any,
+    cluster: Cluster,
+    write_job: WriteJob,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    # As often as it is tried: the push of the first epoch fails for good, and the later ones go on.
+    fakehub.faults = [{"match": "POST .*/commit/", "status": 503, "times": 3}]
+    job = write_job("hub.push=epoch", "train.max_steps=36", "train.epochs=3")
+    said = clm_dist(capsys, monkeypatch, "run", job, "--runs", tmp_path, "--store", tmp_path / "store")
+    assert said.code == 0, said.err
+    assert "The model of step 12 is not pushed: the push to alice/tiny failed" in said.err
+    assert "Pushed the model of step 24 to" in said.err
+    run = RunDir(tmp_path / "tiny")
+    state = read_json(run.hub)
+    assert ([pushed["step"] for pushed in state["pushed"]], state["pending"]) == ([24, 36], None)
+    # The models of the epochs were only kept for their pushes.
+    assert not run.exports.exists()
+    titles = in_a_new_process(
+        fakehub,
+        "from huggingface_hub import list_repo_commits\n"
+        "print([c.title for c in list_repo_commits('alice/tiny') if 'step' in c.title])",
+    )
+    assert titles == "['Model after step 36', 'Model after step 24']"
 
 
 def test_tokens_that_are_refused(
