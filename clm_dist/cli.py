@@ -269,7 +269,7 @@ def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: b
         from clm_dist import hub
         from clm_dist.prepare import pipeline
         from clm_dist.train import driver
-        from clm_dist.train.model import load_config
+        from clm_dist.train.model import check_model
 
         directory, done = driver.find_run(config, runs_dir, resume=resume, overwrite=overwrite)
         if done:
@@ -278,7 +278,7 @@ def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: b
         else:
             if config.hub.push != "never":
                 hub.check_access(config)
-            load_config(config)
+            check_model(config)
             driver.check_trackers(config)
             store = pipeline.find_store(config, stores_dir)
             if store is None and only_train:

@@ -65,3 +65,9 @@ def describe_os_error(error: Exception, path: Path) -> ConfigError | None:
             "(or CLM_DIST_RUNS, CLM_DIST_STORE)"
         )
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; its class where there is none."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -1,6 +1,7 @@
 """`clm-dist run` as a user has it: in a process of its own, with a Ray that it starts and stops."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,12 +101,10 @@ def writes_runs(pid: int) -> bool:
 
 def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Path) -> None:
     """The README's first command, apart from its installation."""
-    began = time.monotonic()
     process = start("run", ROOT / "jobs" / "quickstart.yaml", "--runs", tmp_path, "--store", tmp_path / "store")
     time.sleep(10)
     started = descendants(process.pid)
     code, out, err = finish(process)
-    seconds = time.monotonic() - began
     assert code == 0, err
     result = read_json(tmp_path / "quickstart" / "result.json")
     assert result["baseline"]["perplexity"] / result["final"]["perplexity"] > 10
@@ -113,14 +112,12 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     # A table, a sample, and lines for a log file instead of a moving display.
     assert "baseline" in out
     assert "A sample, from the prompt" in out
-    assert "Training · step" in err
-    assert "left" in err
+    assert re.search(r"Training · step \d+/621 · epoch [\d.]+ · loss [\d.]+ · tokens/s [\d,]+ · \d+:\d+ left", err)
     assert "\x1b" not in out + err
     # Its Ray is gone with it.
     assert len(started) > 3
     time.sleep(1)
     assert running(started) == []
-    print(f"quickstart took {seconds:.0f} s")
 
 
 @pytest.fixture

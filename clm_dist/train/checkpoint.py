@@ -28,6 +28,9 @@ class TrainerState:
     strategy: str
     fingerprint: str
     """Of the blocks that it was trained on."""
+    global_size: int
+    seed: int
+    """With the batch size it says which blocks the next step takes."""
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -81,6 +84,15 @@ def read_state(directory: Path, job: JobConfig, world_size: int, fingerprint: st
             f"{directory} was saved with cluster.strategy {state.strategy}, the job has {job.cluster.strategy}; resume "
             f"with --set cluster.strategy={state.strategy}, {again}"
         )
+    for field, saved, now in (
+        ("batch.global_size", state.global_size, job.batch.global_size),
+        ("train.seed", state.seed, job.train.seed),
+    ):
+        if saved != now:
+            raise CheckpointError(
+                f"{directory} was saved with {field} {saved}, the job has {now}: after {state.step} steps it would go "
+                f"on with other blocks than those it has not seen; resume with --set {field}={saved}, {again}"
+            )
     if state.world_size != world_size and state.strategy.startswith("zero"):
         raise CheckpointError(
             f"{directory} was saved by {state.world_size} workers, and {state.strategy} cannot resume with "

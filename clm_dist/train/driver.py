@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from filelock import FileLock, Timeout
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
 from clm_dist.config import ClusterConfig, JobConfig
@@ -25,7 +25,7 @@ from clm_dist.run_dir import RunDir, make_dir, read_json, write_json, write_text
 from clm_dist.shards import Manifest
 from clm_dist.train.checkpoint import committed, read_state, remove_uncommitted
 from clm_dist.train.follow import Follower
-from clm_dist.train.model import load_config
+from clm_dist.train.model import check_model
 from clm_dist.train.record import Recorder
 from clm_dist.train.result import accept_export, build_result
 from clm_dist.train.worker import WorkerConfig, train_worker
@@ -65,30 +65,37 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
         # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
     try:
-        yield Cluster(_check_resources(cluster, ray.cluster_resources(), local=own and "RAY_ADDRESS" not in os.environ))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield Cluster(_check_resources(cluster, nodes, local=own and "RAY_ADDRESS" not in os.environ))
     finally:
         if own:
             ray.shutdown()
 
 
-def _check_resources(cluster: ClusterConfig, resources: dict[str, float], *, local: bool) -> int:
-    """GPUs of a worker. Raises ConfigError where the workers would wait for resources that never come."""
+def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], *, local: bool) -> int:
+    """GPUs of a worker. Raises ConfigError where the workers would wait for resources that never come.
+
+    Args:
+        nodes: what each node has, `{"CPU": 8.0, "GPU": 1.0}`.
+    """
     where = "this machine" if local else "the Ray cluster"
-    gpus = resources.get("GPU", 0)
-    per_worker = int(gpus > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
-    for kind, needed_each, available in (("GPU", per_worker, gpus), ("CPU", cluster.cpus_per_worker, resources["CPU"])):
-        needed = cluster.workers * needed_each
-        if needed > available:
-            fitting = int(available // needed_each)
+    num_gpus = sum(node.get("GPU", 0) for node in nodes)
+    gpus_each = int(num_gpus > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+    for kind, each in (("GPU", gpus_each), ("CPU", cluster.cpus_per_worker)):
+        # A worker lies on one node.
+        fitting = sum(int(node.get(kind, 0) // each) for node in nodes) if each else cluster.workers
+        if fitting < cluster.workers:
+            available = sum(node.get(kind, 0) for node in nodes)
             advice = [f"set cluster.workers to {fitting} or less"] if fitting else []
-            if kind == "CPU":
-                advice.append(f"cluster.cpus_per_worker to {available / cluster.workers:.3g}")
+            if kind == "CPU" and available:
+                advice.append(f"set cluster.cpus_per_worker to {available / cluster.workers:.3g} or less")
+            spread = f" on {len(nodes)} nodes, which fit {fitting} workers" if len(nodes) > 1 else ""
             raise ConfigError(
-                f"cluster.workers {cluster.workers} x {needed_each:g} {kind} need {needed:g}, {where} has "
-                f"{available:g}; " + " or ".join(advice or [f"use a cluster with {kind}s"]),
+                f"cluster.workers {cluster.workers} x {each:g} {kind} need {cluster.workers * each:g}, {where} has "
+                f"{available:g}{spread}; " + " or ".join(advice or [f"use a cluster with {kind}s"]),
                 field="cluster.workers",
             )
-    return per_worker
+    return gpus_each
 
 
 def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[RunDir, bool]:
@@ -145,7 +152,7 @@ def train(
         ConfigError, CheckpointError: the run cannot be trained as the job says; nothing was changed.
     """
     manifest = Manifest.read(store / "manifest.json")
-    _check(job, run, store, manifest, overwrite)
+    _check(job, run, store, manifest, cluster, overwrite)
     with _only_driver(run):
         _open_run(job, run, overwrite)
         return _train(job, run, store, manifest, cluster, progress, on_export)
@@ -187,9 +194,11 @@ def _train(
     return result
 
 
-def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, overwrite: bool) -> None:
+def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster: Cluster, overwrite: bool) -> None:
     """Raise here what would fail in every worker: it costs no start of workers, and is not tried again."""
-    load_config(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
+    if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
+        raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
+    check_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     if not overwrite and (checkpoints := committed(run.checkpoints)):
         read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
 
@@ -215,6 +224,8 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     if overwrite and run.exists():
         shutil.rmtree(run.root)
     make_dir(run.checkpoints)
+    # With the result of an earlier job it would say of itself that it is done.
+    run.result.unlink(missing_ok=True)
     write_text(run.job, job_text(job))
     run.stop.unlink(missing_ok=True)
     # Ray's own list of checkpoints is written in place, so a kill can tear it; the markers say what is committed.
@@ -234,6 +245,8 @@ def _build_trainer(job: JobConfig, run: RunDir, store: Path, cluster: Cluster, r
     return TorchTrainer(
         train_worker,
         train_loop_config=dict(config),
+        # Both, since offloaded gradients are reduced on the CPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config["use_gpu"] else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=job.cluster.workers,
             use_gpu=cluster.num_gpus_per_worker > 0,

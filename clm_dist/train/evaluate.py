@@ -17,7 +17,7 @@ from clm_dist.errors import ConfigError
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
 from clm_dist.shards import Blocks, TokenBytes
-from clm_dist.train.model import next_token_loss
+from clm_dist.train.model import autocast, next_token_loss
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,19 @@ class EvalSplit:
 
 
 def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
-    """The eval split's figures of a model that is written already, in this process alone."""
+    """The eval split's figures of a model that is written already, in this process alone, at the job's precision."""
     transformers.utils.logging.disable_progress_bar()
-    model = load_written(path)
+    model = load_written(path).float()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     split = EvalSplit.of_store(store, job.eval.micro_size)
     progress.start("Evaluating", total=split.num_parts, unit="batch")
-    parts = evaluate_parts(model.to(device), split, device=device, on_part=progress.update)
+    parts = evaluate_parts(
+        model.to(device),
+        split,
+        device=device,
+        autocast=lambda: autocast(job.train.precision, device),
+        on_part=progress.update,
+    )
     return combine(parts, step=0, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
 
 

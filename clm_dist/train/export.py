@@ -17,6 +17,10 @@ def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
     if strategy.rank == 0:
         unfinished = target.with_name(f".{target.name}.part")
         model: Any = strategy.plain_model
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            # Gathered, tied weights are tensors of their own; as one tensor they are written once.
+            weights[name] = weights[first.setdefault(id(parameter), name)]
         with writing(target):
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(tokenizer, unfinished)
@@ -30,13 +34,14 @@ def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
 def evaluate_export(strategy: Strategy, job: JobConfig, directory: Path, split: EvalSplit) -> list[Part]:
     """This rank's micro-batches of the eval split, by the model as it was written. Collective.
 
-    The strategy must have released the trained model. Where its weights were sharded, these are too, so that what
-    could be trained can also be read back.
+    The strategy must have released the trained model. Where its weights were sharded, these are too, so that a device
+    which could train the model can also read it back; every rank first loads it into host memory.
     """
     model = load_written(directory)
     bf16 = job.train.precision == "bf16" and job.cluster.strategy == "fsdp2"
     if strategy.sharded:
-        model = shard(model, strategy.device, strategy.world_size, bf16=bf16)
+        offload = job.cluster.offload == "all"
+        model = shard(model, strategy.device, strategy.world_size, bf16=bf16, offload=offload)
     else:
         model.to(strategy.device)
     return evaluate_parts(

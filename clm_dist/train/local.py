@@ -16,7 +16,7 @@ from clm_dist.train.record import Message, Recorder
 def train_here(
     job: JobConfig, run: RunDir, store: Path, recorder: Recorder, *, rank: int = 0, world_size: int = 1
 ) -> Outcome:
-    """Train with this process as the worker `rank`; rank 0 records. Collective.
+    """Train on the CPU with this process as the worker `rank`; rank 0 records. Collective.
 
     For more than one process the caller has created torch's process group.
     """
@@ -43,7 +43,7 @@ def train_here(
     session = Session(
         rank=rank,
         world_size=world_size,
-        use_gpu=torch.cuda.is_available(),
+        use_gpu=False,
         num_threads=torch.get_num_threads(),
         run=run,
         store=store,

@@ -1,7 +1,9 @@
 """The training loop. It knows nothing of Ray: what it reports goes through a callable."""
 
+import hashlib
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,7 +67,7 @@ def train(job: JobConfig, session: Session) -> Outcome:
     Returns:
         done, with the model in `final.unverified` and its evaluation reported; preempted, with a checkpoint, where
         the run's stop file appeared; failed, where the loss is not finite or the ranks disagree. These end on every
-        rank alike, so they are returned, not raised: a raise makes Ray start the workers again.
+        rank alike, so they are returned. What one rank alone meets is raised, and Ray starts the workers again.
     """
     set_up_worker(
         rank=session.rank,
@@ -99,11 +101,18 @@ class _Loop:
         model = load_model(job, AutoTokenizer.from_pretrained(session.store / "tokenizer"))
         self.throughput = _Throughput.of_model(model, self.blocks.block_size, self.strategy)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
-        self.step = self._resume()
+        self.step = 0
         self.saving: str | None = None
+        run = hashlib.sha256(str(session.run.root).encode()).hexdigest()[:12]
+        self.share_prefix = f"clm-dist-{run}-{session.rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self.share_prefix}*"):
+            # By a worker of this run that was killed before its share was copied.
+            shutil.rmtree(left, ignore_errors=True)
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
+        strategy.check_gradients_are_shared(self._first_loss)
+        self.step = self._resume()
         self.reporter.add(
             kind="start",
             step=self.step,
@@ -145,6 +154,12 @@ class _Loop:
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
         return Outcome("done", self.step)
 
+    def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
+        """The loss of the first block, the same on every rank and each time: without dropout."""
+        model.eval()
+        ids_BT = torch.from_numpy(self.blocks[np.arange(1)]).to(self.strategy.device)
+        return next_token_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean()
+
     def _train_step(self) -> bool:
         """One optimizer step; true when the run is asked to stop."""
         job, strategy = self.job, self.strategy
@@ -180,7 +195,6 @@ class _Loop:
             )
         rate = self.learning_rate(self.step)
         grad_norm = strategy.step(rate)
-        strategy.check_gradients_are_shared(grad_norm)
         if not np.isfinite(grad_norm) and job.train.precision != "fp16":
             raise RunError(
                 f"the gradient of step {self.step + 1} is not finite (loss {loss:.4f}); lower train.learning_rate or "
@@ -227,16 +241,26 @@ class _Loop:
         self._await_commit()
         name = checkpoint_name(self.step)
         # On a local disk; the report copies it into the run directory, in the background under Ray.
-        share = Path(tempfile.gettempdir()) / f"clm-dist-{name}"
+        share = Path(tempfile.gettempdir()) / f"{self.share_prefix}{name}"
         with writing(share):
             share.mkdir()
             self.strategy.save(share)
             if self.strategy.rank == 0:
-                state = TrainerState(self.step, self.strategy.world_size, self.job.cluster.strategy, self.fingerprint)
-                state.write(share)
+                self._state().write(share)
         self.reporter.add(kind="checkpoint", step=self.step)
         self.reporter.send(share, name)
         self.saving = name
+
+    def _state(self) -> TrainerState:
+        job = self.job
+        return TrainerState(
+            step=self.step,
+            world_size=self.strategy.world_size,
+            strategy=job.cluster.strategy,
+            fingerprint=self.fingerprint,
+            global_size=job.batch.global_size,
+            seed=job.train.seed,
+        )
 
     def _await_commit(self) -> None:
         """Wait for the save in flight: a second one could fill the disk before the first has its marker."""
@@ -316,7 +340,8 @@ class _Throughput:
     def of_model(cls, model: Any, block_size: int, strategy: Strategy) -> "_Throughput":
         # ZeRO-3 leaves an empty tensor in a parameter's place and keeps its size beside it.
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+        text = model.config.get_text_config()
+        layers, hidden = text.num_hidden_layers, text.hidden_size
         is_gpu = strategy.device.type == "cuda"
         name = torch.cuda.get_device_name(strategy.device) if is_gpu else "CPU"
         return cls(flops_per_token(num_parameters, layers, hidden, block_size), name, strategy.world_size)

@@ -1,15 +1,19 @@
 """The model to train, and the loss of a batch."""
 
+import contextlib
 import difflib
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,8 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
     Raises:
         ConfigError: the model is not reachable or unknown, or its context is shorter than a block.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
         if job.model.path:
@@ -37,33 +42,80 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
                     "bos_token_id": tokenizer.bos_token_id,
                     "eos_token_id": tokenizer.eos_token_id,
                 } | values
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            model_type = str(values.pop("model_type"))
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f"unknown model_type {model_type}{_nearest(model_type, CONFIG_MAPPING)}")
+            config = AutoConfig.for_model(model_type, **values)
             _check_keys(values, type(config))
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is no causal language model that transformers knows")
     except OSError as error:
         raise ConfigError(
             f"model.path {job.model.path} is neither a model's directory nor reachable on the Hub: "
-            f"{_first_line(error)}; check the spelling, your network and, for a gated model, `hf auth login`",
+            f"{first_line(error)}; check the spelling, your network and, for a gated model, `hf auth login`",
             field="model.path",
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         field = "model.path" if job.model.path else "model.config"
-        raise ConfigError(f"{field}: {_first_line(error)}", field=field) from None
-    context = getattr(config, "max_position_embeddings", None)
+        raise ConfigError(f"{field}: {first_line(error)}", field=field) from None
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
     if context is not None and job.data.block_size > context:
         raise ConfigError(
             f"data.block_size is {job.data.block_size}, above the model's context of {context}; "
             f"set data.block_size to {context} or less",
             field="data.block_size",
         )
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    if tokenizer is not None and len(tokenizer) > text.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {config.vocab_size}; "
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {text.vocab_size}; "
             "use the model's own tokenizer (leave tokenizer.path out)",
             field="tokenizer.path" if job.tokenizer.path else "model",
         )
     return config
+
+
+def check_model(job: JobConfig, tokenizer: Any | None = None) -> None:
+    """Raise ConfigError for what would fail in every worker; see `load_config`. Loads no weights."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    config = load_config(job, tokenizer)
+    field = "model.path" if job.model.path else "model.config"
+    causal = getattr(config, "is_decoder", False) or config.is_encoder_decoder
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+        raise ConfigError(
+            f"{field}: {config.model_type} is an encoder, which sees the tokens that it is to predict; use a decoder "
+            "such as gpt2",
+            field=field,
+        )
+    try:
+        with torch.device("meta"):
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except Exception as error:  # whatever a model's constructor raises, its configuration is at fault
+        raise ConfigError(f"{field}: no {config.model_type} can be built: {first_line(error)}", field=field) from error
+    if config.get_text_config().num_hidden_layers < 1:
+        raise ConfigError(f"{field}: a model without layers learns nothing; give it one or more", field=field)
+    if job.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"train.gradient_checkpointing is not supported by {type(model).__name__}; set it to false",
+            field="train.gradient_checkpointing",
+        )
+    if job.model.path and Path(job.model.path).is_dir():
+        _check_weights(Path(job.model.path))
+
+
+def _check_weights(directory: Path) -> None:
+    """Raise ConfigError where a directory has no weights, or weights that do not open."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files and not any(directory.glob("*.bin")):
+        raise ConfigError(f"model.path {directory} holds no weights (*.safetensors, *.bin)", field="model.path")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = first_line(error)
+            raise ConfigError(f"model.path: {file} is damaged ({reason}); get it again", field="model.path") from None
 
 
 def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
@@ -81,14 +133,15 @@ def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
         # The class itself: `from_config` would shard under ZeRO-3, and shards get other random weights.
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     if job.train.gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(
-                f"train.gradient_checkpointing is not supported by {type(model).__name__}; set it to false",
-                field="train.gradient_checkpointing",
-            )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert isinstance(model, nn.Module)
     return model
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The arithmetic of a forward pass over fp32 weights."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
@@ -107,10 +160,10 @@ def _check_keys(values: dict[str, Any], kind: type) -> None:
     """Refuse keys that transformers would take and never read."""
     known = {name for name in dir(kind()) if not name.startswith("_")}
     for key in values.keys() - known:
-        near = difflib.get_close_matches(key, known, n=1)
-        advice = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown key model.config.{key} of {kind.__name__}{advice}", field=f"model.config.{key}")
+        message = f"unknown key model.config.{key} of {kind.__name__}{_nearest(key, known)}"
+        raise ConfigError(message, field=f"model.config.{key}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

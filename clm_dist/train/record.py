@@ -81,16 +81,19 @@ class Recorder:
             raise RunError(f"{error}; the committed checkpoints are whole") from error
 
     def _append(self, records: Sequence[Record]) -> None:
-        for record in records:
-            if record["kind"] == "start":
-                # Steps after the checkpoint will be trained again.
-                forget_after(self._run.metrics, record["step"])
         if not records:
             return
-        with writing(self._run.metrics), self._run.metrics.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        starts = [record["step"] for record in records if record["kind"] == "start"]
+        if starts:
+            # In one write: who follows the file sees the new start with what it takes back.
+            kept = surviving_records(self._run.metrics, starts[0])
+            write_text(self._run.metrics, "".join(json.dumps(record) + "\n" for record in kept) + lines)
+        else:
+            with writing(self._run.metrics), self._run.metrics.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
         if self._tensorboard:
             self._write_tensorboard(records)
 
@@ -106,11 +109,8 @@ class Recorder:
         self._writer.flush()
 
 
-def forget_after(metrics: Path, step: int) -> None:
-    """Take the records of later steps out of a metrics file, and a last line that a crash cut short."""
+def surviving_records(metrics: Path, step: int) -> list[Record]:
+    """A metrics file's records without those of steps that are trained again after a start from a step."""
     if not metrics.exists():
-        return
-    kept = [
-        record for record in read_records(metrics) if record["kind"] == "start" or (record["step"] <= step and step > 0)
-    ]
-    write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return []
+    return [r for r in read_records(metrics) if r["kind"] == "start" or (r["step"] <= step and step > 0)]

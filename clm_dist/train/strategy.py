@@ -1,13 +1,14 @@
 """How weights, gradients and optimizer live on the ranks: DDP, DeepSpeed ZeRO 1 to 3, FSDP2, behind one interface.
 
 Everything that differs between them is in this file. Two promises hold for each: the gradient of a step is the mean
-over the ranks of what each of them passed to `backward`, and the clipped norm that `step` returns is that of the whole
-gradient, the same on every rank.
+over the ranks of what each of them passed to `backward`, and the norm that `step` returns is that of the whole
+gradient, the same on every rank. `check_gradients_are_shared` tries the first before any step is trained.
 """
 
 import contextlib
 import gc
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 
 from clm_dist.config import JobConfig
 from clm_dist.errors import CheckpointError, RunError
+from clm_dist.train.model import autocast
 
 logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_REPORT_FAULT = (
+    "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
+)
 
 
 def set_up_worker(*, rank: int, world_size: int, use_gpu: bool, num_threads: int) -> None:
@@ -42,11 +46,14 @@ def set_up_worker(*, rank: int, world_size: int, use_gpu: bool, num_threads: int
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_"))]:
         del os.environ[name]
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if not use_gpu:
+        # DeepSpeed takes a GPU that it sees, whatever the job says.
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if not dist.is_initialized():
         if world_size != 1:
             raise RunError(f"worker {rank} of {world_size} has no process group; the launcher must create one")
         store = torch._C._distributed_c10d.HashStore()
-        dist.init_process_group("nccl" if use_gpu else "gloo", store=store, rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=0, world_size=1)
 
 
 class Strategy(ABC):
@@ -90,7 +97,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
-        """Clip, update the weights, forget the gradients; gives the gradient's 2-norm before clipping."""
+        """Clip, update the weights, forget the gradient; gives the gradient's 2-norm before clipping.
+
+        With a norm that is not finite nothing is updated, but ZeRO, which only then knows it, has updated in fp32 and
+        bf16.
+        """
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
@@ -135,22 +146,40 @@ class Strategy(ABC):
         if self.world_size > 1:
             dist.barrier()
 
-    def check_gradients_are_shared(self, grad_norm: float) -> None:
-        """Raise RunError unless every rank has the same gradient norm, as ranks that share gradients do.
+    @abstractmethod
+    def forget_gradient(self) -> float:
+        """The 2-norm of the gradient as the optimizer would see it; it is dropped, and nothing is updated."""
 
-        Ranks compute on different blocks, so a rank that kept its gradient to itself has another norm. Called in every
-        step: it costs one small all-reduce.
+    def check_gradients_are_shared(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
+        """Raise RunError unless the mean over the ranks is taken of what each passes to `backward`.
+
+        Called before weights or optimizer are loaded. A gradient that only rank 0 has, times the number of ranks, must
+        come out as the one that all have: without the mean, what a rank's optimizer sees is either too much or nothing.
+
+        Args:
+            loss_of: the loss of the same block, on every rank.
         """
-        finite = torch.isfinite(torch.tensor(grad_norm)).item()
-        norm = grad_norm if finite else 0.0
-        norms, squares, num_finite = self.all_reduce([norm, norm * norm, float(finite)])
-        mean = norms / self.world_size
-        variance = squares / self.world_size - mean * mean
-        if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
+        if self.world_size == 1:
+            return
+        passes = min(2, self._job.passes_per_step)
+
+        def norm(scale: float) -> float:
+            for number in range(passes):
+                with self.one_pass(last=number == passes - 1) as model:
+                    # An accumulated pass must not be lost, nor one that adds nothing change it.
+                    self.backward(loss_of(model) * (scale if number == 0 else 0.0))
+            return self.forget_gradient()
+
+        of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
+        if self._job.train.precision == "fp16" and not math.isfinite(of_one + of_all):
+            logger.warning("the check that ranks share gradients overflowed in fp16, and says nothing")
+            return
+        # Rounding is all that may differ; bf16 keeps 8 bits.
+        shared = math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
+        if self.all_reduce([float(shared)])[0] < self.world_size:
             raise RunError(
-                f"the ranks do not share their gradients: this rank's gradient norm is {grad_norm:.6g}, the mean of "
-                f"{self.world_size} ranks {mean:.6g}; nothing was saved since. This is a fault of the installation or "
-                f"of clm-dist, not of the job: please report it with the versions in result.json"
+                f"the ranks do not share their gradients: one rank's gradient has norm {of_one:.6g}, and {of_all:.6g} "
+                f"when all {self.world_size} ranks have it. Nothing was trained. {_REPORT_FAULT}"
             )
 
     def _check_world(self) -> None:
@@ -195,14 +224,33 @@ class DataParallel(Strategy):
     def step(self, learning_rate: float) -> float:
         self._set_learning_rate(learning_rate)
         limit = float("inf") if self._max_norm is None else self._max_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        self._check_norm(norm)
+        if math.isfinite(norm) or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _check_norm(self, norm: float) -> None:
+        """Raise RunError unless every rank has the same norm, as ranks do whose weights and gradients are the same."""
+        finite = math.isfinite(norm)
+        norm = norm if finite else 0.0
+        norms, squares, num_finite = self.all_reduce([norm, norm * norm, float(finite)])
+        mean = norms / self.world_size
+        variance = squares / self.world_size - mean * mean
+        if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
+            raise RunError(
+                f"the ranks do not share their gradients any more: this rank's gradient norm is {norm:.6g}, the mean "
+                f"of {self.world_size} ranks {mean:.6g}; nothing was saved since. {_REPORT_FAULT}"
+            )
+
+    def forget_gradient(self) -> float:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad()
         return float(norm)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = _AUTOCAST.get(self._job.train.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        return autocast(self._job.train.precision, self.device)
 
     def full_weights(self) -> dict[str, Tensor]:
         return {name: weight.cpu() for name, weight in self.plain_model.state_dict().items()}
@@ -287,6 +335,15 @@ class Zero(Strategy):
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    def forget_gradient(self) -> float:
+        # The engine forgets a gradient by a step only; at rate 0 it changes no weight.
+        norm = self.step(0.0)
+        for state in self._engine.optimizer.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        return norm
+
     def full_weights(self) -> dict[str, Tensor]:
         weights = self.accelerator.get_state_dict(self.model)
         return {name: weight.cpu() for name, weight in (weights or {}).items()}
@@ -339,8 +396,15 @@ class FullyShard(Strategy):
     def step(self, learning_rate: float) -> float:
         self._set_learning_rate(learning_rate)
         limit = float("inf") if self._max_norm is None else self._max_norm
-        norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
+        sharded_norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(sharded_norm.full_tensor())
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def forget_gradient(self) -> float:
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad()
         return float(norm.full_tensor())
 
@@ -383,8 +447,6 @@ def shard(
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and device.type != "cpu":  # on a CPU they are in host memory already
         settings["offload_policy"] = CPUOffloadPolicy()
-    elif device.type != "cpu":
-        model.to(device)
     block_names = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):
         if type(module).__name__ in block_names:

@@ -71,7 +71,7 @@ def share(run: RunDir, step: int) -> str:
     """A checkpoint's directory with every share in it, before it is committed."""
     name = checkpoint_name(step)
     (run.checkpoints / name).mkdir()
-    TrainerState(step, 2, "ddp", "blocks").write(run.checkpoints / name)
+    TrainerState(step, 2, "ddp", "blocks", global_size=8, seed=42).write(run.checkpoints / name)
     return name
 
 
@@ -97,6 +97,12 @@ def test_a_name_is_never_used_twice() -> None:
         ({}, ("cluster.strategy=zero2",), "saved with cluster.strategy ddp, the job has zero2; resume with --set"),
         ({"strategy": "zero3", "world_size": 4}, ("cluster.strategy=zero3",), "saved by 4 workers, and zero3 cannot"),
         ({"fingerprint": "other"}, (), "trained on the blocks other, the job's are blocks"),
+        (
+            {},
+            ("batch.global_size=16",),
+            "saved with batch.global_size 8, the job has 16: after 10 steps it would go on",
+        ),
+        ({}, ("train.seed=1",), "saved with train.seed 42, the job has 1: after 10 steps it would go on with other"),
         ({"format_version": 9}, (), "has format 9, this version of clm-dist reads 1"),
         ({"unknown": 1}, (), "is no checkpoint that this version reads"),
     ],

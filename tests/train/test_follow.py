@@ -1,0 +1,25 @@
+"""What the driver shows of a run's metrics."""
+
+from pathlib import Path
+
+from clm_dist.run_dir import RunDir
+from clm_dist.train.follow import Follower
+from clm_dist.train.record import Recorder
+from tests.train.test_driver import Notes
+
+
+def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path) -> None:
+    run, notes, exported = RunDir(tmp_path), Notes(), list[int]()
+    recorder = Recorder(run, num_parts=1, num_tokens=4, keep=1)
+    follower = Follower(run, notes, lambda path, step: exported.append(step))
+    evaluation = {"kind": "eval", "step": 0, "epoch": 0.0, "parts": [(0, 4.0, 4, 8)]}
+    start = {"kind": "start", "num_steps": 9}
+    recorder.receive([{"records": [start | {"step": 0}], "evaluation": evaluation}])  # type: ignore[typeddict-item]
+    recorder.receive([{"records": [{"kind": "export", "step": 2, "epoch": 1.0, "path": "x"}]}])
+    recorder.receive([{"records": [{"kind": "checkpoint", "step": 2}, {"kind": "checkpoint", "step": 4}]}])
+    follower.look()
+    assert (len(notes.notes), exported) == (1, [2])
+    recorder.receive([{"records": [start | {"step": 2}]}])
+    follower.look()
+    follower.look()
+    assert (notes.notes[1:], exported) == (["Resuming from the checkpoint of step 2"], [2])
