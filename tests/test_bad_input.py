@@ -94,6 +94,12 @@ def test_a_tokenizer_larger_than_the_model(run: Run, write_job: WriteJob, cluste
     assert "the tokenizer has 300 tokens, the model embeds 256" in said.err
 
 
+def test_a_tokenizer_too_large_to_train(run: Run, write_job: WriteJob, cluster: Cluster) -> None:
+    for size in (10**9, 10**30):
+        said = run(write_job(), f"tokenizer.train.vocab_size={size}")
+        assert f"tokenizer.train.vocab_size is {size}, at most 16777216 are trained; try 50257" in said.err
+
+
 def test_a_data_set_that_is_nowhere(run: Run, write_job: WriteJob, cluster: Cluster) -> None:
     said = run(write_job(), "data.source=hub", "data.dataset=nobody/nothing", "data.split=train")
     assert "--set data.dataset=nobody/nothing: data.dataset nobody/nothing is not reachable on the Hub" in said.err

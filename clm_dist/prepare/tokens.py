@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from clm_dist.config import DataConfig, TokenizerTraining
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.shards import Ids, TokenBytes, token_dtype
 
 # Whatever of these a tokenizer has decides which ids a text gets.
@@ -22,12 +23,15 @@ _FILES = (
     "tokenizer.model",
 )
 _EOS = "<|endoftext|>"
+_MAX_TRAINED_TOKENS = 2**24
+"""The trainer reserves 64 bytes a token before it begins, and what it cannot have ends the process."""
 
 
 def locate_tokenizer(path: str, field: str) -> Path:
     """A directory with the tokenizer's files: the one that was named, or a Hub model's in the local cache."""
     directory = Path(path)
-    if directory.is_dir():
+    # Path.is_dir raises for a name that is too long.
+    if os.path.isdir(path):  # noqa: PTH112
         if not any((directory / name).is_file() for name in _FILES):
             raise ConfigError(
                 f"{field} {path} holds no tokenizer (none of {', '.join(_FILES)}); set tokenizer.path", field=field
@@ -39,10 +43,9 @@ def locate_tokenizer(path: str, field: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"{field} {path} is neither a directory nor reachable on the Hub: {reason}; check the spelling, your "
-            "network and, for a private or gated model, `hf auth login`",
+            f"{field} {path} is neither a directory nor reachable on the Hub: {first_line(error)}; check the spelling, "
+            "your network and, for a private or gated model, `hf auth login`",
             field=field,
         ) from None
 
@@ -58,6 +61,12 @@ def tokenizer_fingerprint(directory: Path) -> str:
 
 def train_tokenizer(documents: Iterable[str], training: TokenizerTraining, directory: Path) -> None:
     """Train a byte-level BPE tokenizer and write it; the same documents give the same tokenizer."""
+    if training.vocab_size > _MAX_TRAINED_TOKENS:
+        raise ConfigError(
+            f"tokenizer.train.vocab_size is {training.vocab_size}, at most {_MAX_TRAINED_TOKENS} are trained; "
+            "try 50257, which is GPT-2's",
+            field="tokenizer.train.vocab_size",
+        )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -86,8 +95,9 @@ class Encoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{directory} holds no tokenizer that loads: {reason}", field="tokenizer.path") from None
+            raise ConfigError(
+                f"{directory} holds no tokenizer that loads: {first_line(error)}", field="tokenizer.path"
+            ) from None
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(

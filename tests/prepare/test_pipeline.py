@@ -13,7 +13,7 @@ from clm_dist.config import DataConfig, JobConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.prepare import pipeline
 from clm_dist.prepare.pipeline import find_store, prepare
-from clm_dist.prepare.tokens import Encoder
+from clm_dist.prepare.tokens import Encoder, locate_tokenizer
 from clm_dist.progress import Silent
 from clm_dist.shards import Blocks, Manifest
 from tests.conftest import MakeJob
@@ -219,6 +219,8 @@ def test_a_tokenizer_that_is_nowhere(make_job: MakeJob, stores: Path, tmp_path: 
     error = error_of(make_job("tokenizer.train=null", f"tokenizer.path={tmp_path / 'bare'}"), stores)
     assert "holds no tokenizer" in str(error)
     assert error.field == "tokenizer.path"
+    with pytest.raises(ConfigError, match="is neither a directory nor reachable on the Hub"):
+        locate_tokenizer("a" * 5000, "tokenizer.path")
 
 
 def test_training_a_tokenizer_twice_gives_the_same(make: MakeJob, stores: Path, tmp_path: Path) -> None:
