@@ -1,5 +1,6 @@
 """Records to documents, and which records are held out for evaluation."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,38 +13,41 @@ from clm_dist.config import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.sources import column_of
 
+Rows = npt.NDArray[np.int64]
+"""Numbers of rows, (num_records,)."""
+
 
 def documents_of(table: pa.Table, data: DataConfig) -> list[list[str]]:
     """The documents of each record: none where its text is empty or null, one, or one an item of a list."""
     documents = []
-    for number, texts in enumerate(_texts(table, data.text)):
-        for text in texts:
-            if not isinstance(text, str):
-                raise DataError(
-                    f"data.text {data.text} is {type(text).__name__} in record {number}, not text", field="data.text"
-                )
+    for texts in _texts(table, data.text):
         if data.join is not None:
             texts = [data.join.join(texts)]
         documents.append([text for text in texts if text.strip()])
     return documents
 
 
-def split_rows(table: pa.Table, data: DataConfig) -> dict[str, npt.NDArray[np.int64]]:
+def split_rows(table: pa.Table, data: DataConfig) -> dict[str, Rows]:
     """Row numbers of the `train` and the `eval` split, in the order in which they are tokenised."""
+    rows: dict[str, Rows] = {}
     if data.split_method == "hash":
         held_out = np.array([_is_held_out(key, data.eval_fraction) for key in _keys(table, data)], dtype=bool)
-        return {"train": np.flatnonzero(~held_out), "eval": np.flatnonzero(held_out)}
-    from datasets import Dataset
+        rows = {"train": np.flatnonzero(~held_out), "eval": np.flatnonzero(held_out)}
+    else:
+        from datasets import Dataset
 
-    try:
-        # The library itself, so that the rows are those of the guide for every version of it.
-        parts = Dataset.from_dict({"row": np.arange(len(table))}).train_test_split(data.eval_fraction, seed=data.seed)
-    except ValueError as error:
+        whole = Dataset.from_dict({"row": np.arange(len(table))})
+        with contextlib.suppress(ValueError):  # too few records
+            # The library itself, so that the rows are those of the guide for every version of it.
+            parts = whole.train_test_split(data.eval_fraction, seed=data.seed)
+            rows = {"train": np.asarray(parts["train"]["row"]), "eval": np.asarray(parts["test"]["row"])}
+    if not rows or not all(map(len, rows.values())):
         raise DataError(
-            f"data.eval_fraction {data.eval_fraction} cannot split {len(table)} records: {error}",
+            f"data.eval_fraction {data.eval_fraction} cannot split {len(table)} records: one of the splits would be "
+            "empty; take more records, or change data.eval_fraction or data.split_method",
             field="data.eval_fraction",
-        ) from None
-    return {"train": np.asarray(parts["train"]["row"]), "eval": np.asarray(parts["test"]["row"])}
+        )
+    return rows
 
 
 def _texts(table: pa.Table, path: str) -> Iterator[list[Any]]:

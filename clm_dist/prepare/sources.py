@@ -1,37 +1,24 @@
 """Records of a job's data as an Arrow table with just the columns that the job reads."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from glob import iglob
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from clm_dist.config import DataConfig
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import ConfigError, DataError, first_line
+from clm_dist.prepare.files import find_files, read_file
 from clm_dist.run_dir import read_json, write_json
 
-_COMPRESSIONS = (".gz", ".zst", ".bz2")
-_FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-# A record must fit into one of pyarrow's JSON blocks.
-_JSON_BLOCK_BYTES = 1 << 26
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
 
 
 def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
@@ -40,25 +27,41 @@ def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
     A file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers what
     files held, so that one whose size and time are as they were is not read again.
     """
-    if data.source == "hub":
-        return {"dataset": data.dataset, "config": data.config, "revision": data.revision, "split": data.split}
     if data.source == "builtin":
         return {"builtin": "pydoc_data.topics", "topics": _builtin_version(), "split": data.split}
-    return {"files": _digests_of(find_files(data), digests), "split": data.split}
+    if data.source == "files":
+        files = find_files(data)
+        # The suffix says how a file is read.
+        suffixes = ["".join(file.suffixes) for file in files]
+        return {"files": list(zip(suffixes, _digests_of(files, digests), strict=True)), "split": data.split}
+    return {"dataset": data.dataset, "config": data.config, "revision": data.revision, "split": data.split}
 
 
-def _digests_of(files: list[Path], remembered: Path) -> list[tuple[str, str]]:
-    """Suffix and sha256 of each file; the suffix says how it is read."""
-    known = read_json(remembered) if remembered.exists() else {}
-    keys = {file: f"{file.absolute()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files}
-    fresh = {}
-    for file, key in keys.items():
-        if key not in known:
-            with file.open("rb") as opened:
-                fresh[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+def _digests_of(files: list[Path], remembered: Path) -> list[str]:
+    """The sha256 of each file."""
+    try:
+        known = dict(read_json(remembered))
+    except (OSError, ValueError, TypeError):
+        # Only a memory: without it the files are read again.
+        known = {}
+    digests, fresh = [], {}
+    for file in files:
+        try:
+            stat = file.stat()
+            key = f"{file.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+            if key not in known:
+                with file.open("rb") as opened:
+                    fresh[key] = known[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
+                "data.path",
+                field="data.path",
+            ) from None
+        digests.append(known[key])
     if fresh:
-        write_json(remembered, known | fresh)
-    return [("".join(file.suffixes), (known | fresh)[key]) for file, key in keys.items()]
+        write_json(remembered, known)
+    return digests
 
 
 def load_records(data: DataConfig) -> pa.Table:
@@ -66,143 +69,42 @@ def load_records(data: DataConfig) -> pa.Table:
 
     Raises:
         ConfigError: the data set is not reachable, or has no such split.
-        DataError: a path matches nothing, a file is broken, or a field is not there.
+        DataError: a path matches nothing, a file is broken, a field is not there, or there are no records.
     """
     if data.source == "hub":
-        return _columns(_load_hub(data), data, f"data set {data.dataset}")
-    if data.source == "builtin":
-        table = _columns(_load_builtin(), data, "the built-in corpus")
+        where = f"the data set {data.dataset}"
+        table = _columns(_load_hub(data), data, where)
+    elif data.source == "builtin":
+        where = "the built-in corpus"
+        table = _slice(_columns(_load_builtin(), data, where), data.split)
     else:
-        tables = [_columns(_read_file(file), data, str(file)) for file in find_files(data)]
-        table = pa.concat_tables(tables, promote_options="permissive")
-    return _slice(table, data.split)
+        where = f"data.path {data.path}"
+        table = _slice(_load_files(data, where), data.split)
+    if len(table) == 0:
+        raise DataError(f"data.split {data.split} has no records of {where}; take a larger part", field="data.split")
+    return table
 
 
-def find_files(data: DataConfig) -> list[Path]:
-    """The files that `data.path` names, sorted by name within each of its entries."""
-    paths = [data.path] if isinstance(data.path, str) else data.path or []
-    files: list[Path] = []
-    for path in paths:
-        if "://" in path:
-            raise ConfigError(f"data.path {path}: URLs are not supported yet; copy the files here", field="data.path")
-        files += _expand(path)
-    return files
-
-
-def _expand(path: str) -> list[Path]:
-    expanded = Path(path).expanduser()
-    if expanded.is_dir():
-        found = sorted(file for file in expanded.rglob("*") if file.is_file() and _format(file))
-        if not found:
-            raise DataError(
-                f"data.path {path} is a directory with no file of a known kind ({', '.join(_FORMATS)}, "
-                f"and these with {', '.join(_COMPRESSIONS)})",
-                field="data.path",
-            )
-    elif expanded.is_file():
-        found = [expanded]
-    else:
-        # Path.glob takes no absolute pattern.
-        matches = map(Path, iglob(str(expanded), recursive=True))  # noqa: PTH207
-        found = sorted(match for match in matches if match.is_file())
-        if not found:
-            raise DataError(
-                f"data.path {path} matches no file (looked from {Path.cwd()}); give a file, a glob or a directory",
-                field="data.path",
-            )
-    return [file.absolute() for file in found]
-
-
-def _format(file: Path) -> str | None:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
-    return _FORMATS.get(suffixes[-1].lower()) if suffixes else None
-
-
-def _read_file(file: Path) -> pa.Table:
-    kind = _format(file)
-    if kind is None:
-        raise DataError(f"{file}: unknown kind of file; known are {', '.join(_FORMATS)}", field="data.path")
-    try:
-        if kind == "parquet":
-            return pa.parquet.read_table(file)
-        if kind == "arrow":
-            return _read_arrow(file)
-        with pa.input_stream(str(file), compression="detect") as stream:
-            if kind == "csv":
-                delimiter = "\t" if ".tsv" in file.suffixes else ","
-                options = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-                return pa.csv.read_csv(stream, parse_options=options)
-            if kind == "text":
-                lines = stream.read().decode("utf-8").splitlines()
-                return pa.table({"text": pa.array(lines, pa.string())})
-            return _read_json(file, stream)
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8: {error.reason} at byte {error.start}", field="data.path") from None
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise DataError(f"{file}: cannot be read: {error}", field="data.path") from None
-
-
-def _read_arrow(file: Path) -> pa.Table:
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except pa.ArrowInvalid:
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-
-
-def _read_json(file: Path, stream: pa.NativeFile) -> pa.Table:
-    try:
-        return pa.json.read_json(stream, read_options=pa.json.ReadOptions(block_size=_JSON_BLOCK_BYTES))
-    except pa.ArrowInvalid as error:
-        if records := _read_json_array(file):
-            return pa.Table.from_pylist(records)
-        broken = _first_broken_line(file)
-        if broken:
-            number, problem = broken
-            raise DataError(
-                f"{file}:{number}: not a JSON record: {problem}; mend or remove the line", field="data.path"
-            ) from None
-        raise DataError(f"{file}: {error}", field="data.path") from None
-
-
-def _read_json_array(file: Path) -> list[Any] | None:
-    """The records of a file that is one JSON array; None for anything else."""
-    with pa.input_stream(str(file), compression="detect") as stream:
-        if stream.read(1) != b"[":
-            return None
-    with pa.input_stream(str(file), compression="detect") as stream:
-        try:
-            records = json.loads(stream.read())
-        except ValueError:
-            return None
-    return records if all(isinstance(record, dict) for record in records) else None
-
-
-def _first_broken_line(file: Path) -> tuple[int, str] | None:
-    for number, line in _lines(file):
-        if not line.strip():
+def _load_files(data: DataConfig, where: str) -> pa.Table:
+    texts = [path for path in (data.text, data.id) if path]
+    tables: list[pa.Table] = []
+    schema = pa.schema([])
+    for file in find_files(data):
+        table = read_file(file, texts)
+        if len(table) == 0:
             continue
+        tables.append(_columns(table, data, str(file)))
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            return number, str(error)
-        if not isinstance(record, dict):
-            return number, f"{type(record).__name__} where an object is needed"
-    return None
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    with pa.input_stream(str(file), compression="detect") as stream:
-        rest = b""
-        number = 0
-        while chunk := stream.read(1 << 20):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                number += 1
-                yield number, line
-        if rest:
-            yield number + 1, rest
+            schema = pa.unify_schemas([schema, tables[-1].schema], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{file} does not go with the files before it: {first_line(error)}; give a field the same type in all "
+                "files, or prepare them apart",
+                field="data.path",
+            ) from None
+    if not tables:
+        raise DataError(f"{where} has no records: its files are empty; name files with text", field="data.path")
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _load_hub(data: DataConfig) -> pa.Table:
@@ -213,13 +115,13 @@ def _load_hub(data: DataConfig) -> pa.Table:
         dataset = load_dataset(data.dataset, data.config, split=data.split, revision=data.revision)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
         raise ConfigError(
-            f"data.dataset {data.dataset} is not reachable on the Hub: {_first_sentence(error)}; check the id, your "
+            f"data.dataset {data.dataset} is not reachable on the Hub: {first_line(error)}; check the id, your "
             "network and `hf auth login`, or use local files with --set data.source=files --set data.path=...",
             field="data.dataset",
         ) from None
     except (ValueError, RuntimeError) as error:
         # An unknown split or configuration, or a data set that is a script.
-        raise ConfigError(f"data.dataset {data.dataset}: {_first_sentence(error)}", field="data.dataset") from None
+        raise ConfigError(f"data.dataset {data.dataset}: {first_line(error)}", field="data.dataset") from None
     return dataset.with_format("arrow")[:]
 
 
@@ -243,7 +145,7 @@ def _slice(table: pa.Table, split: str) -> pa.Table:
         (rows,) = ReadInstruction.from_spec(split).to_absolute({"train": len(table)})
     except (ValueError, AssertionError) as error:
         raise ConfigError(
-            f"data.split {split}: {_first_sentence(error)}; files have one split, train: train, train[:5000] or "
+            f"data.split {split}: {first_line(error)}; files have one split, train: train, train[:5000] or "
             "train[10%:20%]",
             field="data.split",
         ) from None
@@ -253,16 +155,29 @@ def _slice(table: pa.Table, split: str) -> pa.Table:
 
 def _columns(table: pa.Table, data: DataConfig, where: str) -> pa.Table:
     """The columns that the job reads. Raises DataError that names the fields that are there."""
+    fields = dict(_fields(table.schema))
     wanted: dict[str, None] = {}
     for option, path in (("data.text", data.text), ("data.id", data.id)):
         if path is None:
             continue
-        fields = list(_field_paths(table.schema))
         if path not in fields:
-            texts = ", ".join(fields)
-            raise DataError(f"{option} {path} is not in {where}; its fields are: {texts}", field=option)
-        wanted[column_of(path, table.column_names)] = None
-    return table.select(list(wanted))
+            advice = "; null hashes the text instead" if option == "data.id" else ""
+            raise DataError(
+                f"{option} {path} is not in {where}; its fields are: {', '.join(fields)}{advice}", field=option
+            )
+        column = column_of(path, table.column_names)
+        if table.column_names.count(column) > 1:
+            raise DataError(f"{where} has several columns {column}; give each a name of its own", field=option)
+        wanted[column] = None
+    if not _is_text(fields[data.text]):
+        texts = ", ".join(path for path, kind in fields.items() if _is_text(kind)) or "none"
+        raise DataError(
+            f"data.text {data.text} is {fields[data.text]} in {where}, not text; its fields of text are: {texts}",
+            field="data.text",
+        )
+    table = table.select(list(wanted))
+    schema = pa.schema([field.with_type(_without_views(field.type)) for field in table.schema])
+    return table if schema == table.schema else table.cast(schema)
 
 
 def column_of(path: str, columns: Sequence[str]) -> str:
@@ -270,18 +185,28 @@ def column_of(path: str, columns: Sequence[str]) -> str:
     return path if path in columns else path.split(".")[0]
 
 
-def _field_paths(fields: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted paths of the fields of a schema or struct that are no structs themselves."""
+def _fields(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Dotted path and type of the fields of a schema or struct that are no structs themselves; lists count as items."""
     for field in fields:
         kind = field.type
-        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        while any(is_list(kind) for is_list in _LISTS):
             kind = kind.value_type
         if pa.types.is_struct(kind):
-            yield from _field_paths([kind.field(i) for i in range(kind.num_fields)], f"{prefix}{field.name}.")
+            yield from _fields([kind.field(i) for i in range(kind.num_fields)], f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}"
+            yield f"{prefix}{field.name}", kind
 
 
-def _first_sentence(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a field holds text, or nothing but nulls."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """A type with strings in place of string views, whose rows Arrow cannot take."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_without_views(kind.value_type))
+    return pa.string() if kind == pa.string_view() else kind

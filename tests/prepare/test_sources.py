@@ -12,7 +12,8 @@ import pytest
 
 from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.prepare.sources import load_records
+from clm_dist.prepare.documents import documents_of, split_rows
+from clm_dist.prepare.sources import load_records, source_identity
 
 RECORDS: list[dict[str, Any]] = [
     {"q_id": f"q{i}", "answers": {"text": [f"answer {i}", "b"], "score": [1, 2]}} for i in range(10)
@@ -22,7 +23,7 @@ RECORDS: list[dict[str, Any]] = [
 def files(path: Path | str | list[str], **settings: Any) -> DataConfig:
     given = [str(p) for p in path] if isinstance(path, list) else str(path)
     return DataConfig.model_validate(
-        {"source": "files", "path": given, "text": "answers.text", "id": "q_id"} | settings
+        {"source": "files", "path": given, "text": "answers.text", "id": "q_id", "split_method": "hash"} | settings
     )
 
 
@@ -94,7 +95,7 @@ def test_slices_are_those_of_datasets(tmp_path: Path, split: str, first: int, co
 
 
 def test_the_built_in_corpus_is_python_s_reference() -> None:
-    table = load_records(DataConfig(source="builtin", id="topic"))
+    table = load_records(DataConfig(source="builtin", id="topic", split_method="hash"))
     assert len(table) > 50
     assert "import" in table.column("topic").to_pylist()
 
@@ -139,7 +140,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
     assert str(error_of(files(tmp_path / "a.parquet"))).startswith(f"{tmp_path / 'a.parquet'}: cannot be read")
     (tmp_path / "a.txt").write_bytes(b"ok\n\xff\xfe\n")
-    assert "not UTF-8: invalid start byte at byte 3" in str(error_of(files(tmp_path / "a.txt", text="text", id=None)))
 
 
 def test_a_field_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -147,7 +147,9 @@ def test_a_field_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     error = error_of(files(path, text="answers.body"))
     assert str(error) == (f"data.text answers.body is not in {path}; its fields are: q_id, answers.text, answers.score")
     assert error.field == "data.text"
-    assert error_of(files(path, id="key")).field == "data.id"
+    error = error_of(files(path, id="key"))
+    assert str(error).endswith("answers.score; null hashes the text instead")
+    assert error.field == "data.id"
 
 
 def test_a_split_that_files_do_not_have(tmp_path: Path) -> None:
@@ -161,3 +163,161 @@ def test_a_data_set_that_is_not_reachable() -> None:
     assert "data.dataset nobody/nothing-at-all is not reachable on the Hub" in str(error)
     assert "--set data.source=files" in str(error)
     assert error.field == "data.dataset"
+
+
+def text_of(path: Path | list[str], **settings: Any) -> DataConfig:
+    return files(path, text="text", id=None, **settings)
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    contents = {
+        "a.jsonl": '{"text": "a"}\n{"text": "caf\xe9"}\n',
+        "a.csv": "text\ncaf\xe9\n",
+        "b.csv": "n,text\n1,caf\xe9\n",
+        "a.txt": "fine\ncaf\xe9\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode("latin1"))
+        error = error_of(text_of(tmp_path / name))
+        assert str(error).startswith(f"{tmp_path / name}:2: not UTF-8; save the file as UTF-8"), name
+    (tmp_path / "head.csv").write_bytes("id\xe9,text\n1,a\n".encode("latin1"))
+    assert f"{tmp_path / 'head.csv'}:1: not UTF-8" in str(error_of(text_of(tmp_path / "head.csv")))
+    (tmp_path / "utf16.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
+    assert f"{tmp_path / 'utf16.jsonl'}:1: not UTF-8" in str(error_of(text_of(tmp_path / "utf16.jsonl")))
+    broken = pa.array([b"caf\xe9"]).view(pa.string())
+    pa.parquet.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    assert str(error_of(text_of(tmp_path / "a.parquet"))).startswith(f"{tmp_path / 'a.parquet'}: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ('{"text": 5}', "text is a number, but text in {unit} 1; give it one type"),
+        ('{"text": "a", "more": [{"n": "b"}]}', "more[].n is text, but a number in {unit} 2; give it one type"),
+        ('{"text": "a", "text": "b"}', "not a JSON record: the key text is there twice; mend or remove the {unit}"),
+        ('{"text": "\\ud800"}', "not a JSON record: 'utf-8' codec can't encode character '\\ud800'"),
+    ],
+)
+def test_records_that_do_not_go_together_are_named(tmp_path: Path, record: str, problem: str) -> None:
+    records = ['{"text": "a"}', '{"text": "a", "more": [{"n": 1}]}', '{"text": null}', record]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(records))
+    error = error_of(text_of(tmp_path / "a.jsonl"))
+    assert str(error).startswith(f"{tmp_path / 'a.jsonl'}:7: {problem.format(unit='line').replace(' 2;', ' 3;')}")
+    if "twice" not in problem:  # what Python reads from an array has each key once
+        (tmp_path / "a.json").write_text(f"\n  [{', '.join(records)}]")
+        error = error_of(text_of(tmp_path / "a.json"))
+        assert str(error).startswith(f"{tmp_path / 'a.json'}: record 4: {problem.format(unit='record')}")
+
+
+def test_json_arrays(tmp_path: Path) -> None:
+    array = tmp_path / "a.json"
+    for before in ("", " \n\t", "\ufeff"):
+        array.write_text(before + '[{"text": "a"},\n{"text": "b"}]')
+        assert load_records(text_of(array)).column("text").to_pylist() == ["a", "b"]
+    array.write_text('[{"text": "a"},\n{"text": "b"')
+    assert f"{array}:2: not a JSON array: Expecting ',' delimiter" in str(error_of(text_of(array)))
+    array.write_text('["a"]')
+    assert f"{array}: record 1: not a JSON record: str where an object is needed" in str(error_of(text_of(array)))
+
+
+def test_files_and_slices_with_no_records(tmp_path: Path) -> None:
+    contents = {
+        "a.txt": "",
+        "b.txt": "",
+        "a.jsonl": "",
+        "b.jsonl": "\n",
+        "a.json": "[]",
+        "a.csv": "",
+        "b.csv": "text\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        error = error_of(text_of(tmp_path / name))
+        assert f"data.path {tmp_path / name} has no records: its files are empty" in str(error), name
+    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    # Beside others an empty file does no harm.
+    assert load_records(text_of(tmp_path)).column("text").to_pylist() == ["one", "two"]
+    for split in ("train[:0]", "train[5:2]", "train[7:]"):
+        error = error_of(text_of(tmp_path / "c.txt", split=split))
+        assert f"data.split {split} has no records of data.path {tmp_path / 'c.txt'}" in str(error)
+        assert error.field == "data.split"
+
+
+def test_a_text_that_is_no_text_is_named_with_the_fields_that_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": [1], "title": "a", "body": {"long": ["b"]}}\n')
+    error = error_of(files(tmp_path / "a.jsonl", text="n", id=None))
+    assert str(error) == (
+        f"data.text n is int64 in {tmp_path / 'a.jsonl'}, not text; its fields of text are: title, body.long"
+    )
+    assert error.field == "data.text"
+    # A CSV file knows no types: its numbers are text where text is asked for.
+    (tmp_path / "a.csv").write_text("text\n007\n")
+    (tmp_path / "b.csv").write_text("text\nbond\n")
+    loaded = load_records(text_of([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]))
+    assert loaded.column("text").to_pylist() == ["007", "bond"]
+
+
+def test_files_whose_texts_differ_in_type(tmp_path: Path) -> None:
+    a = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"text": ["a"]}])
+    error = error_of(text_of([str(a), str(b)]))
+    assert str(error).startswith(f"{b} does not go with the files before it: ")
+    assert "string vs list<item: string>; give a field the same type in all files" in str(error)
+
+
+def test_columns_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text,n,n\na,b,1,2\n")
+    pa.parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    for file in (tmp_path / "a.csv", tmp_path / "a.parquet"):
+        assert str(error_of(text_of(file))) == f"{file} has several columns text; give each a name of its own"
+    # Those that nobody reads may have one name.
+    (tmp_path / "a.csv").write_text("text,n,n\na,1,2\n")
+    assert load_records(text_of(tmp_path / "a.csv")).to_pylist() == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.string_view(), "a"),
+        (pa.large_string(), "a"),
+        (pa.dictionary(pa.int32(), pa.string()), "a"),
+        (pa.list_(pa.string_view()), ["a"]),
+        (pa.struct([("text", pa.list_(pa.string_view()))]), {"text": ["a"]}),
+    ],
+    ids=str,
+)
+def test_every_arrow_type_of_text(tmp_path: Path, kind: Any, value: Any) -> None:
+    pa.feather.write_feather(pa.table({"a": pa.array([value] * 9, kind)}), str(tmp_path / "a.arrow"), "uncompressed")
+    data = text_of(tmp_path / "a.arrow", split_method="random").model_copy(
+        update={"text": "a.text" if isinstance(value, dict) else "a"}
+    )
+    table = load_records(data)
+    assert documents_of(table.take(split_rows(table, data)["train"]), data)[0] == ["a"]
+
+
+@pytest.mark.parametrize("path", ["~nouser/x", "a" * 5000, "/" + "a" * 5000])
+def test_a_path_that_cannot_be(path: str) -> None:
+    error = error_of(files(path))
+    assert str(error).startswith(f"data.path {path[:50]}")
+    assert "give a file, a glob or a directory" in str(error)
+    assert len(str(error)) < 400
+    assert error.field == "data.path"
+
+
+def test_a_file_whose_content_cannot_be_read_is_named(tmp_path: Path) -> None:
+    # Opens for everybody, and gives an I/O error to everybody.
+    file = tmp_path / "a.jsonl"
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=f"{file}: cannot be read: Input/output error; .* out of data.path") as caught:
+        source_identity(files(file), tmp_path / "digests.json")
+    assert caught.value.field == "data.path"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
+def test_a_broken_memory_of_digests_is_written_anew(tmp_path: Path, content: str) -> None:
+    data = files(write_jsonl(tmp_path / "a.jsonl"))
+    identity = source_identity(data, tmp_path / "digests.json")
+    whole = (tmp_path / "digests.json").read_text()
+    (tmp_path / "digests.json").write_text(content)
+    assert source_identity(data, tmp_path / "digests.json") == identity
+    assert (tmp_path / "digests.json").read_text() == whole
