@@ -22,7 +22,7 @@ from clm_dist.errors import DataError
 from clm_dist.job import fingerprint
 from clm_dist.prepare.documents import documents_of, split_rows
 from clm_dist.prepare.group import blocks_of
-from clm_dist.prepare.sources import load_records, source_identity
+from clm_dist.prepare.sources import load_records, pinned, source_identity
 from clm_dist.prepare.tokens import Encoder, locate_tokenizer, tokenizer_fingerprint, train_tokenizer
 from clm_dist.progress import Progress
 from clm_dist.run_dir import make_dir, writing
@@ -41,6 +41,7 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
     Raises:
         ConfigError, DataError: the data or the tokenizer is not reachable, broken, or too small.
     """
+    job = job.model_copy(update={"data": pinned(job.data)})
     tokenizer = _locate_tokenizer(job)
     make_dir(stores)
     identity = _identity(job, tokenizer, stores)
@@ -56,6 +57,7 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
 
 def find_store(job: JobConfig, stores: Path) -> Path | None:
     """The store that `prepare` made for the job; None where it has not."""
+    job = job.model_copy(update={"data": pinned(job.data)})
     store = make_dir(stores) / fingerprint(_identity(job, _locate_tokenizer(job), stores))
     return store if (store / "manifest.json").exists() else None
 

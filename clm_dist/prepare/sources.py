@@ -1,6 +1,8 @@
 """Records of a job's data as an Arrow table with just the columns that the job reads."""
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,26 @@ _LISTS = (
 )
 
 
+def pinned(data: DataConfig) -> DataConfig:
+    """The data with the commit that its Hub data set has now; where the Hub is out of reach, had when it was read last.
+
+    A data set that has no such commit stays as it is, and loading it says what is wrong.
+    """
+    if data.source != "hub" or _is_directory(data):
+        return data
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
+
+    assert data.dataset
+    try:
+        resolved = HfApi().resolve_revision(data.dataset, repo_type="dataset", revision=data.revision)
+    except (HfHubHTTPError, HFValidationError, RevisionResolutionError, OSError):
+        return data
+    return data.model_copy(update={"revision": resolved.resolved})
+
+
 def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
-    """What stands for the records in a store's fingerprint.
+    """What stands for the records of data that is `pinned` in a store's fingerprint.
 
     A file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers what
     files held, so that one whose size and time are as they were is not read again.
@@ -34,10 +54,25 @@ def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
         # The suffix says how a file is read.
         suffixes = ["".join(file.suffixes) for file in files]
         return {"files": list(zip(suffixes, _digests_of(files, digests), strict=True)), "split": data.split}
-    return {"dataset": data.dataset, "config": data.config, "revision": data.revision, "split": data.split}
+    identity: dict[str, Any] = {"config": data.config, "split": data.split}
+    if _is_directory(data):
+        directory = Path(str(data.dataset))
+        # `datasets` leaves out what is hidden, and sees from a file's name to which split it belongs.
+        names = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
+        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        files = [directory / name for name in names]
+        return identity | {
+            "directory": list(zip(map(str, names), _digests_of(files, digests, "data.dataset"), strict=True))
+        }
+    return identity | {"dataset": data.dataset, "revision": data.revision}
 
 
-def _digests_of(files: list[Path], remembered: Path) -> list[str]:
+def _is_directory(data: DataConfig) -> bool:
+    # Path.is_dir raises for a name that is too long.
+    return os.path.isdir(data.dataset or "")  # noqa: PTH112
+
+
+def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> list[str]:
     """The sha256 of each file."""
     try:
         known = dict(read_json(remembered))
@@ -55,8 +90,8 @@ def _digests_of(files: list[Path], remembered: Path) -> list[str]:
         except OSError as error:
             raise DataError(
                 f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
-                "data.path",
-                field="data.path",
+                f"{field}",
+                field=field,
             ) from None
         digests.append(known[key])
     if fresh:
@@ -109,19 +144,34 @@ def _load_files(data: DataConfig, where: str) -> pa.Table:
 
 def _load_hub(data: DataConfig) -> pa.Table:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError
 
+    local = _is_directory(data)
     try:
         dataset = load_dataset(data.dataset, data.config, split=data.split, revision=data.revision)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
+    except (ValueError, RuntimeError, DatasetGenerationError) as error:
+        # An unknown split or configuration, a data set that is a script, or a broken file.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise ConfigError(
+            f"data.dataset {data.dataset}: {first_line(cause)}; check data.config, data.split and the data set's files",
+            field="data.dataset",
+        ) from None
+    except OSError as error:
+        if local:
+            raise ConfigError(f"data.dataset {data.dataset}: {first_line(error)}", field="data.dataset") from None
         raise ConfigError(
             f"data.dataset {data.dataset} is not reachable on the Hub: {first_line(error)}; check the id, your "
             "network and `hf auth login`, or use local files with --set data.source=files --set data.path=...",
             field="data.dataset",
         ) from None
-    except (ValueError, RuntimeError) as error:
-        # An unknown split or configuration, or a data set that is a script.
-        raise ConfigError(f"data.dataset {data.dataset}: {first_line(error)}", field="data.dataset") from None
+    # With no network the library takes whatever commit it read last.
+    read = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if not local and re.fullmatch("[0-9a-f]{40}", data.revision or "") and read - {data.revision}:
+        raise ConfigError(
+            f"data.dataset {data.dataset}: the Hub is not reachable, and `datasets` gives commit {', '.join(read)}, "
+            f"not {data.revision} as the job needs; set data.revision to that one, or prepare where there is a network",
+            field="data.dataset",
+        )
     return dataset.with_format("arrow")[:]
 
 
