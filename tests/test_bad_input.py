@@ -18,17 +18,19 @@ Run = Callable[..., Said]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stores: Path) -> Run:
-    """`clm-dist run` with `--set` settings; checks that a wrong job leaves no run behind."""
+    """`clm-dist run` with `--set` settings; checks that a wrong job leaves no run and no part of a store behind."""
 
     def call(job: Path, *settings: str, options: tuple[str, ...] = ()) -> Said:
         sets = [part for setting in settings for part in ("--set", setting)]
-        runs = tmp_path / "runs"
+        runs, before = tmp_path / "runs", set(stores.iterdir())
         said = clm_dist(capsys, monkeypatch, "run", job, *sets, "--runs", runs, "--store", stores, *options)
         assert said.code == 2, said.err
         assert "Traceback" not in said.err
         assert said.err.count("error: ") == 1
         left = [path for path in runs.glob("*") if not path.name.startswith(".")]
         assert not left or "exists with another job" in said.err
+        made = [path for path in stores.iterdir() if path.is_dir() and path not in before]
+        assert all((store / "manifest.json").is_file() for store in made)
         return said
 
     return call
@@ -67,6 +69,8 @@ def test_texts_that_do_not_fill_a_block(run: Run, write_job: WriteJob, tmp_path:
     assert "less than one block of 32; take more records, lower data.block_size" in said.err
     short.write_text('{"text": ""}\n{"text": null}\n' * 5)
     assert "is empty in all" in run(write_job(), f"data.path={short}", "data.id=null").err
+    said = run(write_job(), "data.split='train[:2]'", "data.split_method=hash", "data.eval_fraction=0.001")
+    assert "--set data.eval_fraction=0.001: data.eval_fraction 0.001 cannot split 2 records" in said.err
 
 
 def test_a_block_above_the_model_s_context(run: Run, write_job: WriteJob) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from clm_dist.config import JobConfig
-from clm_dist.errors import DataError
+from clm_dist.config import DataConfig, JobConfig
+from clm_dist.errors import ConfigError, DataError
 from clm_dist.job import fingerprint
-from clm_dist.prepare.documents import documents_of, split_rows
+from clm_dist.prepare.documents import Rows, documents_of, split_rows
 from clm_dist.prepare.group import blocks_of
 from clm_dist.prepare.sources import load_records, pinned, source_identity
 from clm_dist.prepare.tokens import Encoder, locate_tokenizer, tokenizer_fingerprint, train_tokenizer
@@ -48,7 +48,17 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
     store = stores / fingerprint(identity)
     with writing(store), FileLock(stores / f".{store.name}.lock"):
         if not (store / "manifest.json").exists():
-            _build(job, tokenizer, identity, store, progress)
+            progress.start("Loading records")
+            table = load_records(job.data)
+            rows = split_rows(table, job.data)
+            _check_texts(table, rows, job.data)
+            encoder = Encoder(tokenizer, job.data) if tokenizer else None
+            try:
+                _build(job, table, rows, encoder, identity, store, progress)
+            except ConfigError:
+                # Input that is wrong stays wrong. What a kill leaves stays too, to go on with.
+                shutil.rmtree(store, ignore_errors=True)
+                raise
     manifest = Manifest.read(store / "manifest.json")
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
     progress.note(f"Blocks of {manifest.block_size}: {counts} ({store})")
@@ -81,17 +91,34 @@ def _identity(job: JobConfig, tokenizer: Path | None, stores: Path) -> dict[str,
     }
 
 
-def _build(job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], store: Path, progress: Progress) -> None:
-    progress.start("Loading records")
-    table = load_records(job.data)
-    rows = split_rows(table, job.data)
+def _check_texts(table: pa.Table, rows: Mapping[str, Rows], data: DataConfig) -> None:
+    """Raises DataError where a split has no text at all; the first text ends the search."""
+    for name, indices in rows.items():
+        parts = (indices[start : start + PARTITION_RECORDS] for start in range(0, len(indices), PARTITION_RECORDS))
+        if not any(any(documents_of(table.take(part), data)) for part in parts):
+            raise DataError(
+                f"data.text {data.text} is empty in all {len(indices)} records of the {name} split; "
+                "name the field that holds the text",
+                field="data.text",
+            )
+
+
+def _build(
+    job: JobConfig,
+    table: pa.Table,
+    rows: Mapping[str, Rows],
+    encoder: Encoder | None,
+    identity: dict[str, Any],
+    store: Path,
+    progress: Progress,
+) -> None:
     work = make_dir(store / "work")
-    if tokenizer is None:
-        tokenizer = work / "tokenizer"
-        if not tokenizer.exists():
+    if encoder is None:
+        trained = work / "tokenizer"
+        if not trained.exists():
             progress.start("Training the tokenizer")
-            _train_tokenizer(job, table.take(rows["train"]), tokenizer)
-    encoder = Encoder(tokenizer, job.data)
+            _train_tokenizer(job, table.take(rows["train"]), trained)
+        encoder = Encoder(trained, job.data)
     token_bytes = encoder.token_bytes()
 
     starts = {name: range(0, len(indices), PARTITION_RECORDS) for name, indices in rows.items()}
@@ -123,7 +150,7 @@ def _build(job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], sto
             block_size=job.data.block_size,
             dtype=str(encoder.dtype),
             engine=encoder.engine,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(encoder.directory),
             splits=splits,
         ).write(store / "manifest.json")
         shutil.rmtree(work)
@@ -159,12 +186,6 @@ def _read_partition(part: Path) -> tuple[Ids, dict[str, int]]:
 def _write_split(
     job: JobConfig, store: Path, name: str, parts: list[Path], encoder: Encoder, counts: Mapping[str, int]
 ) -> Split:
-    if counts["documents"] == 0:
-        raise DataError(
-            f"data.text {job.data.text} is empty in all {counts['records']} records of the {name} split; "
-            "name the field that holds the text",
-            field="data.text",
-        )
     block_size = job.data.block_size
     if counts["tokens"] < block_size:
         raise DataError(

@@ -92,6 +92,7 @@ class Encoder:
     def __init__(self, directory: Path, data: DataConfig) -> None:
         from transformers import AutoTokenizer
 
+        self.directory = directory
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:

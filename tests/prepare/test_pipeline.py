@@ -46,7 +46,9 @@ def blocks_of(store: Path, split: str) -> Any:
     return blocks[np.arange(len(blocks))]
 
 
-def test_guide_grouping_gives_the_blocks_of_the_guide(make: MakeJob, stores: Path, records: Path) -> None:
+def test_guide_grouping_gives_the_blocks_of_the_guide(
+    make: MakeJob, stores: Path, records: Path, tmp_path: Path
+) -> None:
     """The guide's steps with `datasets`, beside ours."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -54,7 +56,7 @@ def test_guide_grouping_gives_the_blocks_of_the_guide(make: MakeJob, stores: Pat
     job = make("data.grouping=guide", "data.append_eos=false", "data.block_size=32")
     store = prepare(job, stores, Silent())
     tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
-    eli5 = load_dataset("json", data_files=str(records), split="train", cache_dir=str(stores / "datasets"))
+    eli5 = load_dataset("json", data_files=str(records), split="train", cache_dir=str(tmp_path))
     eli5 = eli5.train_test_split(test_size=0.2, seed=42).flatten()
     tokenized = eli5.map(
         lambda examples: tokenizer([" ".join(x) for x in examples["answers.text"]]),
@@ -221,6 +223,18 @@ def test_a_tokenizer_that_is_nowhere(make_job: MakeJob, stores: Path, tmp_path: 
     assert error.field == "tokenizer.path"
     with pytest.raises(ConfigError, match="is neither a directory nor reachable on the Hub"):
         locate_tokenizer("a" * 5000, "tokenizer.path")
+
+
+def test_wrong_input_leaves_nothing_and_trains_no_tokenizer_for_nothing(
+    make: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "less than one block" in str(error_of(make("data.block_size=64000"), tmp_path))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    monkeypatch.setattr(pipeline, "train_tokenizer", None)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"answers": {"text": [" "]}}\n' * 9)
+    assert "is empty in all 7 records" in str(error_of(make(f"data.path={empty}", "data.id=null"), tmp_path))
+    assert "cannot split 1 records" in str(error_of(make("data.split='train[:1]'"), tmp_path))
 
 
 def test_training_a_tokenizer_twice_gives_the_same(make: MakeJob, stores: Path, tmp_path: Path) -> None:
