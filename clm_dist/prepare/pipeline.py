@@ -61,8 +61,16 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
                 raise
     manifest = Manifest.read(store / "manifest.json")
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
-    progress.note(f"Blocks of {manifest.block_size}: {counts} ({store})")
+    progress.note(f"Blocks of {manifest.block_size}: {counts} ({_left_out(manifest)}; {store})")
     return store
+
+
+def _left_out(manifest: Manifest) -> str:
+    """What of the records is not in the blocks."""
+    splits = manifest.splits.values()
+    skipped = sum(split.num_skipped["empty"] for split in splits)
+    dropped = f"{sum(split.num_dropped_tokens for split in splits):,} tokens dropped"
+    return f"{skipped:,} empty records skipped, {dropped}" if skipped else dropped
 
 
 def find_store(job: JobConfig, stores: Path) -> Path | None:

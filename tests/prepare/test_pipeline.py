@@ -237,6 +237,21 @@ def test_wrong_input_leaves_nothing_and_trains_no_tokenizer_for_nothing(
     assert "cannot split 1 records" in str(error_of(make("data.split='train[:1]'"), tmp_path))
 
 
+def test_the_last_note_says_what_is_left_out(make: MakeJob, make_job: MakeJob, stores: Path) -> None:
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    for job, skipped in ((make(), "25 empty records skipped, "), (make_job(), "")):
+        store = prepare(job, stores, Notes())
+        splits = Manifest.read(store / "manifest.json").splits
+        blocks = f"train {splits['train'].num_blocks:,}, eval {splits['eval'].num_blocks:,}"
+        dropped = splits["train"].num_dropped_tokens + splits["eval"].num_dropped_tokens
+        assert notes[-1] == f"Blocks of 32: {blocks} ({skipped}{dropped} tokens dropped; {store})"
+
+
 def test_training_a_tokenizer_twice_gives_the_same(make: MakeJob, stores: Path, tmp_path: Path) -> None:
     stored = prepare(make(), stores, Silent()) / "tokenizer" / "tokenizer.json"
     again = prepare(make(), tmp_path, Silent()) / "tokenizer" / "tokenizer.json"
