@@ -53,7 +53,7 @@ def test_data_paths_and_files(run: Run, write_job: WriteJob, tmp_path: Path, clu
     assert "matches no file" in run(job, f"data.path={tmp_path}/none*.jsonl").err
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": \n')
-    assert f"{broken}:2: not a JSON record" in run(job, f"data.path={broken}", "data.id=null").err
+    assert f"{broken}:2: not a JSON record" in run(job, f"data.path={broken}").err
     said = run(job, "data.text=answers.body")
     assert "--set data.text=answers.body: data.text answers.body is not in" in said.err
     assert "its fields are: topic, text" in said.err
@@ -65,10 +65,10 @@ def test_data_paths_and_files(run: Run, write_job: WriteJob, tmp_path: Path, clu
 def test_texts_that_do_not_fill_a_block(run: Run, write_job: WriteJob, tmp_path: Path, cluster: Cluster) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(5)))
-    said = run(write_job(), f"data.path={short}", "data.id=null")
+    said = run(write_job(), f"data.path={short}")
     assert "less than one block of 32; take more records, lower data.block_size" in said.err
     short.write_text('{"text": ""}\n{"text": null}\n' * 5)
-    assert "is empty in all" in run(write_job(), f"data.path={short}", "data.id=null").err
+    assert "is empty in all" in run(write_job(), f"data.path={short}").err
     said = run(write_job(), "data.split='train[:2]'", "data.split_method=hash", "data.eval_fraction=0.001")
     assert "--set data.eval_fraction=0.001: data.eval_fraction 0.001 cannot split 2 records" in said.err
 

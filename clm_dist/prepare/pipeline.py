@@ -88,9 +88,10 @@ def _locate_tokenizer(job: JobConfig) -> Path | None:
 
 def _identity(job: JobConfig, tokenizer: Path | None, stores: Path) -> dict[str, Any]:
     """Everything that decides which blocks come out."""
-    data = job.data.model_dump(
-        mode="json", include={"text", "join", "id", "eval_fraction", "split_method", "seed", "block_size", "grouping"}
-    )
+    fields = {"text", "join", "eval_fraction", "split_method", "seed", "block_size", "grouping"}
+    if job.data.split_method == "hash":
+        fields.add("id")
+    data = job.data.model_dump(mode="json", include=fields)
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
     return {
         "source": source_identity(job.data, stores / "digests.json"),

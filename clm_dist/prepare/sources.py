@@ -207,7 +207,7 @@ def _columns(table: pa.Table, data: DataConfig, where: str) -> pa.Table:
     """The columns that the job reads. Raises DataError that names the fields that are there."""
     fields = dict(_fields(table.schema))
     wanted: dict[str, None] = {}
-    for option, path in (("data.text", data.text), ("data.id", data.id)):
+    for option, path in (("data.text", data.text), ("data.id", data.id if data.split_method == "hash" else None)):
         if path is None:
             continue
         if path not in fields:

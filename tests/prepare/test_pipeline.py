@@ -148,7 +148,9 @@ def test_whatever_changes_the_blocks_changes_the_store(make: MakeJob, tmp_path: 
 
     identities = [identity(), *map(identity, changes)]
     assert len(set(identities)) == len(changes) + 1
-    unrelated = ("train.learning_rate=1", "batch.global_size=4", "cluster.max_restarts=0", "name=other")
+    assert identity("data.split_method=hash") != identity("data.split_method=hash", "data.id=null")
+    # Only the hash split reads the id.
+    unrelated = ("data.id=null", "train.learning_rate=1", "batch.global_size=4", "cluster.max_restarts=0", "name=other")
     assert identity(*unrelated) == identities[0]
 
 
@@ -194,7 +196,7 @@ def test_too_little_text_for_a_block(make: MakeJob, stores: Path) -> None:
 def test_texts_that_are_all_empty(make_job: MakeJob, tmp_path: Path, stores: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text('{"text": ""}\n{"text": null}\n{"text": "  "}\n' * 5)
-    job = make_job("data.source=files", f"data.path={path}", "data.id=null", "data.split=train")
+    job = make_job("data.source=files", f"data.path={path}", "data.split=train")
     error = error_of(job, stores)
     assert isinstance(error, DataError)
     assert "data.text text is empty in all 12 records of the train split" in str(error)
@@ -233,7 +235,7 @@ def test_wrong_input_leaves_nothing_and_trains_no_tokenizer_for_nothing(
     monkeypatch.setattr(pipeline, "train_tokenizer", None)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"answers": {"text": [" "]}}\n' * 9)
-    assert "is empty in all 7 records" in str(error_of(make(f"data.path={empty}", "data.id=null"), tmp_path))
+    assert "is empty in all 7 records" in str(error_of(make(f"data.path={empty}"), tmp_path))
     assert "cannot split 1 records" in str(error_of(make("data.split='train[:1]'"), tmp_path))
 
 

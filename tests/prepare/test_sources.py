@@ -150,6 +150,8 @@ def test_a_field_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     error = error_of(files(path, id="key"))
     assert str(error).endswith("answers.score; null hashes the text instead")
     assert error.field == "data.id"
+    # Only the hash split reads the id.
+    assert load_records(files(path, id="key", split_method="random")).column_names == ["answers"]
 
 
 def test_a_split_that_files_do_not_have(tmp_path: Path) -> None:
@@ -288,9 +290,7 @@ def test_columns_of_one_name(tmp_path: Path) -> None:
 )
 def test_every_arrow_type_of_text(tmp_path: Path, kind: Any, value: Any) -> None:
     pa.feather.write_feather(pa.table({"a": pa.array([value] * 9, kind)}), str(tmp_path / "a.arrow"), "uncompressed")
-    data = text_of(tmp_path / "a.arrow", split_method="random").model_copy(
-        update={"text": "a.text" if isinstance(value, dict) else "a"}
-    )
+    data = files(tmp_path / "a.arrow", text="a.text" if isinstance(value, dict) else "a", split_method="random")
     table = load_records(data)
     assert documents_of(table.take(split_rows(table, data)["train"]), data)[0] == ["a"]
 
