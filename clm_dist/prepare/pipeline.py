@@ -18,7 +18,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from clm_dist.config import DataConfig, JobConfig
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import DataError
 from clm_dist.job import fingerprint
 from clm_dist.prepare.documents import Rows, documents_of, split_rows
 from clm_dist.prepare.group import blocks_of
@@ -55,8 +55,8 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
             encoder = Encoder(tokenizer, job.data) if tokenizer else None
             try:
                 _build(job, table, rows, encoder, identity, store, progress)
-            except ConfigError:
-                # Input that is wrong stays wrong. What a kill leaves stays too, to go on with.
+            except DataError:
+                # Input that is wrong stays wrong. What a kill or a full disk leaves stays, to go on with.
                 shutil.rmtree(store, ignore_errors=True)
                 raise
     manifest = Manifest.read(store / "manifest.json")
