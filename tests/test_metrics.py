@@ -3,8 +3,10 @@
 import math
 import random
 
+import evaluate
 import pytest
 
+import clm_dist.perplexity
 from clm_dist.metrics import Part, bits_per_byte, combine, flops_per_token, model_flops_utilization, perplexity
 
 
@@ -67,9 +69,6 @@ def test_utilization_is_known_only_for_known_devices() -> None:
 
 
 def test_evaluate_metric_gives_the_same_perplexity() -> None:
-    evaluate = pytest.importorskip("evaluate")
-    import clm_dist.perplexity
-
     metric = evaluate.load(clm_dist.perplexity.__file__)
     for part in parts(10):
         metric.add(loss_sums=part.loss_sum, num_tokens=part.num_tokens)
