@@ -1,23 +1,34 @@
 """The job file's sections: one typed, frozen model each; unknown keys are refused."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Every = Literal["epoch"] | PositiveInt
+# Far above what can be meant, and small enough for every library that gets it.
+_MOST = 2**31
+Count = Annotated[int, Field(gt=0, le=_MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy, torch and datasets all take."""
+Every = Literal["epoch"] | Count
 Precision = Literal["fp32", "bf16", "fp16"]
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
 
 
-def _wrong(field: str, problem: str) -> PydanticCustomError:
-    """A validation error of one field that a whole section (or the whole job) is needed to see."""
-    return PydanticCustomError("job", "{problem}", {"problem": problem, "field": field})
+def _wrong(field: str, problem: str, *others: str) -> PydanticCustomError:
+    """A validation error that a whole section (or the whole job) is needed to see.
+
+    Args:
+        field: the field at fault.
+        others: fields that have a part in it; the first of them all that the job sets is where the error is shown.
+    """
+    return PydanticCustomError("job", "{problem}", {"problem": problem, "fields": [field, *others]})
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -53,9 +64,9 @@ class DataConfig(Section):
     """Share of the records that is held out for evaluation."""
     split_method: Literal["random", "hash"] = "random"
     """`random` is the rows of datasets' train_test_split; `hash` keeps a record on its side at every subset size."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the random split."""
-    block_size: Annotated[int, Field(ge=2)] = 128
+    block_size: Annotated[int, Field(ge=2, le=_MOST)] = 128
     """Tokens in a block."""
     grouping: Literal["carry", "guide"] = "carry"
     """`carry` loses one tail a split; `guide` drops the remainder of every 1,000 records, as the guide does."""
@@ -76,7 +87,7 @@ class DataConfig(Section):
 class TokenizerTraining(Section):
     """A byte-level BPE tokenizer trained on the training split."""
 
-    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    vocab_size: Annotated[int, Field(ge=257, le=_MOST)] = 4096
     """Tokens in the vocabulary, the 256 bytes and the end-of-sequence token included."""
 
 
@@ -102,7 +113,7 @@ class ModelConfig(Section):
     """Directory or Hub id of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit of the Hub model."""
-    config: dict[str, Any] | None = None
+    config: dict[str, JsonValue] | None = None
     """Configuration of a model with random weights: `model_type` and whatever transformers' config of it takes."""
 
     @model_validator(mode="after")
@@ -117,18 +128,18 @@ class ModelConfig(Section):
 class BatchConfig(Section):
     """How many blocks a step and a pass take."""
 
-    global_size: PositiveInt = 8
+    global_size: Count = 8
     """Blocks in an optimizer step, over all workers."""
-    micro_size: PositiveInt = 8
+    micro_size: Count = 8
     """Blocks in one forward and backward pass on one device."""
 
 
 class TrainConfig(Section):
     """The optimizer and its schedule."""
 
-    epochs: PositiveInt = 3
+    epochs: Count = 3
     """Passes over the training blocks."""
-    max_steps: PositiveInt | None = None
+    max_steps: Count | None = None
     """End after this many steps; the schedule ends there too."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate."""
@@ -144,7 +155,7 @@ class TrainConfig(Section):
     """AdamW's epsilon."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """Steps in which the learning rate rises from 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this 2-norm; null leaves it."""
@@ -152,7 +163,7 @@ class TrainConfig(Section):
     """Arithmetic of the passes; weights and optimizer keep fp32 masters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the weights, the order of blocks and dropout."""
 
 
@@ -161,7 +172,7 @@ class EvalConfig(Section):
 
     every: Every = "epoch"
     """`epoch`, or a number of steps."""
-    micro_size: PositiveInt = 8
+    micro_size: Count = 8
     """Blocks in one forward pass on one device."""
 
 
@@ -170,14 +181,14 @@ class CheckpointConfig(Section):
 
     every: Every = "epoch"
     """`epoch`, or a number of steps."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Committed checkpoints that are kept."""
 
 
 class ClusterConfig(Section):
     """Workers and what each of them gets."""
 
-    workers: PositiveInt = 1
+    workers: Count = 1
     """Ray Train workers, one device each."""
     strategy: Strategy = "ddp"
     """What is sharded over the workers: nothing, optimizer (zero1), gradients (zero2), weights (zero3, fsdp2)."""
@@ -187,7 +198,7 @@ class ClusterConfig(Section):
     """CPUs that Ray reserves for a worker; it computes with as many threads."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """GPUs of a worker, 0 or 1; `auto` takes one where the cluster has any."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[int, Field(ge=0, le=_MOST)] = 3
     """How often dead workers are replaced, from the last committed checkpoint, before the run fails."""
 
     @model_validator(mode="after")
@@ -233,10 +244,15 @@ class JobConfig(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         if self.tokenizer_path is None and self.tokenizer.train is None:
-            raise _wrong("tokenizer", "tokenizer needs path or train, because model.config has no tokenizer of its own")
+            raise _wrong(
+                "tokenizer",
+                "tokenizer needs path or train, because model.config has no tokenizer of its own",
+                "model.config",
+            )
         workers, micro, size = self.cluster.workers, self.batch.micro_size, self.batch.global_size
         if size % (workers * micro):
-            raise _wrong("batch.global_size", f"batch.global_size {_sizes_that_fit(size, workers, micro)}")
+            problem = f"batch.global_size {_sizes_that_fit(size, workers, micro)}"
+            raise _wrong("batch.global_size", problem, "cluster.workers", "batch.micro_size")
         if self.train.precision == "fp16" and self.cluster.strategy == "fsdp2":
             raise _wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
         return self
@@ -260,6 +276,7 @@ def _sizes_that_fit(size: int, workers: int, micro: int) -> str:
     advice = f"try {sizes}"
     if size % workers == 0:
         share = size // workers
-        fitting = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        divisors = (d for m in range(1, math.isqrt(share) + 1) if share % m == 0 for d in (m, share // m))
+        fitting = max(d for d in divisors if d <= micro)
         advice += f", or batch.micro_size {fitting}"
     return f"is {size}, but {workers} workers x {micro} blocks take {at_a_time} at a time; {advice}"

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, first_line
+from clm_dist.run_dir import local_path
 
+# What YAML and OmegaConf raise over a text that a person wrote: also for numbers of thousands of digits and nesting
+# of thousands of levels, and for a mapping merged into a list.
+_MALFORMED = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError)
 # Sections that decide where and how fast a run computes, what is kept and where it goes, not what it computes.
 _NOT_COMPUTED = ("checkpoint", "cluster", "hub", "tracking")
 
@@ -42,22 +47,25 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for file in _extension_chain(path):
-        values, lines = _parse(file)
+    for file, values, lines in _extension_chain(path):
         values.pop("extends", None)
-        merged = _merge(merged, values)
+        merged = _merge(merged, values, str(file))
         origins |= {field: f"{file}:{line}" for field, line in lines.items()}
     for override in overrides:
         field, equals, _ = override.partition("=")
-        if not field or not equals:
-            raise ConfigError(f"--set {override}: write it as section.field=value, for example --set train.epochs=1")
+        place = f"--set {_shortened(override)}"
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", field):
+            raise ConfigError(
+                f"{place}: write it as section.field=value, for example --set train.epochs=1; a list is set as a "
+                "whole, --set tracking=[tensorboard]"
+            )
         try:
             change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"--set {override}: {_first_line(error)}") from None
-        merged = _merge(merged, change)
-        origins[field] = f"--set {override}"
-    return Job(_with_absolute_paths(_validated(merged, origins, path)), origins)
+        except _MALFORMED as error:
+            raise ConfigError(f"{place}: {_reason(error)}") from None
+        merged = _merge(merged, change, place)
+        origins[field] = place
+    return Job(_with_absolute_paths(_validated(merged, origins, path), origins), origins)
 
 
 def read_saved_job(path: Path) -> JobConfig:
@@ -90,18 +98,17 @@ def job_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _extension_chain(path: Path) -> list[Path]:
-    """The file and those it extends, the outermost base first."""
-    chain: list[Path] = []
+def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, int]]]:
+    """The file and those it extends, the outermost base first, each with its values and lines."""
+    chain: list[tuple[Path, dict[str, Any], dict[str, int]]] = []
     named_by = ""
     while True:
-        if not path.is_file():
-            raise ConfigError(f"{named_by}there is no job file {path}")
-        if any(path.samefile(seen) for seen in chain):
-            circle = " -> ".join(str(p) for p in [*chain, path])
+        text = _read(path, named_by)
+        if any(path.samefile(seen) for seen, _, _ in chain):
+            circle = " -> ".join(str(p) for p in [*(file for file, _, _ in chain), path])
             raise ConfigError(f"{named_by}extends runs in a circle: {circle}; remove one of them")
-        chain.append(path)
-        values, lines = _parse(path)
+        values, lines = _parse(path, text)
+        chain.append((path, values, lines))
         base = values.get("extends")
         if base is None:
             return chain[::-1]
@@ -111,24 +118,37 @@ def _extension_chain(path: Path) -> list[Path]:
         path = Path(os.path.normpath(path.parent / base))
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A job file's values, and the line of each field by its dotted name."""
+def _read(path: Path, named_by: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() and node else {}
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{named_by}there is no job file {path}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file: {error.reason} at byte {error.start}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{named_by}cannot read the job file {_shortened(str(path))}: {reason}") from None
+
+
+def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """A job file's values, and the line of each field by its dotted name."""
+    lines: dict[str, int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: a job file is a mapping of sections (name, data, model, ...)")
+        lines = dict(_lines(node))
+        values = OmegaConf.to_container(OmegaConf.create(text)) if node else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
-        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
-    if not isinstance(values, dict) or (node and not isinstance(node, yaml.MappingNode)):
-        raise ConfigError(f"{path}: a job file is a mapping of sections (name, data, model, ...)")
-    return {str(key): value for key, value in values.items()}, dict(_lines(node))
+        raise ConfigError(f"{path}{line}: not valid YAML: {_reason(error)}") from None
+    except _MALFORMED as error:
+        field = getattr(error, "full_key", None) or ""
+        where = f"{path}:{lines[field]}: {field}" if field in lines else str(path)
+        raise ConfigError(f"{where}: {_reason(error)}") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}, lines
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -139,10 +159,13 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             yield from _lines(value, f"{field}.")
 
 
-def _merge(base: dict[str, Any], change: Any) -> dict[str, Any]:
+def _merge(base: dict[str, Any], change: Any, place: str) -> dict[str, Any]:
     # model.config is one value: half of one architecture's configuration merged into another's fits neither.
     config = change.get("model") and isinstance(change["model"], dict) and change["model"].get("config")
-    merged = OmegaConf.to_container(OmegaConf.merge(base, change))
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(base, change))
+    except _MALFORMED as error:
+        raise ConfigError(f"{place}: {_reason(error)}") from None
     assert isinstance(merged, dict)
     if config and "model_type" in config:
         merged["model"]["config"] = config
@@ -154,55 +177,63 @@ def _validated(values: dict[str, Any], origins: Mapping[str, str], path: Path) -
         resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
         return JobConfig.model_validate(resolved)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error), field=error.full_key) from None
+        field = error.full_key or ""
+        where = _where(origins, field.partition("[")[0]) or path
+        raise ConfigError(f"{where}: {field}: {first_line(error)}") from None
+    except RecursionError as error:
+        raise ConfigError(f"{path}: {_reason(error)}") from None
     except ValidationError as error:
-        problems: dict[str, list[str]] = {}
+        problems: dict[tuple[str, ...], list[str]] = {}
         for problem in error.errors(include_url=False):
-            field, message = _describe(dict(problem))
-            problems.setdefault(field, []).append(message)
+            fields, message = _describe(dict(problem))
+            problems.setdefault(fields, []).append(message)
         lines = []
-        for field, messages in problems.items():
+        for fields, messages in problems.items():
             # A union reports one error a member: the first says the value, the others what else would do.
             also = "".join(f", or {m.split(': ', 1)[-1]}" for m in messages[1:])
-            lines.append(f"{_where(origins, field) or path}: {messages[0]}{also}")
+            place = next((place for field in fields if (place := _where(origins, field))), path)
+            lines.append(f"{place}: {messages[0]}{also}")
         raise ConfigError("\n".join(lines)) from None
 
 
-def _with_absolute_paths(config: JobConfig) -> JobConfig:
+def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobConfig:
     """The job with the directories that it names spelled out: workers run elsewhere. Hub ids stay as they are."""
 
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
+    def absolute(path: str, field: str, *, only_directories: bool = False) -> str:
+        if "://" in path:
+            return path
+        where = _where(origins, field)
+        local = local_path(path, f"{where}: {field}" if where else field)
+        return path if only_directories and not local.is_dir() else str(local.absolute())
 
-    def directory(path: str | None) -> str | None:
-        return absolute(path) if path and Path(path).expanduser().is_dir() else path
+    def directory(path: str | None, field: str) -> str | None:
+        return absolute(path, field, only_directories=True) if path else path
 
     data, given = config.data, config.data.path
     if given is not None:
-        data = data.model_copy(
-            update={"path": absolute(given) if isinstance(given, str) else list(map(absolute, given))}
-        )
-    tokenizer = config.tokenizer.model_copy(update={"path": directory(config.tokenizer.path)})
-    model = config.model.model_copy(update={"path": directory(config.model.path)})
+        paths = [absolute(path, "data.path") for path in ([given] if isinstance(given, str) else given)]
+        data = data.model_copy(update={"path": paths[0] if isinstance(given, str) else paths})
+    tokenizer = config.tokenizer.model_copy(update={"path": directory(config.tokenizer.path, "tokenizer.path")})
+    model = config.model.model_copy(update={"path": directory(config.model.path, "model.path")})
     return config.model_copy(update={"data": data, "tokenizer": tokenizer, "model": model})
 
 
-def _describe(error: dict[str, Any]) -> tuple[str, str]:
-    """The field at fault, and what is wrong with it."""
+def _describe(error: dict[str, Any]) -> tuple[tuple[str, ...], str]:
+    """The field at fault, with those that have a part in it, and what is wrong with it."""
     location = [str(part) for part in error["loc"]]
-    field = error.get("ctx", {}).get("field") or _known_prefix(location)
     if error["type"] == "job":
-        return field, str(error["msg"])
+        return tuple(error["ctx"]["fields"]), str(error["msg"])
+    field = _known_prefix(location)
     if error["type"] == "extra_forbidden":
         field = ".".join(location)
         valid = list(_model_at(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
-        return field, f"unknown key {field}; {advice}"
+        return (field,), f"unknown key {field}; {advice}"
     if error["type"] == "missing":
-        return field, f"{field} is missing; add it to the job file"
+        return (field,), f"{field} is missing; add it to the job file"
     problem = str(error["msg"][0]).lower() + str(error["msg"][1:])
-    return field, f"{field} is {error['input']!r}: {problem}"
+    return (field,), f"{field} is {_shortened(repr(error['input']))}: {problem}"
 
 
 def _known_prefix(location: Sequence[str]) -> str:
@@ -232,7 +263,10 @@ def _section_of(model: type[BaseModel], field: str) -> type[BaseModel] | None:
 
 
 def _where(origins: Mapping[str, str], field: str) -> str | None:
-    """The line of a field, or of the nearest section around it that has one."""
+    """Where a field, or something in it, was overridden, else its line or that of the nearest section that has one."""
+    inside = [place for name, place in origins.items() if name.startswith(f"{field}.") and place.startswith("--set ")]
+    if inside:
+        return inside[-1]
     while field:
         if field in origins:
             return origins[field]
@@ -248,5 +282,11 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return getattr(error, "problem", None) or first_line(error)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,11 +1,15 @@
 """Job files: what they give, and what a wrong one says."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from clm_dist.errors import ConfigError
 from clm_dist.job import differing_fields, job_schema, job_text, load_job
@@ -69,6 +73,12 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
         ("train: {epochs: three}", "train.epochs is 'three': input should be a valid integer"),
         ("train: {epochs: true}", "train.epochs is True: input should not be true or false"),
         ("train: {epochs: 0}", "train.epochs is 0: input should be greater than 0"),
+        ("train: {epochs: 1.0e+26}", "train.epochs is 1e+26: "),
+        ("train: {max_steps: 3000000000}", "train.max_steps is 3000000000: input should be less than or equal to 2147"),
+        ("train: {learning_rate: .nan}", "train.learning_rate is nan: input should be a finite number"),
+        ("train: {seed: -1}", "train.seed is -1: input should be greater than or equal to 0"),
+        ("data: {source: builtin, seed: 4294967296}", "data.seed is 4294967296: input should be less than 4294967296"),
+        ("model: {config: {model_type: gpt2, initializer_range: .inf}}", "model.config is inf: input should be a fini"),
         ("train: 3", "train is 3: input should be a valid dictionary"),
         ("eval: {every: sometimes}", "eval.every is 'sometimes': input should be 'epoch', or input should be a valid"),
         ("cluster: {strategy: zero4}", "cluster.strategy is 'zero4': input should be 'ddp', 'zero1'"),
@@ -76,7 +86,9 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
     ],
 )
 def test_wrong_value_names_field_value_and_line(path: Path, line: str, message: str) -> None:
-    assert f"{path}:4: {message}" in error_of(path, GOOD + line + "\n")
+    section = line.partition(":")[0]
+    others = [known for known in GOOD.splitlines() if not known.startswith(f"{section}:")]
+    assert f"{path}:{len(others) + 1}: {message}" in error_of(path, "\n".join([*others, line]))
 
 
 def test_every_wrong_field_is_named_at_once(path: Path) -> None:
@@ -94,6 +106,13 @@ def test_missing_section_is_named(path: Path) -> None:
         (GOOD + "a: [1,\n", "not valid YAML"),
         (GOOD + "data: {source: hub}\n", "found duplicate key data"),
         ("- a\n", "a job file is a mapping"),
+        ("42", "a job file is a mapping"),
+        (GOOD + f"train: {{epochs: {'9' * 5000}}}\n", "Exceeds the limit"),
+        (GOOD + f"train: {{epochs: {'[' * 900}{']' * 900}}}\n", "it is nested too deeply"),
+        ("[" * 5000, "it is nested too deeply"),
+        (GOOD + "train: {epochs: '${x'}\n", ":4: train.epochs: no viable alternative"),
+        (GOOD + "train: {epochs: '${x.y}'}\n", ":4: train.epochs: Interpolation key 'x.y' not found"),
+        (GOOD + "tracking: ['${x.y}']\n", ":4: tracking[0]: Interpolation key 'x.y' not found"),
         ("\tname: a", ":1: not valid YAML"),
     ],
 )
@@ -114,6 +133,39 @@ def test_extends_in_a_circle_or_to_nothing(tmp_path: Path) -> None:
         load_job(tmp_path / "none.yaml")
 
 
+def test_a_job_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"^cannot read the job file {path.parent}: Is a directory$"):
+        load_job(path.parent)
+    with pytest.raises(ConfigError, match=r"^cannot read the job file x+\.\.\.: File name too long$"):
+        load_job(Path("x" * 5000))
+    assert f"{path}:1: extends: cannot read the job file {path.parent}: Is a d" in error_of(path, "extends: .\n")
+    path.write_text(GOOD)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match=f"^cannot read the job file {path}: Permission denied$"):
+        load_job(path)
+
+
+@pytest.mark.parametrize("field", ["model.path", "tokenizer.path", "data.path"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("~nouser/x", "Could not determine home directory"),
+        ("x" * 5000, "File name too long"),
+        ("a\0b", "embedded null byte"),
+    ],
+)
+def test_a_path_that_cannot_be(path: Path, field: str, value: str, reason: str) -> None:
+    section, _, name = field.partition(".")
+    job = yaml.safe_load(GOOD)
+    job.setdefault(section, {})[name] = value
+    said = error_of(path, yaml.safe_dump(job, sort_keys=False, width=9999))
+    assert re.fullmatch(rf"{path}:\d: {field} .* cannot be used as a path: {reason}; name another", said)
+
+
 def test_global_batch_that_workers_cannot_share_names_what_fits(path: Path) -> None:
     text = GOOD + "batch: {global_size: 64}\n"
     assert error_of(path, text, "cluster.workers=3") == (
@@ -125,6 +177,16 @@ def test_global_batch_that_workers_cannot_share_names_what_fits(path: Path) -> N
     assert "try 16, or batch.micro_size 4" in error_of(path, GOOD, "cluster.workers=2")
     path.write_text(GOOD)
     load_job(path, ["cluster.workers=2", "batch.micro_size=4"])
+    # The advice is found at once also for numbers that are not meant.
+    assert "batch.micro_size 1" in error_of(path, GOOD, f"batch={{global_size: {2**31 - 1}, micro_size: {2**31 - 2}}}")
+
+
+def test_what_several_fields_have_a_part_in_is_shown_at_the_first_that_is_set(path: Path) -> None:
+    assert error_of(path, GOOD + "cluster: {workers: 100000000}\n").startswith(f"{path}:4: batch.global_size is 8, but")
+    assert error_of(path, GOOD, "cluster.workers=3").startswith("--set cluster.workers=3: batch.global_size is 8, but")
+    config = GOOD.replace("{path: gpt2}", "{config: {model_type: gpt2}}")
+    assert error_of(path, config).startswith(f"{path}:3: tokenizer needs path or train")
+    assert error_of(path, GOOD, "model.config.n_layer=3").startswith("--set model.config.n_layer=3: model needs either")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +203,22 @@ def test_settings_that_contradict_each_other(path: Path, line: str, message: str
 
 def test_set_that_does_not_parse(path: Path) -> None:
     assert "write it as section.field=value" in error_of(path, GOOD, "train.epochs")
+    for field in ("tracking[0]", "train..epochs", ".a", "a b", ""):
+        assert error_of(path, GOOD, f"{field}=1").startswith(f"--set {field}=1: write it as section.field=value")
     assert error_of(path, GOOD, "train.epochs=[1").startswith("--set train.epochs=[1: ")
+    assert "Exceeds the limit" in error_of(path, GOOD, "train.epochs=" + "9" * 5000)
+    assert "nested too deeply" in error_of(path, GOOD, "train.epochs=" + "[" * 900 + "]" * 900)
+
+
+def test_set_that_is_wrong_is_named_and_not_the_file(path: Path) -> None:
+    text = GOOD + "train: {epochs: 3}\ntracking: [tensorboard]\n"
+    assert error_of(path, text, "train.epochs.x=1") == (
+        "--set train.epochs.x=1: train.epochs is {'x': 1}: input should be a valid integer"
+    )
+    assert error_of(path, text, "train.epochs=${x.y}") == (
+        "--set train.epochs=${x.y}: train.epochs: Interpolation key 'x.y' not found"
+    )
+    assert error_of(path, text, "tracking.0=mlflow").startswith("--set tracking.0=mlflow: ")
 
 
 def test_saved_job_reads_back_as_the_same_job(path: Path) -> None:
@@ -174,13 +251,11 @@ def test_only_what_changes_the_computation_makes_jobs_differ(path: Path) -> None
 
 
 def test_schema_describes_every_field_and_takes_the_jobs(tmp_path: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    yaml = pytest.importorskip("yaml")
     schema = job_schema()
     undescribed = [
         f"{section}.{name}"
         for section, model in schema["$defs"].items()
-        for name, field in model["properties"].items()
+        for name, field in model.get("properties", {}).items()
         if "description" not in field
     ]
     assert undescribed == []

@@ -70,6 +70,9 @@ def test_other_errors_are_not_dressed_up(tmp_path: Path) -> None:
 def test_urls_are_refused_and_home_is_spelled_out() -> None:
     with pytest.raises(ConfigError, match="no URLs"):
         local_dir("s3://bucket/runs", "--runs")
+    for path, reason in (("~nouser/x", "Could not determine home directory"), ("x" * 5000, "File name too long")):
+        with pytest.raises(ConfigError, match=f"--runs .* cannot be used as a path: {reason}; name another"):
+            local_dir(path, "--runs")
     assert local_dir("~/x", "--runs") == Path.home() / "x"
     assert local_dir("runs", "--runs") == Path.cwd() / "runs"
 
