@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from clm_dist import __version__
-from clm_dist.config import JobConfig
+from clm_dist.config import JobConfig, ModelConfig, TokenizerConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
 from clm_dist.progress import Progress, open_progress
-from clm_dist.run_dir import RunDir, local_dir, read_json
+from clm_dist.run_dir import RunDir, local_dir, local_path, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -131,20 +131,25 @@ def evaluate(
     from clm_dist.generate import find_model
     from clm_dist.prepare.pipeline import prepare
     from clm_dist.train.evaluate import evaluate_model
+    from clm_dist.train.model import load_config
 
-    saved = RunDir(Path(model)).job
+    path = find_model(model)
+    saved = RunDir(local_path(model, "MODEL")).job
     if job_file is None and not saved.is_file():
         raise ConfigError(f"{model} is no run directory, so name the job whose eval split to use: --job JOB")
-    path = find_model(model)
     job = load_job(job_file or saved, overrides or ())
-    if job_file is not None and not saved.is_file() and job.config.tokenizer_path is None:
-        raise ConfigError(f"{job_file} trains its own tokenizer; evaluate its run directory instead of {model}")
-    config = job.config
-    with _located(job), open_progress(err) as progress:
-        if not saved.is_file():
-            # A model is measured on its own tokens; bits per byte compare it with others.
-            config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": path})})
-        store = prepare(config, local_dir(stores, "--store"), progress)
+    update: dict[str, Any] = {"model": ModelConfig(path=path)}
+    if job_file is not None or overrides:
+        # A model is measured on its own tokens: another tokenizer's ids mean nothing to it.
+        update["tokenizer"] = TokenizerConfig(path=path)
+    # Where the job names its own model and tokenizer is no place of an error of this model.
+    origins = {field: place for field, place in job.origins.items() if field.partition(".")[0] not in update}
+    config = job.config.model_copy(update=update)
+    with _located(Job(config, origins)), open_progress(err) as progress:
+        load_config(config)
+        # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there already.
+        tokens = config if "tokenizer" in update else job.config
+        store = prepare(tokens, local_dir(stores, "--store"), progress)
         evaluation = evaluate_model(path, config, store, progress)
     figures = evaluation.as_dict()
     if as_json:

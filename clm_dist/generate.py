@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import RunDir
+from clm_dist.run_dir import RunDir, local_path
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ def find_model(model: str) -> str:
     """A model's directory or Hub id; of a run directory, the model that it wrote.
 
     Raises:
-        ConfigError: the run has written no model yet.
+        ConfigError: the run has written no model yet, or no path can be so.
     """
-    run = RunDir(Path(model).expanduser())
+    run = RunDir(local_path(model, "MODEL"))
     if not run.exists():
         return str(run.root) if run.root.is_dir() else model
     if not run.final.is_dir():
