@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 
 from clm_dist import __version__
 from clm_dist.config import JobConfig, ModelConfig, TokenizerConfig
-from clm_dist.errors import ClmDistError, ConfigError, HubError
+from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
 from clm_dist.progress import Progress, open_progress
 from clm_dist.run_dir import RunDir, local_dir, local_path, read_json
@@ -318,10 +318,12 @@ def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, samp
     write_card(directory.final, job, result)
     out.print(result_table(result))
     steps = result["train"]["steps"]
-    pushed = directory.hub.exists() and any(p["step"] == steps for p in read_json(directory.hub)["pushed"])
-    if job.hub.push != "never" and not pushed:
+    if job.hub.push != "never":
         try:
-            out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
+            if url := hub.pushed_url(job, directory, steps):
+                out.print(f"already pushed to {url}", soft_wrap=True)
+            else:
+                out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
             shutil.rmtree(directory.exports, ignore_errors=True)
         except (HubError, ConfigError) as error:
             err.print(
@@ -360,8 +362,10 @@ def _push_epoch(job: JobConfig, directory: RunDir, store: Path, path: Path, step
         result = build_result(job, directory, Manifest.read(store / "manifest.json"), "running")
         write_card(path, job, result)
         url = hub.push(job, directory, path, step)
-    except ClmDistError as error:
-        progress.note(f"The model of step {step} is not pushed: {error}")
+    except Exception as error:  # whatever it is: nobody reads what a thread of the pool raises
+        if not isinstance(error, ClmDistError):
+            logger.warning("the push of step %d failed", step, exc_info=error)
+        progress.note(f"The model of step {step} is not pushed: {first_line(error)}")
         return
     progress.note(f"Pushed the model of step {step} to {url}")
     shutil.rmtree(path, ignore_errors=True)

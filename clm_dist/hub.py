@@ -1,7 +1,8 @@
 """The model to the Hub: pushed, checked there, and never lost when the Hub fails.
 
 `hub.json` in the run directory says what was pushed and what is still to push:
-`{"repo", "private", "pushed": [{"step", "commit", "url", "time"}], "pending": {"step", "path", "error"} | null}`.
+`{"repo", "private", "pushed": [{"repo", "step", "commit", "url", "time"}],
+"pending": {"step", "path", "error"} | null}`; the outer `repo` and `private` are those of the last push that was tried.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import ClmDistError, ConfigError, HubError
+from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.run_dir import RunDir, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def check_access(job: JobConfig) -> str | None:
     """The repository that the job will push to, checked before any GPU is held; None where the Hub does not answer.
 
     Raises:
-        ConfigError: there is no token, or the Hub refuses it.
+        ConfigError: no repository can have its name, there is no token, or the Hub refuses it.
     """
     try:
         return repo_of(job)
@@ -41,30 +42,58 @@ def repo_of(job: JobConfig, repo: str | None = None) -> str:
     """The repository's full name: the one that is named, with the token's user where it names none.
 
     Raises:
-        ConfigError: there is no token, or the Hub refuses it.
+        ConfigError: no repository can have this name, there is no token, or the Hub refuses it.
         HubError: the Hub does not answer.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
+    repo = _valid_name(job, repo)
     if get_token() is None:
         raise ConfigError(
             "there is no Hub token to push with; run `hf auth login` or set HF_TOKEN, or set hub.push to never",
             field="hub.push",
         )
-    repo = repo or job.hub.repo or job.name
-    if "/" in repo:
-        return repo
     try:
-        return f"{HfApi().whoami()['name']}/{repo}"
+        # Also where the name is full: a token that is refused must not show only when the model is trained.
+        user = HfApi().whoami()["name"]
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ConfigError(
                 "the Hub refuses the token; log in again with `hf auth login` or set another HF_TOKEN", field="hub.push"
             ) from None
-        raise HubError(f"the Hub does not say whose token this is: {_first_line(error)}") from error
+        raise HubError(f"the Hub does not say whose token this is: {first_line(error)}") from error
     except Exception as error:  # the transport's errors have no common base that is public
-        raise HubError(f"the Hub is not reachable: {_first_line(error)}") from error
+        raise HubError(f"the Hub is not reachable: {first_line(error)}") from error
+    return repo if "/" in repo else f"{user}/{repo}"
+
+
+def _valid_name(job: JobConfig, repo: str | None) -> str:
+    """The repository as it is named. Raises ConfigError where the Hub takes no such name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    name = repo or job.hub.repo or job.name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        given = "--repo" if repo else "hub.repo" if job.hub.repo else "name"
+        raise ConfigError(
+            f"{given} {name} cannot name a repository of the Hub: {first_line(error)}; set hub.repo to user/name",
+            field=None if repo else given,
+        ) from None
+    return name
+
+
+def pushed_url(job: JobConfig, run: RunDir, step: int) -> str | None:
+    """Where the job's repository has the model of a step already; None where it is still to push."""
+    target = job.hub.repo or job.name
+    for entry in _state(run)["pushed"]:
+        # A job may leave out the user, whom only the Hub knows.
+        name = entry["repo"] if "/" in target else entry["repo"].rpartition("/")[2]
+        if (name, entry["step"]) == (target, step):
+            return str(entry["url"])
+    return None
 
 
 def push(
@@ -78,7 +107,8 @@ def push(
 ) -> str:
     """Push a model's directory, check that the Hub has every byte of it, and give its address.
 
-    What fails for a passing reason is tried again; what fails for good is pending in hub.json.
+    What fails for a passing reason is tried again; what fails for good is pending in hub.json. A name that the Hub
+    does not take is refused before hub.json is touched.
 
     Args:
         repo: instead of the job's.
@@ -88,22 +118,28 @@ def push(
         HubError, ConfigError: the push failed; the directory is whole.
     """
     private = job.hub.private if private is None else private
-    state: dict[str, Any] = read_json(run.hub) if run.hub.exists() else {"pushed": []}
-    state |= {"repo": repo or job.hub.repo or job.name, "private": private}
+    state = _state(run) | {"repo": _valid_name(job, repo), "private": private}
     state["pending"] = {"step": step, "path": str(directory), "error": "the push did not end"}
     write_json(run.hub, state)
     try:
-        state["repo"] = full_name = repo_of(job, repo)
+        state["repo"] = full_name = _retrying(lambda: repo_of(job, repo))
         commit, url = _retrying(lambda: _upload(full_name, directory, step, private))
     except Exception as error:  # whatever a push raises, the run's work must be left pending, not lost
         described = error if isinstance(error, ClmDistError) else _describe(error, str(state["repo"]))
         state["pending"]["error"] = str(described)
         write_json(run.hub, state)
         raise described from error
-    state["pushed"].append({"step": step, "commit": commit, "url": url, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    state["pushed"].append({"repo": full_name, "step": step, "commit": commit, "url": url, "time": when})
     state["pending"] = None
     write_json(run.hub, state)
     return url
+
+
+def _state(run: RunDir) -> dict[str, Any]:
+    """The content of hub.json."""
+    state: dict[str, Any] = read_json(run.hub) if run.hub.exists() else {"pushed": []}
+    return state
 
 
 def _upload(repo: str, directory: Path, step: int, private: bool) -> tuple[str, str]:
@@ -141,9 +177,9 @@ def _retrying(action: Callable[[], T]) -> T:
             return action()
         except Exception as error:  # judged below
             status = _status(error)
-            if status is not None and status not in _RETRIED:
+            if isinstance(error, ConfigError) or (status is not None and status not in _RETRIED):
                 raise
-            logger.warning("the push failed (%s), next try in %s s", _first_line(error), delay)
+            logger.warning("the push failed (%s), next try in %s s", first_line(error), delay)
             time.sleep(delay)
     return action()
 
@@ -156,13 +192,9 @@ def _describe(error: Exception, repo: str) -> ClmDistError:
         return ConfigError(
             f"the token may not write to {repo}; use a token with write access to it, or set hub.repo", field="hub.repo"
         )
-    return HubError(f"the push to {repo} failed: {_first_line(error)}")
+    return HubError(f"the push to {repo} failed: {first_line(error)}")
 
 
 def _status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

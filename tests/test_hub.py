@@ -2,24 +2,29 @@
 
 import gzip
 import importlib.util
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from clm_dist import hub
+from clm_dist.cli import _push_epoch
+from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError, HubError
 from clm_dist.job import read_saved_job
+from clm_dist.progress import LineProgress
 from clm_dist.run_dir import RunDir, read_json
 from clm_dist.shards import Manifest
 from clm_dist.train.driver import Cluster
 from tests.command import clm_dist
-from tests.conftest import ROOT, WriteJob
+from tests.conftest import ROOT, MakeJob, WriteJob
 
 
 @pytest.fixture
@@ -86,6 +91,7 @@ def test_a_pushed_model_comes_back_bit_for_bit_with_its_card(
 
 def test_passing_faults_are_tried_again(fakehub: Any, run: RunDir) -> None:
     fakehub.faults = [
+        {"match": "GET /api/whoami", "status": 503, "times": 1},
         {"match": "POST /api/repos/create", "status": 503, "times": 1},
         {"match": "POST .*/commit/", "status": 503, "times": 1},
     ]
@@ -113,8 +119,68 @@ def test_a_hub_that_fails_at_the_end_leaves_the_model_whole_and_the_run_done(
     assert clm_dist(capsys, monkeypatch, "push", run.root).code == 0
     assert read_json(run.hub)["pending"] is None
     fakehub.log.clear()
-    assert clm_dist(capsys, monkeypatch, *command).code == 0
+    said = clm_dist(capsys, monkeypatch, *command)
+    assert (said.code, f"already pushed to {fakehub.url}/alice/tiny" in said.out) == (0, True)
     assert not [line for line in fakehub.log if line[0] == "POST"]
+
+
+def test_a_push_elsewhere_does_not_stand_for_the_job_s_own(
+    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(run, repo="alice/elsewhere")
+    command = ("run", run.job, "--set", "hub.push=end", "--runs", run.root.parent)
+    assert f"\npushed to {fakehub.url}/alice/tiny" in clm_dist(capsys, monkeypatch, *command).out
+    pushed = [(entry["repo"], entry["step"]) for entry in read_json(run.hub)["pushed"]]
+    assert pushed == [("alice/elsewhere", 24), ("alice/tiny", 24)]
+    assert f"already pushed to {fakehub.url}/alice/tiny" in clm_dist(capsys, monkeypatch, *command).out
+    named = (*command, "--set", "hub.repo=alice/elsewhere")
+    assert f"already pushed to {fakehub.url}/alice/elsewhere" in clm_dist(capsys, monkeypatch, *named).out
+
+
+def test_what_a_job_will_push_with_is_checked_before_it_starts(
+    fakehub: Any, run: RunDir, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = make_job("hub.repo=alice/tiny")
+    assert hub.check_access(named) == "alice/tiny"
+    for repo in ("alice/tiny/x", "alice/a b", "--"):
+        with pytest.raises(ConfigError, match=f"hub.repo {repo} cannot name a repository of the Hub: ") as caught:
+            hub.check_access(make_job(f"hub.repo='{repo}'"))
+        assert caught.value.field == "hub.repo"
+    with pytest.raises(ConfigError, match=r"name a--b cannot name a repository of the Hub: .* set hub.repo to user/"):
+        hub.check_access(make_job("name=a--b"))
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ConfigError, match="the Hub refuses the token"):
+        hub.check_access(named)
+
+
+def test_a_name_that_cannot_be_is_refused_at_once_and_leaves_no_trace(
+    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(run)
+    before = run.hub.read_text()
+    fakehub.log.clear()
+    said = clm_dist(capsys, monkeypatch, "push", run.root, "--repo", "alice/a b")
+    assert (said.code, "--repo alice/a b cannot name a repository of the Hub" in said.err) == (2, True)
+    assert run.hub.read_text() == before
+    assert fakehub.log == []
+
+
+def test_whatever_an_epoch_s_push_raises_is_said(
+    run: RunDir,
+    prepared: Callable[[JobConfig], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise KeyError("oid")
+
+    monkeypatch.setattr(hub, "push", fail)
+    job = read_saved_job(run.job)
+    log = io.StringIO()
+    _push_epoch(job, run, prepared(job), run.final, 12, LineProgress(Console(file=log)))
+    assert "The model of step 12 is not pushed: 'oid'" in log.getvalue()
+    assert "the push of step 12 failed" in caplog.text
+    assert run.final.is_dir()
 
 
 def test_every_epoch_is_pushed_while_training_goes_on(
