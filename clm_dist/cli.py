@@ -20,7 +20,7 @@ from clm_dist.config import JobConfig, ModelConfig, TokenizerConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
 from clm_dist.progress import Progress, open_progress
-from clm_dist.run_dir import RunDir, local_dir, local_path, read_json
+from clm_dist.run_dir import RunDir, local_dir, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -273,13 +273,14 @@ def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: b
         progress.start("Checking the job")
         from clm_dist import hub
         from clm_dist.prepare import pipeline
+        from clm_dist.report.table import read_result
         from clm_dist.train import driver
         from clm_dist.train.model import check_model
 
         directory, done = driver.find_run(config, runs_dir, resume=resume, overwrite=overwrite)
         if done:
             progress.note(f"The run {directory.root} is done; --overwrite starts it again")
-            result = read_json(directory.result)
+            result = read_result(directory.root)
         else:
             if config.hub.push != "never":
                 hub.check_access(config)

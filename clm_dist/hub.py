@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from clm_dist.config import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
-from clm_dist.run_dir import RunDir, read_json, write_json
+from clm_dist.run_dir import RunDir, damaged, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,14 @@ def push(
 
 
 def _state(run: RunDir) -> dict[str, Any]:
-    """The content of hub.json."""
+    """The content of hub.json. Raises ConfigError where it is damaged."""
     state: dict[str, Any] = read_json(run.hub) if run.hub.exists() else {"pushed": []}
+    try:
+        complete = all(entry.keys() >= {"repo", "step", "url"} for entry in state["pushed"])
+    except (KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise damaged(run.hub, "it does not list what was pushed")
     return state
 
 

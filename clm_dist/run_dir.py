@@ -146,7 +146,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a file that clm-dist wrote. Raises ConfigError where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, first_line(error)) from None
+
+
+def damaged(path: Path, reason: str) -> ConfigError:
+    """The error that a person understands for a file that is not as clm-dist wrote it."""
+    return ConfigError(f"{path} is damaged: {reason}; remove it, and the command that wrote it writes it again")
 
 
 def replace_dir(source: Path, target: Path) -> None:
@@ -160,9 +169,22 @@ def replace_dir(source: Path, target: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a crash cut short is left out."""
+    """The records of a metrics file; a last line that a crash cut short is left out.
+
+    Raises:
+        ConfigError: another line is no record; the message names it.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     # Every whole record ends with a newline, so what follows the last one is a fragment or nothing.
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= {"kind", "step"}:
+            raise ConfigError(f"{path}:{number}: not a record of a run; remove this line")
+        records.append(record)
+    return records

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import local_dir, make_dir, read_records, replace_dir, write_json, write_text, writing
+from clm_dist.run_dir import (
+    local_dir,
+    make_dir,
+    read_json,
+    read_records,
+    replace_dir,
+    write_json,
+    write_text,
+    writing,
+)
 
 
 @contextlib.contextmanager
@@ -79,9 +88,21 @@ def test_urls_are_refused_and_home_is_spelled_out() -> None:
 
 def test_records_end_where_a_crash_cut_the_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert [record["step"] for record in read_records(file)] == [1, 2]
+    good = '{"kind": "step", "step": 1}\n'
+    file.write_text(good + good + '{"st')
+    assert [record["step"] for record in read_records(file)] == [1, 1]
     assert read_records(tmp_path / "none") == []
+    for bad in (b"{", b"42", b"{}", b"\xff", b""):
+        file.write_bytes(good.encode() + bad + b"\n")
+        with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a record of a run; remove this line"):
+            read_records(file)
+
+
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    for bad in (b"", b'{"a": ', b"\xff"):
+        (tmp_path / "hub.json").write_bytes(bad)
+        with pytest.raises(ConfigError, match=r"hub.json is damaged: .*; remove it, and the command that wrote it wri"):
+            read_json(tmp_path / "hub.json")
 
 
 def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from clm_dist.config import JobConfig
-from clm_dist.report.table import Result, change, rows, show
+from clm_dist.report.table import COLUMNS, Result, rows
 from clm_dist.run_dir import write_text
 
 
@@ -53,14 +53,10 @@ def render_card(job: JobConfig, result: Result) -> str:
         f"A causal language model, trained from {start} on {_data_name(job)}"
         f"{' (`' + job.data.text + '`)' if job.data.source != 'builtin' else ''} with clm-dist.",
         "",
-        "| evaluation | step | epoch | loss | perplexity | change | bits per byte |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
+        *(f"| {' | '.join(cells)} |" for cells in rows(result)),
     ]
-    for name, e in rows(result):
-        lines.append(
-            f"| {name} | {e['step']} | {e['epoch']:.2f} | {e['loss']:.4f} | {show(e['perplexity'], '.2f')} | "
-            f"{change(result['baseline'], e)} | {show(e['bits_per_byte'], '.4f')} |"
-        )
     evaluated = result["final"] or (result["evals"] or [result["baseline"]])[-1]
     if evaluated:
         share = f"{job.data.eval_fraction:.0%}"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from clm_dist.report.table import Result, change, rows, show
+from clm_dist.report.table import COLUMNS, Result, rows, show
 from clm_dist.run_dir import RunDir, read_records, write_text
 
 _STYLE = """
@@ -67,22 +67,9 @@ def _summary(result: Result) -> str:
 
 
 def _eval_table(result: Result) -> str:
-    head = "".join(
-        f"<th>{c}</th>" for c in ("evaluation", "step", "epoch", "loss", "perplexity", "change", "bits per byte")
-    )
-    lines = []
-    for name, e in rows(result):
-        cells = (
-            name,
-            f"{e['step']}",
-            f"{e['epoch']:.2f}",
-            f"{e['loss']:.4f}",
-            show(e["perplexity"], ".2f"),
-            change(result["baseline"], e),
-            show(e["bits_per_byte"], ".4f"),
-        )
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows(result))
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _facts(result: Result) -> str:

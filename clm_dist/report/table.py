@@ -4,53 +4,104 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from rich import box
 from rich.table import Table
 
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.run_dir import RunDir, damaged, read_json
 
 Result = dict[str, Any]
+COLUMNS = ("evaluation", "step", "epoch", "loss", "perplexity", "change", "bits per byte")
+
+
+class _Evaluation(BaseModel):
+    step: int
+    epoch: float
+    loss: float
+    perplexity: float | None
+    bits_per_byte: float | None
+    num_tokens: int
+
+
+class _Training(BaseModel):
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float | None
+
+
+class _Hardware(BaseModel):
+    device: str | None
+    machine: str
+    cpus: int | None
+
+
+class _Result(BaseModel):
+    """What result.json must have for a report; more is fine."""
+
+    name: str
+    status: str
+    baseline: _Evaluation | None
+    evals: list[_Evaluation]
+    final: _Evaluation | None
+    train: _Training
+    workers: int
+    strategy: str
+    restarts: int
+    data: str
+    versions: dict[str, str]
+    hardware: _Hardware
+    finished: str
 
 
 def read_result(path: Path) -> Result:
-    """The result of a run directory. Raises ConfigError where there is none."""
+    """The result of a run directory. Raises ConfigError where there is none, or only a part of one."""
     run = RunDir(path)
+    if not run.exists() and run.result.is_file():
+        raise ConfigError(f"{run.job} is missing; `clm-dist run` with the run's job writes it again")
     if not run.result.is_file():
         reason = "has no result yet" if run.exists() else "is no run directory"
         raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
     result: Result = read_json(run.result)
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise damaged(run.result, f"{where}: {problem['msg']}" if where else problem["msg"]) from None
     return result
 
 
-def rows(result: Result) -> list[tuple[str, dict[str, Any]]]:
-    """The evaluations of a run with their names: baseline, every one in between, final."""
+def rows(result: Result) -> list[tuple[str, ...]]:
+    """The cells of a run's evaluations under COLUMNS: baseline, every one in between, final."""
     named = [("baseline", result["baseline"])] if result["baseline"] else []
     evals = result["evals"]
     for number, evaluation in enumerate(evals):
         last = number == len(evals) - 1 and result["final"] is not None
         epoch = evaluation["epoch"]
         named.append(("final" if last else f"epoch {epoch:.3g}", evaluation))
-    return named
-
-
-def result_table(result: Result) -> Table:
-    """Baseline, every evaluation and the final one."""
-    table = Table(title=f"{result['name']}: {result['status']}", box=box.SIMPLE_HEAVY, title_justify="left")
-    table.add_column("evaluation")
-    for column in ("step", "epoch", "loss", "perplexity", "change", "bits per byte"):
-        table.add_column(column, justify="right")
-    first = result["baseline"]
-    for name, evaluation in rows(result):
-        table.add_row(
+    return [
+        (
             name,
             str(evaluation["step"]),
             f"{evaluation['epoch']:.2f}",
             f"{evaluation['loss']:.4f}",
             show(evaluation["perplexity"], ".2f"),
-            change(first, evaluation),
+            change(result["baseline"], evaluation),
             show(evaluation["bits_per_byte"], ".4f"),
         )
+        for name, evaluation in named
+    ]
+
+
+def result_table(result: Result) -> Table:
+    """Baseline, every evaluation and the final one."""
+    table = Table(title=f"{result['name']}: {result['status']}", box=box.SIMPLE_HEAVY, title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "evaluation" else "right")
+    for cells in rows(result):
+        table.add_row(*cells)
     return table
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from clm_dist.job import load_job, read_saved_job
 from clm_dist.report.card import render_card
 from clm_dist.report.page import render_page
-from clm_dist.report.table import change, comparability, comparison_table, read_result, result_table, rows
+from clm_dist.report.table import COLUMNS, change, comparability, comparison_table, read_result, result_table, rows
 from clm_dist.run_dir import RunDir, read_records, write_json
 from tests.command import clm_dist
 
@@ -29,7 +29,7 @@ def printed(table: Any) -> str:
 
 
 def test_the_table_has_the_baseline_every_epoch_and_the_final_model(result: dict[str, Any]) -> None:
-    assert [name for name, _ in rows(result)] == ["baseline", "epoch 1", "final"]
+    assert [cells[0] for cells in rows(result)] == ["baseline", "epoch 1", "final"]
     text = printed(result_table(result))
     for evaluation in (result["baseline"], *result["evals"]):
         assert f"{evaluation['perplexity']:.2f}" in text
@@ -94,7 +94,9 @@ def test_the_card_has_front_matter_that_the_hub_reads_and_the_figures(
     assert "base_model" not in front
     metrics = {m["type"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
     assert metrics["perplexity"] == result["final"]["perplexity"]
-    assert f"| final | 24 | 2.00 | {result['final']['loss']:.4f} |" in card
+    table = card[card.index("| evaluation |") :].splitlines()[: 2 + len(rows(result))]
+    assert {line.count("|") for line in table} == {1 + len(COLUMNS)}
+    assert f"| final | 24 | 2.00 | {result['final']['loss']:.4f} |" in table[-1]
 
 
 def test_the_card_of_a_hub_job_links_model_and_data_set(result: dict[str, Any]) -> None:
@@ -112,6 +114,55 @@ def test_report_writes_the_page_and_compares_runs(
     assert "baseline" in said.out
     other = RunDir(tmp_path / "other")
     other.root.mkdir()
+    other.job.write_bytes(run.job.read_bytes())
     write_json(other.result, json.loads(run.result.read_text()) | {"name": "other", "data": "ffff"})
     said = clm_dist(capsys, monkeypatch, "report", run.root, other.root)
     assert "not comparable" in said.out
+
+
+@pytest.mark.parametrize("command", ["report", "push"])
+def test_a_run_with_a_damaged_or_missing_file(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def said() -> str:
+        said = clm_dist(capsys, monkeypatch, command, run.root)
+        assert said.code == 2
+        assert not run.hub.exists()
+        return said.err
+
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    result = json.loads(run.result.read_text())
+    again = "; remove it, and the command that wrote it writes it again\n"
+    for text, reason in (
+        ("{", "Expecting property name"),
+        ("[]", "Input should be a valid dictionary"),
+        (json.dumps({k: v for k, v in result.items() if k != "train"}), "train: Field required"),
+        (json.dumps(result | {"baseline": {"step": 0}}), "baseline.epoch: Field required"),
+    ):
+        run.result.write_text(text)
+        assert said().startswith(f"error: {run.result} is damaged: {reason}")
+        assert said().endswith(again)
+    write_json(run.result, result)
+    run.job.unlink()
+    assert said() == f"error: {run.job} is missing; `clm-dist run` with the run's job writes it again\n"
+
+
+def test_a_run_with_a_bad_line_in_its_metrics(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.metrics.write_text(run.metrics.read_text() + "spilt\n")
+    number = len(run.metrics.read_text().splitlines())
+    said = clm_dist(capsys, monkeypatch, "report", run.root)
+    assert (said.code, said.err) == (2, f"error: {run.metrics}:{number}: not a record of a run; remove this line\n")
+
+
+def test_a_push_with_a_damaged_hub_json(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("{", "{}", "[]", '{"pushed": [3]}', '{"pushed": [{"step": 24}]}'):
+        run.hub.write_text(text)
+        said = clm_dist(capsys, monkeypatch, "push", run.root)
+        assert said.code == 2
+        assert said.err.startswith(f"error: {run.hub} is damaged: ")
+        assert "remove it, and the command that wrote it writes it again" in said.err
+        assert run.hub.read_text() == text
