@@ -163,6 +163,7 @@ _FIGURES = ("loss", "perplexity", "bits_per_byte", "num_tokens")
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Run directory, model directory or Hub id.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
     file: Annotated[
@@ -176,11 +177,15 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same text.")] = 42,
 ) -> None:
     """Generate text from prompts."""
     from clm_dist import generate as stage
 
+    sampled = ("max_new_tokens", "top_k", "top_p", "temperature", "greedy")
+    given = [f"--{name.replace('_', '-')}" for name in sampled if _is_given(context, name)]
+    if use_pipeline and given:
+        raise ConfigError(f"--pipeline has defaults of its own and takes no {', '.join(given)}; leave out one or other")
     path = stage.find_model(model)
     sampling = None if use_pipeline else stage.Sampling(max_new_tokens, top_k, top_p, temperature, greedy)
     for text in stage.generate(path, _prompts(prompt, file), seed=seed, sampling=sampling):
@@ -385,19 +390,28 @@ def _located(job: Job) -> Iterator[None]:
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if given and file:
         raise ConfigError("give prompts with --prompt or with --file, not both")
-    if given:
-        return given
-    if file is not None and str(file) != "-":
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read the prompts in {file}: {error.strerror}") from None
-    else:
-        text = sys.stdin.read()
-    prompts = [line for line in text.splitlines() if line.strip()]
+    try:
+        if given:
+            prompts = given
+        else:
+            text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
+            prompts = [line for line in text.splitlines() if line.strip()]
+        for prompt in prompts:
+            prompt.encode()  # Python lets bytes that are no text through on the command line.
+    except OSError as error:
+        raise ConfigError(f"cannot read the prompts in {file}: {error.strerror}") from None
+    except UnicodeError as error:
+        where = f" in {file}" if file else ""
+        raise ConfigError(f"the prompts{where} are not UTF-8 text: {error}; convert them, e.g. with iconv") from None
     if not prompts:
         raise ConfigError("there is no prompt; give one with --prompt, a file of them with --file, or standard input")
     return prompts
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _shown(value: float | int | None) -> str:

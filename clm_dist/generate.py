@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, first_line
 from clm_dist.run_dir import RunDir, local_path
 
 
@@ -43,7 +43,7 @@ def generate(
         sampling: how `generate` draws; None uses transformers' text-generation `pipeline` with its own defaults.
 
     Raises:
-        ConfigError: the model is not reachable, or a prompt fills its context.
+        ConfigError: the model is not reachable or damaged, or a prompt fills its context.
     """
     import torch
     import transformers
@@ -54,8 +54,14 @@ def generate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"{model} is neither a run, a model's directory nor reachable on the Hub: {reason}") from None
+        raise ConfigError(
+            f"{model} is neither a run, a model's directory nor reachable on the Hub: {first_line(error)}"
+        ) from None
+    except Exception as error:  # whatever the libraries raise over files that are damaged
+        raise ConfigError(
+            f"the model of {model} does not load: {first_line(error)}; if its files are damaged or do not belong "
+            "together, write or download them again"
+        ) from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device).eval()

@@ -66,6 +66,59 @@ def test_prompts_from_options_a_file_and_standard_input(
     assert "cannot read the prompts" in clm_dist(capsys, monkeypatch, *command, "--file", tmp_path / "none").err
 
 
+def test_prompts_that_are_no_text(
+    finished_run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "latin-1"
+    file.write_bytes("Café".encode("latin-1"))
+    said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--file", file)
+    assert (said.code, f"error: the prompts in {file} are not UTF-8 text: " in said.err) == (2, True)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8"))
+    said = clm_dist(capsys, monkeypatch, "generate", finished_run.root)
+    assert (said.code, "error: the prompts are not UTF-8 text: " in said.err) == (2, True)
+    said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--prompt", "Caf\udce9")
+    assert (said.code, "error: the prompts are not UTF-8 text: " in said.err) == (2, True)
+
+
+def test_options_that_would_be_ignored_or_cannot_be(
+    finished_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", finished_run.root, "--prompt", "The", "--pipeline")
+    for option in (
+        ("--max-new-tokens", 100),
+        ("--top-k", 50),
+        ("--top-p", 0.95),
+        ("--temperature", 1.0),
+        ("--greedy",),
+    ):
+        # Also with the value that is the default: what a person says counts.
+        said = clm_dist(capsys, monkeypatch, *command, *option)
+        assert (said.code, said.out) == (2, "")
+        assert f"--pipeline has defaults of its own and takes no {option[0]}; " in said.err
+    for seed in (-1, 2**32):
+        said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--prompt", "The", "--seed", seed)
+        assert (said.code, "'--seed'" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "The"], ["evaluate"]])
+def test_a_model_that_is_damaged(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str], stores: Path
+) -> None:
+    options = ("--store", stores) if command == ["evaluate"] else ()
+    weights = run.final / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    said = clm_dist(capsys, monkeypatch, *command, run.root, *options)
+    assert said.code == 2
+    assert f"error: the model of {run.final} does not load: Error while deserializing header" in said.err
+    # Weights of another configuration.
+    weights.write_bytes(whole)
+    config = run.final / "config.json"
+    config.write_text(config.read_text().replace('"n_embd": 32', '"n_embd": 64'))
+    said = clm_dist(capsys, monkeypatch, *command, run.root, *options)
+    assert (said.code, f"the model of {run.final} does not load: " in said.err) == (2, True)
+
+
 def test_a_run_is_its_final_model(finished_run: RunDir, tmp_path: Path) -> None:
     assert find_model(str(finished_run.root)) == str(finished_run.final)
     assert find_model(str(tmp_path)) == str(tmp_path)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, first_line
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
 from clm_dist.shards import Blocks, TokenBytes
@@ -61,12 +62,22 @@ def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -
 
 
 def load_written(path: Path | str) -> nn.Module:
-    """A causal language model in the precision that it was written in."""
+    """A causal language model in the precision that it was written in.
+
+    Raises:
+        ConfigError: the model is not reachable, or damaged.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"{path} is neither a model's directory nor reachable on the Hub: {reason}") from None
+        raise ConfigError(
+            f"{path} is neither a model's directory nor reachable on the Hub: {first_line(error)}"
+        ) from None
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(
+            f"the model of {path} does not load: {first_line(error)}; if its files are damaged or do not belong "
+            "together, write or download them again"
+        ) from error
     assert isinstance(model, nn.Module)
     return model
 
