@@ -65,6 +65,10 @@ DEFAULT_RUNS = "runs"
 DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
 
 
+def _run_path(value: str) -> Path:
+    return local_path(value, "RUN")
+
+
 @app.callback()
 def _set_up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
@@ -195,7 +199,7 @@ def generate(
 
 @app.command()
 def push(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", parser=_run_path, help="Run directory.")],
     repo: Annotated[str | None, typer.Option("--repo", help="Repository, instead of the job's.")] = None,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a new repository, instead of the job's.")
@@ -218,7 +222,9 @@ def push(
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", parser=_run_path, help="Run directories; several are compared.")
+    ],
 ) -> None:
     """Print a run's figures and write its report.html; compare several runs."""
     from clm_dist.report import table

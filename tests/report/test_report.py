@@ -131,6 +131,9 @@ def test_a_run_with_a_damaged_or_missing_file(
         return said.err
 
     monkeypatch.setenv("HF_TOKEN", "hf_none")
+    for path in ("~nouser/x", "x" * 5000):
+        impossible = clm_dist(capsys, monkeypatch, command, path)
+        assert (impossible.code, impossible.err.startswith(f"error: RUN {path[:80]}")) == (2, True)
     result = json.loads(run.result.read_text())
     again = "; remove it, and the command that wrote it writes it again\n"
     for text, reason in (
