@@ -189,7 +189,9 @@ def generate(
     sampled = ("max_new_tokens", "top_k", "top_p", "temperature", "greedy")
     given = [f"--{name.replace('_', '-')}" for name in sampled if _is_given(context, name)]
     if use_pipeline and given:
-        raise ConfigError(f"--pipeline has defaults of its own and takes no {', '.join(given)}; leave out one or other")
+        raise ConfigError(
+            f"--pipeline has defaults of its own and takes no {', '.join(given)}; leave out the one or the other"
+        )
     path = stage.find_model(model)
     sampling = None if use_pipeline else stage.Sampling(max_new_tokens, top_k, top_p, temperature, greedy)
     for text in stage.generate(path, _prompts(prompt, file), seed=seed, sampling=sampling):
