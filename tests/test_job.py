@@ -73,7 +73,7 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
         ("train: {epochs: three}", "train.epochs is 'three': input should be a valid integer"),
         ("train: {epochs: true}", "train.epochs is True: input should not be true or false"),
         ("train: {epochs: 0}", "train.epochs is 0: input should be greater than 0"),
-        ("train: {epochs: 1.0e+26}", "train.epochs is 1e+26: "),
+        ("train: {epochs: 1" + 26 * "0" + "}", f"train.epochs is {10**26}: input should be less than or equal to"),
         ("train: {max_steps: 3000000000}", "train.max_steps is 3000000000: input should be less than or equal to 2147"),
         ("train: {learning_rate: .nan}", "train.learning_rate is nan: input should be a finite number"),
         ("train: {seed: -1}", "train.seed is -1: input should be greater than or equal to 0"),
