@@ -87,7 +87,8 @@ class DataConfig(Section):
 class TokenizerTraining(Section):
     """A byte-level BPE tokenizer trained on the training split."""
 
-    vocab_size: Annotated[int, Field(ge=257, le=_MOST)] = 4096
+    # The trainer reserves 64 bytes a token before it begins, and what it cannot have ends the process.
+    vocab_size: Annotated[int, Field(ge=257, le=2**24)] = 4096
     """Tokens in the vocabulary, the 256 bytes and the end-of-sequence token included."""
 
 

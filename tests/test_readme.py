@@ -36,7 +36,7 @@ def test_the_full_job_is_the_subset_and_five_lines() -> None:
 def test_the_settings_in_the_readme_are_settings(tmp_path: Path) -> None:
     guide = yaml.safe_load((ROOT / "jobs" / "eli5-guide.yaml").read_text())
     settings = re.findall(r"--set '?([a-z_.]+=[^\s'`]+)", README)
-    assert len(settings) == 8
+    assert len(settings) == 7
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(guide | {"batch": {"global_size": 840, "micro_size": 1}}))
     for setting in settings:

@@ -76,7 +76,7 @@ def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -
     """The sha256 of each file."""
     try:
         known = dict(read_json(remembered))
-    except (OSError, ValueError, TypeError):
+    except (ConfigError, OSError, ValueError, TypeError):
         # Only a memory: without it the files are read again.
         known = {}
     digests, fresh = [], {}

@@ -23,8 +23,6 @@ _FILES = (
     "tokenizer.model",
 )
 _EOS = "<|endoftext|>"
-_MAX_TRAINED_TOKENS = 2**24
-"""The trainer reserves 64 bytes a token before it begins, and what it cannot have ends the process."""
 
 
 def locate_tokenizer(path: str, field: str) -> Path:
@@ -61,12 +59,6 @@ def tokenizer_fingerprint(directory: Path) -> str:
 
 def train_tokenizer(documents: Iterable[str], training: TokenizerTraining, directory: Path) -> None:
     """Train a byte-level BPE tokenizer and write it; the same documents give the same tokenizer."""
-    if training.vocab_size > _MAX_TRAINED_TOKENS:
-        raise ConfigError(
-            f"tokenizer.train.vocab_size is {training.vocab_size}, at most {_MAX_TRAINED_TOKENS} are trained; "
-            "try 50257, which is GPT-2's",
-            field="tokenizer.train.vocab_size",
-        )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -4,14 +4,13 @@ A checkpoint is a directory to which every rank adds its share. It counts once `
 driver writes when every rank's share is there; what has no such file is never resumed from.
 """
 
-import json
 import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import CheckpointError
+from clm_dist.errors import CheckpointError, ConfigError
 from clm_dist.run_dir import read_json, write_json
 
 FORMAT_VERSION = 1
@@ -71,7 +70,7 @@ def read_state(directory: Path, job: JobConfig, world_size: int, fingerprint: st
     """A checkpoint's state. Raises CheckpointError where this job cannot go on from it."""
     try:
         state = TrainerState(**read_json(directory / _STATE))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+    except (OSError, ConfigError, TypeError) as error:
         raise CheckpointError(f"{directory} is no checkpoint that this version reads: {error}") from None
     again = "or start again with --overwrite or another name"
     if state.format_version != FORMAT_VERSION:

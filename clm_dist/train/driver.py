@@ -115,7 +115,7 @@ def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: boo
             "--resume, start it again with --overwrite, or make another run with --set name=...",
             field="name",
         )
-    done = run.result.exists() and read_json(run.result)["status"] == "done"
+    done = run.result.exists() and read_json(run.result).get("status") == "done"
     return run, done and not different
 
 

@@ -120,5 +120,12 @@ def test_a_checkpoint_that_the_job_cannot_go_on_from_says_why(
         read_state(run.checkpoints / name, make_job(*settings), 2, "blocks")
 
 
+def test_a_checkpoint_with_a_torn_state_is_none(run: RunDir, make_job: MakeJob) -> None:
+    name = share(run, 10)
+    (run.checkpoints / name / "trainer_state.json").write_text('{"step": 1')
+    with pytest.raises(CheckpointError, match="is no checkpoint that this version reads"):
+        read_state(run.checkpoints / name, make_job(), 2, "blocks")
+
+
 def test_ddp_goes_on_with_another_number_of_workers(run: RunDir, make_job: MakeJob) -> None:
     assert read_state(run.checkpoints / share(run, 10), make_job(), 7, "blocks").step == 10
