@@ -4,22 +4,19 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from clm_dist import __version__
-from clm_dist.config import JobConfig, ModelConfig, TokenizerConfig
-from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
+from clm_dist.config import ModelConfig, TokenizerConfig
+from clm_dist.errors import ClmDistError, ConfigError
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
-from clm_dist.progress import Progress, open_progress
+from clm_dist.progress import err, open_progress, out
 from clm_dist.run_dir import RunDir, local_dir, local_path
 
 logger = logging.getLogger(__name__)
@@ -28,13 +25,6 @@ EX_TEMPFAIL = 75
 """Preempted with a checkpoint saved: run it again (sysexits.h)."""
 EX_INTERRUPTED = 130
 """Ended by Ctrl-C without a checkpoint (128 + SIGINT, as shells say it)."""
-_LOG_WIDTH = 120
-# A sample is generated in the driver, on its CPU; larger models get the command instead.
-_SAMPLE_BYTES = 2 * 2**30
-
-out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH, highlight=False)
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -270,119 +260,24 @@ def _run(
     overwrite: bool,
     only_train: bool,
 ) -> None:
+    from clm_dist.run import run_job
+
     job = load_job(job_file, overrides or ())
+    runs_dir, stores_dir = local_dir(runs, "--runs"), local_dir(stores, "--store")
     try:
         with _located(job):
-            _run_located(job, runs, stores, resume=resume, overwrite=overwrite, only_train=only_train)
+            result = run_job(
+                job.config, runs_dir, stores_dir, resume=resume, overwrite=overwrite, only_train=only_train
+            )
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on from the last checkpoint", style="red")
         raise typer.Exit(EX_INTERRUPTED) from None
-
-
-def _run_located(job: Job, runs: str, stores: str, *, resume: bool, overwrite: bool, only_train: bool) -> None:
-    config = job.config
-    runs_dir, stores_dir = local_dir(runs, "--runs"), local_dir(stores, "--store")
-    with open_progress(err) as progress:
-        progress.start("Checking the job")
-        from clm_dist import hub
-        from clm_dist.prepare import pipeline
-        from clm_dist.report.table import read_result
-        from clm_dist.train import driver
-        from clm_dist.train.model import check_model
-
-        directory, done = driver.find_run(config, runs_dir, resume=resume, overwrite=overwrite)
-        if done:
-            progress.note(f"The run {directory.root} is done; --overwrite starts it again")
-            result = read_result(directory.root)
-        else:
-            if config.hub.push != "never":
-                hub.check_access(config)
-            check_model(config)
-            driver.check_trackers(config)
-            store = pipeline.find_store(config, stores_dir)
-            if store is None and only_train:
-                raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
-            progress.start("Starting Ray")
-            with driver.start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
-                store = pipeline.prepare(config, stores_dir, progress)
-
-                def push_epoch(path: Path, step: int) -> None:
-                    pushing.submit(_push_epoch, config, directory, store, path, step, progress)
-
-                result = driver.train(
-                    config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
-                )
     if result["status"] == "preempted":
         err.print(
             f"stopped after step {result['train']['steps']} with a checkpoint saved; the same command goes on from it",
             style="yellow",
         )
         raise typer.Exit(EX_TEMPFAIL)
-    _conclude(config, directory, result, sample=not done and not only_train)
-
-
-def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, sample: bool) -> None:
-    """Report a run that is done, push it if its job says so, and show what its model writes."""
-    from clm_dist import hub
-    from clm_dist.report.card import write_card
-    from clm_dist.report.page import write_page
-    from clm_dist.report.table import result_table
-
-    write_page(directory, result)
-    write_card(directory.final, job, result)
-    out.print(result_table(result))
-    steps = result["train"]["steps"]
-    if job.hub.push != "never":
-        try:
-            if url := hub.pushed_url(job, directory, steps):
-                out.print(f"already pushed to {url}", soft_wrap=True)
-            else:
-                out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
-            shutil.rmtree(directory.exports, ignore_errors=True)
-        except (HubError, ConfigError) as error:
-            err.print(
-                f"not pushed: {error}\nThe model is whole in {directory.final}; push it later with "
-                f"`clm-dist push {directory.root}`",
-                style="yellow",
-                markup=False,
-                soft_wrap=True,
-            )
-    if sample:
-        _show_sample(directory)
-    out.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
-
-
-def _show_sample(directory: RunDir) -> None:
-    from clm_dist.generate import Sampling, generate
-
-    size = sum(file.stat().st_size for file in directory.final.glob("*.safetensors"))
-    if size > _SAMPLE_BYTES:
-        out.print(f"sample: clm-dist generate {directory.root} --prompt 'Once upon a time'", soft_wrap=True)
-        return
-    prompt = "The"
-    (text,) = generate(str(directory.final), [prompt], seed=42, sampling=Sampling(max_new_tokens=60))
-    out.print(f"A sample, from the prompt {prompt!r}:")
-    out.print(f"  {text.strip()}\n", markup=False, style="italic")
-
-
-def _push_epoch(job: JobConfig, directory: RunDir, store: Path, path: Path, step: int, progress: Progress) -> None:
-    """Push an epoch's model; a failure does not stop training, and the next push supersedes it."""
-    from clm_dist import hub
-    from clm_dist.report.card import write_card
-    from clm_dist.shards import Manifest
-    from clm_dist.train.result import build_result
-
-    try:
-        result = build_result(job, directory, Manifest.read(store / "manifest.json"), "running")
-        write_card(path, job, result)
-        url = hub.push(job, directory, path, step)
-    except Exception as error:  # whatever it is: nobody reads what a thread of the pool raises
-        if not isinstance(error, ClmDistError):
-            logger.warning("the push of step %d failed", step, exc_info=error)
-        progress.note(f"The model of step {step} is not pushed: {first_line(error)}")
-        return
-    progress.note(f"Pushed the model of step {step} to {url}")
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

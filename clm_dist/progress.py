@@ -1,5 +1,6 @@
 """What a person sees while a stage works: a live line on a terminal, plain lines in a log file."""
 
+import sys
 import time
 from types import TracebackType
 from typing import Protocol, Self
@@ -8,6 +9,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
+
+_LOG_WIDTH = 120
+
+out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH, highlight=False)
 
 
 class Progress(Protocol):

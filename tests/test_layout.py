@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "progress"},
     {"job", "run_dir", "metrics", "shards"},
     {"prepare", "train", "report", "hub", "generate", "perplexity"},
+    {"run"},
     {"cli"},
     {"__main__"},
 ]

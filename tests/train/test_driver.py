@@ -87,6 +87,7 @@ def test_a_run_leaves_what_the_design_promises(
     assert evals[0]["loss"] == result["baseline"]["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothing(
     fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -1,0 +1,127 @@
+"""A run: the stages one after the other. They are imported when they begin, since that takes seconds."""
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
+from clm_dist.progress import Progress, err, open_progress, out
+from clm_dist.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+# A sample is generated in the driver, on its CPU; larger models get the command instead.
+_SAMPLE_BYTES = 2 * 2**30
+
+
+def run_job(
+    config: JobConfig, runs: Path, stores: Path, *, resume: bool, overwrite: bool, only_train: bool
+) -> dict[str, Any]:
+    """Prepare, train, report, and push if the job says so; gives the run's result.
+
+    Args:
+        only_train: take blocks that are prepared already, and show no sample.
+
+    Raises:
+        ClmDistError: see the stages; what is wrong with the job is said before Ray is started.
+    """
+    with open_progress(err) as progress:
+        progress.start("Checking the job")
+        from clm_dist import hub
+        from clm_dist.prepare import pipeline
+        from clm_dist.report.table import read_result
+        from clm_dist.train import driver
+        from clm_dist.train.model import check_model
+
+        directory, done = driver.find_run(config, runs, resume=resume, overwrite=overwrite)
+        if done:
+            progress.note(f"The run {directory.root} is done; --overwrite starts it again")
+            result = read_result(directory.root)
+        else:
+            if config.hub.push != "never":
+                hub.check_access(config)
+            check_model(config)
+            driver.check_trackers(config)
+            store = pipeline.find_store(config, stores)
+            if store is None and only_train:
+                raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
+            progress.start("Starting Ray")
+            with driver.start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
+                store = pipeline.prepare(config, stores, progress)
+
+                def push_epoch(path: Path, step: int) -> None:
+                    pushing.submit(_push_epoch, config, directory, store, path, step, progress)
+
+                result = driver.train(
+                    config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
+                )
+    if result["status"] == "done":
+        _conclude(config, directory, result, sample=not done and not only_train)
+    return result
+
+
+def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, sample: bool) -> None:
+    """Report a run that is done, push it if its job says so, and show what its model writes."""
+    from clm_dist import hub
+    from clm_dist.report.card import write_card
+    from clm_dist.report.page import write_page
+    from clm_dist.report.table import result_table
+
+    write_page(directory, result)
+    write_card(directory.final, job, result)
+    out.print(result_table(result))
+    steps = result["train"]["steps"]
+    if job.hub.push != "never":
+        try:
+            if url := hub.pushed_url(job, directory, steps):
+                out.print(f"already pushed to {url}", soft_wrap=True)
+            else:
+                out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
+            shutil.rmtree(directory.exports, ignore_errors=True)
+        except (HubError, ConfigError) as error:
+            err.print(
+                f"not pushed: {error}\nThe model is whole in {directory.final}; push it later with "
+                f"`clm-dist push {directory.root}`",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
+    if sample:
+        _show_sample(directory)
+    out.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
+
+
+def _show_sample(directory: RunDir) -> None:
+    from clm_dist.generate import Sampling, generate
+
+    size = sum(file.stat().st_size for file in directory.final.glob("*.safetensors"))
+    if size > _SAMPLE_BYTES:
+        out.print(f"sample: clm-dist generate {directory.root} --prompt 'Once upon a time'", soft_wrap=True)
+        return
+    prompt = "The"
+    (text,) = generate(str(directory.final), [prompt], seed=42, sampling=Sampling(max_new_tokens=60))
+    out.print(f"A sample, from the prompt {prompt!r}:")
+    out.print(f"  {text.strip()}\n", markup=False, style="italic")
+
+
+def _push_epoch(job: JobConfig, directory: RunDir, store: Path, path: Path, step: int, progress: Progress) -> None:
+    """Push an epoch's model; a failure does not stop training, and the next push supersedes it."""
+    from clm_dist import hub
+    from clm_dist.report.card import write_card
+    from clm_dist.shards import Manifest
+    from clm_dist.train.result import build_result
+
+    try:
+        result = build_result(job, directory, Manifest.read(store / "manifest.json"), "running")
+        write_card(path, job, result)
+        url = hub.push(job, directory, path, step)
+    except Exception as error:  # whatever it is: nobody reads what a thread of the pool raises
+        if not isinstance(error, ClmDistError):
+            logger.warning("the push of step %d failed", step, exc_info=error)
+        progress.note(f"The model of step {step} is not pushed: {first_line(error)}")
+        return
+    progress.note(f"Pushed the model of step {step} to {url}")
+    shutil.rmtree(path, ignore_errors=True)
