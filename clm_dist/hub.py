@@ -1,8 +1,9 @@
 """The model to the Hub: pushed, checked there, and never lost when the Hub fails.
 
 `hub.json` in the run directory says what was pushed and what is still to push:
-`{"repo", "private", "pushed": [{"repo", "step", "commit", "url", "time"}],
-"pending": {"step", "path", "error"} | null}`; the outer `repo` and `private` are those of the last push that was tried.
+`{"repo", "private", "pushed": [{"repo", "asked", "step", "commit", "url", "time"}],
+"pending": {"step", "path", "error"} | null}`; the outer `repo` and `private` are those of the last push that was tried,
+`asked` is the repository as it was named, perhaps without its user.
 """
 
 import hashlib
@@ -89,8 +90,8 @@ def pushed_url(job: JobConfig, run: RunDir, step: int) -> str | None:
     """Where the job's repository has the model of a step already; None where it is still to push."""
     target = job.hub.repo or job.name
     for entry in _state(run)["pushed"]:
-        # A job may leave out the user, whom only the Hub knows.
-        name = entry["repo"] if "/" in target else entry["repo"].rpartition("/")[2]
+        # A job may leave out the user, whom only the Hub knows: then what was asked for is compared.
+        name = entry["repo"] if "/" in target else entry["asked"]
         if (name, entry["step"]) == (target, step):
             return str(entry["url"])
     return None
@@ -130,7 +131,10 @@ def push(
         write_json(run.hub, state)
         raise described from error
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    state["pushed"].append({"repo": full_name, "step": step, "commit": commit, "url": url, "time": when})
+    asked = repo or job.hub.repo or job.name
+    state["pushed"].append(
+        {"repo": full_name, "asked": asked, "step": step, "commit": commit, "url": url, "time": when}
+    )
     state["pending"] = None
     write_json(run.hub, state)
     return url
@@ -140,7 +144,7 @@ def _state(run: RunDir) -> dict[str, Any]:
     """The content of hub.json. Raises ConfigError where it is damaged."""
     state: dict[str, Any] = read_json(run.hub) if run.hub.exists() else {"pushed": []}
     try:
-        complete = all(entry.keys() >= {"repo", "step", "url"} for entry in state["pushed"])
+        complete = all(entry.keys() >= {"repo", "asked", "step", "url"} for entry in state["pushed"])
     except (KeyError, TypeError, AttributeError):
         complete = False
     if not complete:

@@ -137,6 +137,14 @@ def test_a_push_elsewhere_does_not_stand_for_the_job_s_own(
     assert f"already pushed to {fakehub.url}/alice/elsewhere" in clm_dist(capsys, monkeypatch, *named).out
 
 
+def test_a_push_to_another_owner_is_not_the_jobs(fakehub: Any, run: RunDir) -> None:
+    job = read_saved_job(run.job)
+    push(run, repo="alice/tiny")
+    assert hub.pushed_url(job, run, 24) is None
+    push(run)
+    assert hub.pushed_url(job, run, 24) == f"{fakehub.url}/alice/tiny"
+
+
 def test_what_a_job_will_push_with_is_checked_before_it_starts(
     fakehub: Any, run: RunDir, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,6 +257,7 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     """A type with strings in place of string views, whose rows Arrow cannot take."""
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(_without_views(kind.value_type))
+    if any(is_list(kind) for is_list in _LISTS):
+        items = _without_views(kind.value_type)
+        return kind if items == kind.value_type else pa.large_list(items)
     return pa.string() if kind == pa.string_view() else kind

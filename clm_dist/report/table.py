@@ -59,7 +59,7 @@ def read_result(path: Path) -> Result:
     """The result of a run directory. Raises ConfigError where there is none, or only a part of one."""
     run = RunDir(path)
     if not run.exists() and run.result.is_file():
-        raise ConfigError(f"{run.job} is missing; `clm-dist run` with the run's job writes it again")
+        raise ConfigError(f"{run.job} is missing; restore it, or train again with --overwrite")
     if not run.result.is_file():
         reason = "has no result yet" if run.exists() else "is no run directory"
         raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")

@@ -100,6 +100,7 @@ def read_state(directory: Path, job: JobConfig, world_size: int, fingerprint: st
     if state.fingerprint != fingerprint:
         raise CheckpointError(
             f"{directory} was trained on the blocks {state.fingerprint}, the job's are {fingerprint}: the data or the "
-            f"tokenizer changed since; restore them, {again}"
+            "tokenizer changed since; restore them (a Hub data set: --resume --set data.revision=COMMIT, which is in "
+            f"the manifest.json of those blocks), {again}"
         )
     return state

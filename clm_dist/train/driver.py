@@ -18,13 +18,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
 from clm_dist.config import ClusterConfig, JobConfig
-from clm_dist.errors import ClmDistError, ConfigError, RunError, describe_os_error
+from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, RunError, describe_os_error
 from clm_dist.job import differing_fields, job_text, read_saved_job
 from clm_dist.progress import Progress
 from clm_dist.run_dir import RunDir, make_dir, read_json, write_json, write_text
 from clm_dist.shards import Manifest
 from clm_dist.train.checkpoint import committed, read_state, remove_uncommitted
 from clm_dist.train.follow import Follower
+from clm_dist.train.loader import BatchOrder
 from clm_dist.train.model import check_model
 from clm_dist.train.record import Recorder
 from clm_dist.train.result import accept_export, build_result
@@ -105,7 +106,15 @@ def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: boo
         ConfigError: a run of this name exists with another job, and neither `resume` nor `overwrite` says what to do.
     """
     run = RunDir(runs / job.name)
-    if not run.exists() or overwrite:
+    if overwrite:
+        return run, False
+    if not run.exists():
+        if committed(run.checkpoints):
+            raise ConfigError(
+                f"{run.root} has checkpoints, but {run.job.name} is missing, so which job they are of is not known; "
+                "restore it, start again with --overwrite, or make another run with --set name=...",
+                field="name",
+            )
         return run, False
     different = differing_fields(read_saved_job(run.job), job)
     if different and not resume:
@@ -200,7 +209,13 @@ def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
     check_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     if not overwrite and (checkpoints := committed(run.checkpoints)):
-        read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
+        state = read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
+        num_steps = BatchOrder.of_job(job, manifest.splits["train"].num_blocks).num_steps
+        if state.step > num_steps:
+            raise CheckpointError(
+                f"{checkpoints[-1]} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
+                "or train.epochs, or start again with --overwrite or another name"
+            )
 
 
 @contextlib.contextmanager
@@ -221,7 +236,7 @@ def _only_driver(run: RunDir) -> Iterator[None]:
 
 
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
-    if overwrite and run.exists():
+    if overwrite and (run.exists() or run.checkpoints.exists()):
         shutil.rmtree(run.root)
     make_dir(run.checkpoints)
     # With the result of an earlier job it would say of itself that it is done.

@@ -155,8 +155,10 @@ class _Loop:
         return Outcome("done", self.step)
 
     def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
-        """The loss of the first block, the same on every rank and each time: without dropout."""
-        model.eval()
+        """The loss of the first block, the same on every rank and each time."""
+        # As in training, where activations may be recomputed; dropout is that of the seed.
+        model.train()
+        torch.manual_seed(self.job.train.seed)
         ids_BT = torch.from_numpy(self.blocks[np.arange(1)]).to(self.strategy.device)
         return next_token_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean()
 

@@ -81,7 +81,8 @@ def check_model(job: JobConfig, tokenizer: Any | None = None) -> None:
 
     config = load_config(job, tokenizer)
     field = "model.path" if job.model.path else "model.config"
-    causal = getattr(config, "is_decoder", False) or config.is_encoder_decoder
+    # XLM says `causal` where the others say `is_decoder`.
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or config.is_encoder_decoder
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
         raise ConfigError(
             f"{field}: {config.model_type} is an encoder, which sees the tokens that it is to predict; use a decoder "

@@ -171,16 +171,23 @@ class Strategy(ABC):
             return self.forget_gradient()
 
         of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
-        if self._job.train.precision == "fp16" and not math.isfinite(of_one + of_all):
-            logger.warning("the check that ranks share gradients overflowed in fp16, and says nothing")
-            return
+        finite = math.isfinite(of_one + of_all)
         # Rounding is all that may differ; bf16 keeps 8 bits.
-        shared = math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
-        if self.all_reduce([float(shared)])[0] < self.world_size:
+        shared = finite and math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
+        num_shared, num_finite = self.all_reduce([float(shared), float(finite)])
+        if num_shared == self.world_size:
+            return
+        if num_finite:
             raise RunError(
                 f"the ranks do not share their gradients: one rank's gradient has norm {of_one:.6g}, and {of_all:.6g} "
                 f"when all {self.world_size} ranks have it. Nothing was trained. {_REPORT_FAULT}"
             )
+        if self._job.train.precision != "fp16":
+            raise RunError(
+                "the gradient of the first block is not finite before anything was trained: the weights of the model "
+                "are broken; get them again, or name another model"
+            )
+        logger.warning("whether the ranks share their gradients could not be seen: they overflow in fp16")
 
     def _check_world(self) -> None:
         """Accelerate falls back to a single process without a word; then every rank would train alone."""

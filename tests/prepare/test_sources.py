@@ -284,6 +284,7 @@ def test_columns_of_one_name(tmp_path: Path) -> None:
         (pa.large_string(), "a"),
         (pa.dictionary(pa.int32(), pa.string()), "a"),
         (pa.list_(pa.string_view()), ["a"]),
+        (pa.large_list(pa.string_view()), ["a"]),
         (pa.struct([("text", pa.list_(pa.string_view()))]), {"text": ["a"]}),
     ],
     ids=str,

@@ -147,7 +147,7 @@ def test_a_run_with_a_damaged_or_missing_file(
         assert said().endswith(again)
     write_json(run.result, result)
     run.job.unlink()
-    assert said() == f"error: {run.job} is missing; `clm-dist run` with the run's job writes it again\n"
+    assert said() == f"error: {run.job} is missing; restore it, or train again with --overwrite\n"
 
 
 def test_a_run_with_a_bad_line_in_its_metrics(

@@ -137,6 +137,23 @@ def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_
     assert driver.find_run(longer, run.root.parent) == (run, False)
 
 
+def test_checkpoints_of_an_unknown_job_are_not_taken_over(run: RunDir, make_job: MakeJob) -> None:
+    run.job.unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints, but job.yaml is missing"):
+        driver.find_run(make_job(), run.root.parent)
+    driver._open_run(make_job(), run, overwrite=True)
+    assert not committed(run.checkpoints)
+
+
+def test_a_job_that_ends_before_the_checkpoint(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, run: RunDir
+) -> None:
+    job = make_job("train.max_steps=10", "model.config.n_positions=128")
+    with pytest.raises(CheckpointError, match=r"has 24 steps, and the job ends after 10; raise train.max_steps"):
+        fit(job, run.root)
+    assert "max_steps: 24" in run.job.read_text()
+
+
 def test_fp16_needs_gpus(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.precision fp16 needs GPUs; use fp32 or bf16"):
         fit(make_job("train.precision=fp16"), tmp_path / "run")

@@ -322,6 +322,16 @@ def fsdp2_never_reduces() -> None:
     torch.distributed.reduce_scatter_single = own_part
 
 
+def weights_are_broken() -> None:
+    prepare = DataParallel.prepare
+
+    def prepare_broken(self: DataParallel, model: Any, make_optimizer: Any) -> None:
+        model.transformer.wpe.weight.data[0, 0] = float("nan")
+        prepare(self, model, make_optimizer)
+
+    DataParallel.prepare = prepare_broken  # type: ignore[method-assign]
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
     sabotage.__name__: sabotage
     for sabotage in (
@@ -331,6 +341,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         zero_1_and_2_never_reduce,
         zero_3_never_reduces,
         fsdp2_never_reduces,
+        weights_are_broken,
     )
 }
 
@@ -345,6 +356,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         ("zero_1_and_2_never_reduce", "zero2", "the ranks do not share their gradients: one rank's"),
         ("zero_3_never_reduces", "zero3", "the ranks do not share their gradients: one rank's"),
         ("fsdp2_never_reduces", "fsdp2", "the ranks do not share their gradients: one rank's"),
+        ("weights_are_broken", "ddp", "the weights of the model are broken"),
     ],
 )
 def test_a_run_whose_ranks_do_not_share_gradients_is_impossible(
