@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from clm_dist.run_dir import RunDir
+import pytest
+
+from clm_dist.run_dir import RunDir, write_text
 from clm_dist.train.follow import Follower
 from clm_dist.train.record import Recorder
 from tests.train.test_driver import Notes
 
 
-def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path) -> None:
+def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, notes, exported = RunDir(tmp_path), Notes(), list[int]()
     recorder = Recorder(run, num_parts=1, num_tokens=4, keep=1)
     follower = Follower(run, notes, lambda path, step: exported.append(step))
@@ -19,7 +21,13 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path) -> N
     recorder.receive([{"records": [{"kind": "checkpoint", "step": 2}, {"kind": "checkpoint", "step": 4}]}])
     follower.look()
     assert (len(notes.notes), exported) == (1, [2])
+
+    def look_at_once(path: Path, text: str) -> None:
+        write_text(path, text)
+        follower.look()
+
+    # The follower may look between any two writes.
+    monkeypatch.setattr("clm_dist.train.record.write_text", look_at_once)
     recorder.receive([{"records": [start | {"step": 2}]}])
-    follower.look()
     follower.look()
     assert (notes.notes[1:], exported) == (["Resuming from the checkpoint of step 2"], [2])
