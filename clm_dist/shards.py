@@ -1,8 +1,9 @@
 """Blocks of token ids on disk: Arrow shards that numpy maps with no copy, and the manifest that names them.
 
-A store's directory holds `manifest.json`, `tokenizer/`, `token_bytes.npy` and one directory of shards a split. A shard
-is an Arrow IPC stream, as `datasets` writes them, with one column
-`input_ids: fixed_size_list<uint16|uint32>[block_size]`.
+A store's directory holds `manifest.json`, `tokenizer/` and one directory of shards a split. A shard is an Arrow IPC
+stream, as `datasets` writes them, with one column `input_ids: fixed_size_list<uint16|uint32>[block_size]`. Beside the
+eval split's shards lies `eval/bytes.npy`, (num_blocks, 2) int64: the bytes of text of the tokens that a block predicts,
+and of those that it predicts with `data.document_mask`.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import pyarrow as pa
 from clm_dist.errors import DataError
 from clm_dist.run_dir import write_json, writing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_TOKENS = 2**26
 """Tokens in a full shard: 128 MiB of uint16."""
 
@@ -50,7 +51,13 @@ class Split:
     num_tokens: int
     num_blocks: int
     num_dropped_tokens: int
+    num_document_ends: int
+    """End-of-sequence tokens in the blocks but for their last tokens; 0 where documents have no ends."""
     shards: tuple[Shard, ...]
+
+    def num_predicted(self, block_size: int, *, document_mask: bool) -> int:
+        """Tokens that the blocks predict: not a block's first, nor with the mask one after a document's end."""
+        return self.num_blocks * (block_size - 1) - (self.num_document_ends if document_mask else 0)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,17 @@ from clm_dist.shards import Blocks, Ids, Manifest, Split, token_dtype, write_sha
 def store_of(path: Path, blocks: Ids, pieces: int = 1) -> Path:
     """A store with one split, written in so many pieces."""
     written = write_shards(path, "train", np.array_split(blocks, pieces), blocks.shape[1], blocks.dtype)
-    counts = {"num_records": 1, "num_skipped": {}, "num_documents": 1, "num_text_bytes": 1, "num_dropped_tokens": 0}
-    split = Split(num_tokens=blocks.size, num_blocks=len(blocks), shards=tuple(written), **counts)  # type: ignore[arg-type]
+    split = Split(
+        num_records=1,
+        num_skipped={},
+        num_documents=1,
+        num_text_bytes=1,
+        num_tokens=blocks.size,
+        num_blocks=len(blocks),
+        num_dropped_tokens=0,
+        num_document_ends=0,
+        shards=tuple(written),
+    )
     Manifest("f", {}, blocks.shape[1], str(blocks.dtype), "tokenizers", "t", {"train": split}).write(
         path / "manifest.json"
     )
@@ -74,7 +83,7 @@ def test_broken_stores_say_what_to_do(tmp_path: Path, blocks: Ids) -> None:
     store = store_of(tmp_path, blocks)
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(DataError, match=r"has format 99, this version of clm-dist reads 1; .* remove .* again"):
+    with pytest.raises(DataError, match=r"has format 99, this version of clm-dist reads 2; .* remove .* again"):
         Blocks(store, "train")
     (store / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="is no manifest"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from filelock import FileLock
 
@@ -133,6 +134,7 @@ def _build(
     starts = {name: range(0, len(indices), PARTITION_RECORDS) for name, indices in rows.items()}
     progress.start("Tokenising", total=sum(map(len, starts.values())), unit="partition")
     began, num_done, splits, total = time.monotonic(), 0, {}, Counter[str]()
+    block_bytes: dict[str, npt.NDArray[np.int64]] = {}
     for name, indices in rows.items():
         counts = Counter[str]()
         parts = [work / f"{name}-{start:09d}.npz" for start in starts[name]]
@@ -144,14 +146,14 @@ def _build(
             num_done += 1
             rate = (total["text_bytes"] + counts["text_bytes"]) / 1e6 / (time.monotonic() - began)
             progress.update(num_done, rate=f"{rate:.1f} MB/s")
-        splits[name] = _write_split(job, store, name, parts, encoder, counts)
+        splits[name], block_bytes[name] = _write_split(job, store, name, parts, encoder, counts, token_bytes)
         total.update(counts)
 
     if total["lost_bytes"] > _LOSSY_SHARE * total["text_bytes"]:
         logger.warning("the tokenizer does not keep the text's bytes, so there will be no bits per byte")
-        token_bytes[:] = 0
+        block_bytes["eval"][:] = 0
     with writing(store):
-        np.save(store / "token_bytes.npy", token_bytes)
+        np.save(store / "eval" / "bytes.npy", block_bytes["eval"])
         encoder.tokenizer.save_pretrained(store / "tokenizer")
         Manifest(
             fingerprint=store.name,
@@ -193,8 +195,15 @@ def _read_partition(part: Path) -> tuple[Ids, dict[str, int]]:
 
 
 def _write_split(
-    job: JobConfig, store: Path, name: str, parts: list[Path], encoder: Encoder, counts: Mapping[str, int]
-) -> Split:
+    job: JobConfig,
+    store: Path,
+    name: str,
+    parts: list[Path],
+    encoder: Encoder,
+    counts: Mapping[str, int],
+    token_bytes: TokenBytes,
+) -> tuple[Split, npt.NDArray[np.int64]]:
+    """The split, and the bytes of text of what each block predicts, without and with `data.document_mask`."""
     block_size = job.data.block_size
     if counts["tokens"] < block_size:
         raise DataError(
@@ -207,9 +216,19 @@ def _write_split(
         for part in parts:
             yield _read_partition(part)[0]
 
-    shards = write_shards(
-        store, name, blocks_of(token_streams(), block_size, job.data.grouping), block_size, encoder.dtype
-    )
+    num_document_ends = 0
+    block_bytes: list[npt.NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
+
+    def counted_blocks() -> Iterator[Ids]:
+        nonlocal num_document_ends
+        for ids in blocks_of(token_streams(), block_size, job.data.grouping):
+            follows_end = (ids[:, :-1] == encoder.eos) if encoder.eos is not None else np.zeros(ids[:, :-1].shape, bool)
+            num_document_ends += int(follows_end.sum())
+            sizes = token_bytes[ids[:, 1:]].astype(np.int64)
+            block_bytes.append(np.stack([sizes.sum(axis=1), (sizes * ~follows_end).sum(axis=1)], axis=1))
+            yield ids
+
+    shards = write_shards(store, name, counted_blocks(), block_size, encoder.dtype)
     num_blocks = sum(shard.num_blocks for shard in shards)
     if num_blocks == 0:
         raise DataError(
@@ -217,7 +236,7 @@ def _write_split(
             "remainder of each; use data.grouping carry",
             field="data.grouping",
         )
-    return Split(
+    split = Split(
         num_records=counts["records"],
         num_skipped={"empty": counts["skipped"]},
         num_documents=counts["documents"],
@@ -225,8 +244,10 @@ def _write_split(
         num_tokens=counts["tokens"],
         num_blocks=num_blocks,
         num_dropped_tokens=counts["tokens"] - num_blocks * block_size,
+        num_document_ends=num_document_ends,
         shards=tuple(shards),
     )
+    return split, np.concatenate(block_bytes)
 
 
 def _train_tokenizer(job: JobConfig, table: pa.Table, directory: Path) -> None:

@@ -100,10 +100,11 @@ class Encoder:
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._eos: int | None = None
+        self.eos: int | None = None
+        """Id that ends every document; None where documents have no ends."""
         if data.append_eos:
-            self._eos = self.tokenizer.eos_token_id
-            if self._eos is None:
+            self.eos = self.tokenizer.eos_token_id
+            if self.eos is None:
                 raise DataError(
                     "data.append_eos is on, but the tokenizer has no end-of-sequence token; "
                     "set data.append_eos to false, or use a tokenizer that has one",
@@ -117,8 +118,8 @@ class Encoder:
         for encoding in self._backend.encode_batch_fast(list(documents), add_special_tokens=True):
             ids = encoding.ids
             # Some tokenizers end a text themselves.
-            if self._eos is not None and (not ids or ids[-1] != self._eos):
-                ids.append(self._eos)
+            if self.eos is not None and (not ids or ids[-1] != self.eos):
+                ids.append(self.eos)
             arrays.append(np.array(ids, self.dtype))
         return arrays
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
-from clm_dist.shards import Blocks, TokenBytes
+from clm_dist.shards import Blocks
 from clm_dist.train.model import autocast, next_token_loss
 
 
@@ -27,12 +28,12 @@ class EvalSplit:
 
     blocks: Blocks
     micro_size: int
-    token_bytes: TokenBytes
-    """Bytes of text of each token of the vocabulary."""
+    block_bytes: npt.NDArray[np.int64]
+    """Bytes of text of the tokens that each block predicts, (num_blocks,)."""
 
     @classmethod
     def of_store(cls, store: Path, micro_size: int) -> "EvalSplit":
-        return cls(Blocks(store, "eval"), micro_size, np.load(store / "token_bytes.npy"))
+        return cls(Blocks(store, "eval"), micro_size, np.load(store / "eval" / "bytes.npy", mmap_mode="r")[:, 0])
 
     @property
     def num_parts(self) -> int:
@@ -124,7 +125,8 @@ def _evaluate_part(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> Part:
     start = index * split.micro_size
-    ids = split.blocks[np.arange(start, min(start + split.micro_size, len(split.blocks)))]
+    end = min(start + split.micro_size, len(split.blocks))
+    ids = split.blocks[np.arange(start, end)]
     ids_BT = torch.from_numpy(ids).to(device)
     with autocast():
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
@@ -133,5 +135,5 @@ def _evaluate_part(
         index=index,
         loss_sum=losses.double().sum().item(),
         num_tokens=losses.numel(),
-        num_bytes=int(split.token_bytes[ids[:, 1:]].sum(dtype=np.int64)),
+        num_bytes=int(split.block_bytes[start:end].sum()),
     )

@@ -87,18 +87,25 @@ def test_carry_loses_one_tail_a_split_and_the_counts_add_up(make: MakeJob, store
     assert (manifest.engine, manifest.dtype, manifest.fingerprint) == ("tokenizers", "uint16", store.name)
 
 
-def test_documents_end_with_eos_and_token_bytes_add_up_to_the_text(make: MakeJob, stores: Path) -> None:
+def test_documents_end_with_eos_and_bytes_are_those_of_the_predicted_tokens(make: MakeJob, stores: Path) -> None:
     from transformers import AutoTokenizer
 
     store = prepare(make("data.split='train[:200]'", "data.block_size=2"), stores, Silent())
-    split = Manifest.read(store / "manifest.json").splits["train"]
+    splits = Manifest.read(store / "manifest.json").splits
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+    eos = tokenizer.eos_token_id
     ids = blocks_of(store, "train").reshape(-1)
-    eos = AutoTokenizer.from_pretrained(store / "tokenizer").eos_token_id
-    assert abs(int((ids == eos).sum()) - split.num_documents) <= 1
-    token_bytes = np.load(store / "token_bytes.npy")
-    assert token_bytes[eos] == 0
-    tail = split.num_dropped_tokens * token_bytes.max()
-    assert split.num_text_bytes - tail <= token_bytes[ids].sum() <= split.num_text_bytes
+    assert abs(int((ids == eos).sum()) - splits["train"].num_documents) <= 1
+    for name, split in splits.items():
+        blocks = blocks_of(store, name)
+        assert split.num_document_ends == (blocks[:, 0] == eos).sum() > 0
+        assert split.num_predicted(2, document_mask=False) == len(blocks)
+        assert split.num_predicted(2, document_mask=True) == (blocks[:, 0] != eos).sum()
+    num_bytes = np.load(store / "eval" / "bytes.npy")
+    blocks = blocks_of(store, "eval")
+    pieces = tokenizer.convert_ids_to_tokens(blocks[:, 1].tolist())
+    sizes = np.array([0 if piece == tokenizer.eos_token else len(piece) for piece in pieces])
+    assert np.array_equal(num_bytes, np.stack([sizes, np.where(blocks[:, 0] == eos, 0, sizes)], axis=1))
 
 
 def test_bytes_of_tokens_of_a_sentencepiece_tokenizer(shared: Path) -> None:
@@ -213,7 +220,7 @@ def test_append_eos_with_a_tokenizer_that_has_none(make_job: MakeJob, tmp_path: 
     assert "data.append_eos is on, but the tokenizer has no end-of-sequence token" in str(error)
     job = make_job("tokenizer.train=null", f"tokenizer.path={tmp_path / 'words'}", "data.append_eos=false")
     # A tokenizer that loses text: bytes of its tokens are not bytes of the text, so there are none.
-    assert np.load(prepare(job, stores, Silent()) / "token_bytes.npy").sum() == 0
+    assert np.load(prepare(job, stores, Silent()) / "eval" / "bytes.npy").sum() == 0
 
 
 def test_a_tokenizer_that_is_nowhere(make_job: MakeJob, stores: Path, tmp_path: Path) -> None:
