@@ -72,6 +72,8 @@ class DataConfig(Section):
     """`carry` loses one tail a split; `guide` drops the remainder of every 1,000 records, as the guide does."""
     append_eos: bool = True
     """End every document with the tokenizer's end-of-sequence token."""
+    document_mask: bool = False
+    """Stop attention and the loss at the documents inside a block; positions restart at each of them."""
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -81,6 +83,17 @@ class DataConfig(Section):
             )
         if self.source == "files" and not self.path:
             raise _wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_have_ends(self) -> Self:
+        if self.document_mask and not self.append_eos:
+            raise _wrong(
+                "data.document_mask",
+                "data.document_mask is true, but with data.append_eos false no document has an end; "
+                "set data.append_eos to true, or data.document_mask to false",
+                "data.append_eos",
+            )
         return self
 
 

@@ -24,6 +24,7 @@ from clm_dist.progress import Progress
 from clm_dist.run_dir import RunDir, make_dir, read_json, write_json, write_text
 from clm_dist.shards import Manifest
 from clm_dist.train.checkpoint import committed, read_state, remove_uncommitted
+from clm_dist.train.evaluate import num_eval_tokens
 from clm_dist.train.follow import Follower
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.model import check_model
@@ -179,7 +180,7 @@ def _train(
     recorder = Recorder(
         run,
         num_parts=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
-        num_tokens=manifest.splits["eval"].num_blocks * (manifest.block_size - 1),
+        num_tokens=num_eval_tokens(manifest, document_mask=job.data.document_mask),
         keep=job.checkpoint.keep,
         tensorboard="tensorboard" in job.tracking,
     )
@@ -208,6 +209,7 @@ def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster
     if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
     check_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
+    num_eval_tokens(manifest, document_mask=job.data.document_mask)
     if not overwrite and (checkpoints := committed(run.checkpoints)):
         state = read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
         num_steps = BatchOrder.of_job(job, manifest.splits["train"].num_blocks).num_steps

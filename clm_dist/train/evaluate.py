@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import ConfigError, first_line
+from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
-from clm_dist.shards import Blocks
+from clm_dist.shards import Blocks, Manifest
+from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
 from clm_dist.train.model import autocast, next_token_loss
 
 
@@ -30,19 +31,33 @@ class EvalSplit:
     micro_size: int
     block_bytes: npt.NDArray[np.int64]
     """Bytes of text of the tokens that each block predicts, (num_blocks,)."""
+    num_tokens: int
+    """Predicted tokens: the first of a block has nothing before it."""
+    document_end: int | None
+    """Id of the token at which attention and the loss stop; None where they do not."""
 
     @classmethod
-    def of_store(cls, store: Path, micro_size: int) -> "EvalSplit":
-        return cls(Blocks(store, "eval"), micro_size, np.load(store / "eval" / "bytes.npy", mmap_mode="r")[:, 0])
+    def of_store(cls, store: Path, micro_size: int, document_end: int | None = None) -> "EvalSplit":
+        masked = document_end is not None
+        num_tokens = num_eval_tokens(Manifest.read(store / "manifest.json"), document_mask=masked)
+        block_bytes = np.load(store / "eval" / "bytes.npy", mmap_mode="r")[:, int(masked)]
+        return cls(Blocks(store, "eval"), micro_size, block_bytes, num_tokens, document_end)
 
     @property
     def num_parts(self) -> int:
         return -(-len(self.blocks) // self.micro_size)
 
-    @property
-    def num_tokens(self) -> int:
-        """Predicted tokens: the first of a block has nothing before it."""
-        return len(self.blocks) * (self.blocks.block_size - 1)
+
+def num_eval_tokens(manifest: Manifest, *, document_mask: bool) -> int:
+    """Predicted tokens of a store's eval split. Raises DataError where there are none."""
+    num_tokens = manifest.splits["eval"].num_predicted(manifest.block_size, document_mask=document_mask)
+    if num_tokens == 0:
+        raise DataError(
+            "no block of the eval split has two tokens of one document, so with data.document_mask there is nothing to "
+            "evaluate; set data.document_mask to false, or raise data.block_size",
+            field="data.document_mask",
+        )
+    return num_tokens
 
 
 def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
@@ -50,15 +65,26 @@ def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -
     transformers.utils.logging.disable_progress_bar()
     model = load_written(path).float()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = EvalSplit.of_store(store, job.eval.micro_size)
+    document_end = document_end_of(store) if job.data.document_mask else None
+    split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
+    model.to(device)
+
+    def arithmetic() -> contextlib.AbstractContextManager[Any]:
+        return autocast(job.train.precision, device)
+
+    if document_end is not None and (
+        problem := find_mixing(
+            model,
+            document_end,
+            block_size=split.blocks.block_size,
+            device=device,
+            precision=job.train.precision,
+            autocast=arithmetic,
+        )
+    ):
+        raise ConfigError(problem, field="data.document_mask")
     progress.start("Evaluating", total=split.num_parts, unit="batch")
-    parts = evaluate_parts(
-        model.to(device),
-        split,
-        device=device,
-        autocast=lambda: autocast(job.train.precision, device),
-        on_part=progress.update,
-    )
+    parts = evaluate_parts(model, split, device=device, autocast=arithmetic, on_part=progress.update)
     return combine(parts, step=0, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
 
 
@@ -129,11 +155,11 @@ def _evaluate_part(
     ids = split.blocks[np.arange(start, end)]
     ids_BT = torch.from_numpy(ids).to(device)
     with autocast():
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-    losses = next_token_loss(logits_BTV, ids_BT)
+        logits_BTV = block_logits(model, ids_BT, split.document_end)
+    losses = next_token_loss(logits_BTV, ids_BT, split.document_end)
     return Part(
         index=index,
         loss_sum=losses.double().sum().item(),
-        num_tokens=losses.numel(),
+        num_tokens=num_predicted(ids, split.document_end),
         num_bytes=int(split.block_bytes[start:end].sum()),
     )

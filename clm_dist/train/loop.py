@@ -6,12 +6,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -21,9 +22,10 @@ from clm_dist.metrics import flops_per_token, model_flops_utilization
 from clm_dist.run_dir import RunDir, writing
 from clm_dist.shards import Blocks, Manifest
 from clm_dist.train.checkpoint import TrainerState, checkpoint_name, committed, is_committed, read_state
+from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.export import evaluate_export, export
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.loader import BatchOrder, MicroBatch
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.record import Message, Record
@@ -94,7 +96,8 @@ class _Loop:
         self.strategy = build_strategy(job, rank=session.rank, world_size=session.world_size, use_gpu=session.use_gpu)
         self.fingerprint = Manifest.read(session.store / "manifest.json").fingerprint
         self.blocks = Blocks(session.store, "train")
-        self.eval_split = EvalSplit.of_store(session.store, job.eval.micro_size)
+        self.document_end = document_end_of(session.store) if job.data.document_mask else None
+        self.eval_split = EvalSplit.of_store(session.store, job.eval.micro_size, self.document_end)
         self.order = BatchOrder.of_job(job, len(self.blocks))
         self.learning_rate = build_schedule(job.train, self.order.num_steps)
 
@@ -112,6 +115,7 @@ class _Loop:
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
         strategy.check_gradients_are_shared(self._first_loss)
+        self._check_documents_are_apart()
         self.step = self._resume()
         self.reporter.add(
             kind="start",
@@ -162,25 +166,49 @@ class _Loop:
         ids_BT = torch.from_numpy(self.blocks[np.arange(1)]).to(self.strategy.device)
         return next_token_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean()
 
+    def _check_documents_are_apart(self) -> None:
+        """Raise RunError where the model does not see what `data.document_mask` tells it. Collective."""
+        if self.document_end is None:
+            return
+        strategy = self.strategy
+        problem = find_mixing(
+            strategy.model if strategy.sharded else strategy.plain_model,
+            self.document_end,
+            block_size=self.blocks.block_size,
+            device=strategy.device,
+            precision=self.job.train.precision,
+            autocast=strategy.autocast,
+            any_rank=lambda found: strategy.all_reduce([float(found)])[0] > 0,
+        )
+        if problem:
+            raise RunError(problem)
+
+    def _num_targets(self, batch: npt.NDArray[np.int64], micros: Sequence[MicroBatch]) -> int:
+        """Predicted tokens of a global batch. Collective where documents are masked."""
+        if self.document_end is None:
+            return len(batch) * (self.blocks.block_size - 1)
+        own = (num_predicted(self.blocks[micro.blocks], self.document_end) for micro in micros if micro.counts)
+        return int(self.strategy.all_reduce([float(sum(own))])[0])
+
     def _train_step(self) -> bool:
         """One optimizer step; true when the run is asked to stop."""
         job, strategy = self.job, self.strategy
         began = time.perf_counter()
         data_wait = 0.0
         batch = self.order.global_batch(self.step)
-        num_targets = len(batch) * (self.blocks.block_size - 1)
+        micros = list(self.order.micro_batches(self.step, strategy.rank, strategy.world_size))
+        # Where every document has one token there is nothing to predict, and the loss is 0.
+        num_targets = max(1, self._num_targets(batch, micros))
         # Ranks average their gradients; this makes the average the gradient of the mean over all tokens.
         scale = strategy.world_size / num_targets
         loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
-        for number, micro in enumerate(
-            micros := list(self.order.micro_batches(self.step, strategy.rank, strategy.world_size))
-        ):
+        for number, micro in enumerate(micros):
             reading = time.perf_counter()
             ids_BT = torch.from_numpy(self.blocks[micro.blocks]).to(strategy.device)
             data_wait += time.perf_counter() - reading
             torch.manual_seed(_pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
-                losses = next_token_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+                losses = next_token_loss(block_logits(model, ids_BT, self.document_end), ids_BT, self.document_end)
                 strategy.backward(losses.sum() * (scale if micro.counts else 0.0))
             if micro.counts:
                 loss_sum += losses.detach().double().sum()

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import inspect
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,6 +97,8 @@ def check_model(job: JobConfig, tokenizer: Any | None = None) -> None:
         raise ConfigError(f"{field}: no {config.model_type} can be built: {first_line(error)}", field=field) from error
     if config.get_text_config().num_hidden_layers < 1:
         raise ConfigError(f"{field}: a model without layers learns nothing; give it one or more", field=field)
+    if job.data.document_mask and (problem := why_no_positions(model)):
+        raise ConfigError(problem, field="data.document_mask")
     if job.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"train.gradient_checkpointing is not supported by {type(model).__name__}; set it to false",
@@ -103,6 +106,16 @@ def check_model(job: JobConfig, tokenizer: Any | None = None) -> None:
         )
     if job.model.path and Path(job.model.path).is_dir():
         _check_weights(Path(job.model.path))
+
+
+def why_no_positions(model: nn.Module) -> str | None:
+    """What is wrong where a model cannot be told of the documents in a block; None where it can."""
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        return None
+    return (
+        f"data.document_mask is not supported by {type(model).__name__}, which takes no position_ids; set it to false, "
+        "or use a model such as gpt2 or llama"
+    )
 
 
 def _check_weights(directory: Path) -> None:
@@ -145,14 +158,19 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, document_end: int | None = None) -> Tensor:
     """Nats of every predicted token, (B, T - 1) float32.
 
-    Position t predicts token t + 1. No label is masked: a block holds no padding, and an end-of-sequence token is a
-    token to learn like any other.
+    Position t predicts token t + 1. A block holds no padding, and an end-of-sequence token is a token to learn like
+    any other, so no label is masked but that of a document's first token, which has loss 0.
+
+    Args:
+        document_end: id that ends a document; None predicts documents' first tokens from what was before them.
     """
     # The last position's label is padded and its loss cut off: cutting the logits would copy them (25 % slower).
     labels_BT = pad(ids_BT[:, 1:], (0, 1), value=-100)
+    if document_end is not None:
+        labels_BT = labels_BT.masked_fill(ids_BT == document_end, -100)
     losses = cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none")
     return losses.view_as(ids_BT)[:, :-1]
 

@@ -19,6 +19,7 @@ from clm_dist.metrics import Part, combine
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Blocks
 from clm_dist.train.checkpoint import committed
+from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.local import train_here
@@ -37,7 +38,8 @@ SETTINGS = ("train.max_steps=20", "train.epochs=9", "checkpoint.every=1000")
 
 def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_size: int = 1) -> Outcome:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    split = EvalSplit.of_store(store, job.eval.micro_size)
+    document_end = document_end_of(store) if job.data.document_mask else None
+    split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
     recorder = Recorder(run, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2)
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
     forget_accelerate()
