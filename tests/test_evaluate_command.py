@@ -81,3 +81,15 @@ def test_a_model_that_is_nowhere_is_not_blamed_on_the_job(evaluate: Evaluate, wr
     assert said.code == 2
     assert said.err.startswith("error: model.path nobody/nothing is neither a model's directory nor reachable")
     assert "MODEL ~nouser/x cannot be used as a path" in evaluate("~nouser/x", "--job", write_job()).err
+
+
+def test_a_job_s_document_mask_holds_for_its_model(
+    evaluate: Evaluate, finished_run: RunDir, final: dict[str, float], write_job: WriteJob
+) -> None:
+    masked = figures(evaluate(finished_run.root, "--set", "data.document_mask=true", "--json"))
+    assert masked["num_tokens"] < final["num_tokens"]
+    assert masked["loss"] != final["loss"]
+    assert figures(evaluate(finished_run.root, "--job", write_job("data.document_mask=true"), "--json")) == masked
+    said = evaluate(finished_run.root, "--set", "data.document_mask=true", "--set", "data.append_eos=false")
+    assert said.code == 2
+    assert "data.document_mask is true, but with data.append_eos false no document has an end" in said.err
