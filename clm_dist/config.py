@@ -1,7 +1,8 @@
 """The job file's sections: one typed, frozen model each; unknown keys are refused."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -39,6 +40,13 @@ class Section(BaseModel):
         return value
 
 
+class Template(NamedTuple):
+    """`"{title}: {body}"` as literals `("", ": ", "")` and paths `("title", "body")`; there is one literal more."""
+
+    literals: tuple[str, ...]
+    paths: tuple[str, ...]
+
+
 class DataConfig(Section):
     """Which text, how it is split, and how it is cut into blocks."""
 
@@ -51,13 +59,22 @@ class DataConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of the Hub data set."""
     path: str | list[str] | None = None
-    """File, glob or directory (or a list of them), for `source: files`: JSONL, CSV, Parquet, Arrow or text."""
+    """File, glob, directory or URL (s3://, gs://, https://), or a list of them, for `source: files`."""
+    streaming: bool = False
+    """Read a Hub data set as it arrives, with no copy on this machine's disk."""
     split: str = "train"
     """Split, or a slice of it as `datasets` spells it: `train`, `train[:5000]`, `train[10%:20%]`."""
     text: str = "text"
-    """Dotted path of the text inside a record; it reaches into nested records and lists: `answers.text`."""
+    """Dotted path of the text inside a record; it reaches into nested records and lists: `answers.text`. Or a template
+    of such paths: `"{title}\\n\\n{answers.text}"`."""
     join: str | None = " "
     """What joins the items of a list into one document; null makes every item a document of its own."""
+    score: str | None = None
+    """Dotted path of the score of each text, a list where the texts are one: `answers.score`; for `min_score`."""
+    min_score: float | None = None
+    """Leave out texts whose score is lower, or that have none."""
+    deduplicate: bool = False
+    """Remove documents from the train split that the eval split has, to the letter, as well."""
     id: str | None = None
     """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -83,6 +100,14 @@ class DataConfig(Section):
             )
         if self.source == "files" and not self.path:
             raise _wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
+        if self.streaming and self.source != "hub":
+            raise _wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
+        if (self.score is None) != (self.min_score is None):
+            problem = "data.score and data.min_score go together; set both or neither"
+            raise _wrong("data.min_score", problem, "data.score")
+        literals, paths = self.text_template
+        if "{" in self.text and (not all(paths) or any(c in literal for literal in literals for c in "{}")):
+            raise _wrong("data.text", f"data.text {self.text!r} is no template such as '{{title}}: {{answers.text}}'")
         return self
 
     @model_validator(mode="after")
@@ -95,6 +120,14 @@ class DataConfig(Section):
                 "data.append_eos",
             )
         return self
+
+    @property
+    def text_template(self) -> Template:
+        """What `text` says: a path alone is the template `{path}`."""
+        if "{" not in self.text:
+            return Template(("", ""), (self.text,))
+        parts = re.split(r"\{([^{}]*)\}", self.text)
+        return Template(tuple(parts[::2]), tuple(parts[1::2]))
 
 
 class TokenizerTraining(Section):
@@ -112,6 +145,8 @@ class TokenizerConfig(Section):
     """Directory or Hub id; null takes the model's."""
     train: TokenizerTraining | None = None
     """Train one on the job's own text instead."""
+    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto"
+    """What encodes: `auto` takes gigatoken where it gives the ids of tokenizers on the data's own text."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

@@ -28,6 +28,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Say one line that stays."""
 
+    def log(self, text: str) -> None:
+        """Say one line in a log; a terminal, whose live line says the same, leaves it out."""
+
 
 class Silent:
     """No display."""
@@ -35,6 +38,7 @@ class Silent:
     def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None: ...
     def update(self, done: int, **figures: str) -> None: ...
     def note(self, text: str) -> None: ...
+    def log(self, text: str) -> None: ...
 
 
 class _Stage:
@@ -100,6 +104,8 @@ class TerminalProgress:
     def note(self, text: str) -> None:
         self._console.print(Text(text))
 
+    def log(self, text: str) -> None: ...
+
     def _render(self) -> Spinner | Text:
         if self._stage is None:
             return Text("")
@@ -142,6 +148,9 @@ class LineProgress:
 
     def note(self, text: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def log(self, text: str) -> None:
+        self.note(text)
 
 
 def open_progress(console: Console) -> TerminalProgress | LineProgress:

@@ -13,6 +13,8 @@ from typing import Any
 
 from clm_dist.errors import ConfigError, describe_os_error, first_line
 
+PART_SUFFIX = ".part"
+"""Of files that are not whole yet; their names begin with a dot."""
 _FULL_BYTES = 2**20
 """A disk with less is full: a write that failed took what was left, and may have given some of it back."""
 
@@ -127,18 +129,30 @@ def _is_full(path: Path) -> bool:
     return shutil.disk_usage(existing).free < _FULL_BYTES
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old content or the new, also after a crash."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes the file at `path` once it is whole; of what fails nothing is left."""
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART_SUFFIX}")
     with writing(path):
         try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield part
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove what a process that was killed left of files that were not whole yet."""
+    for part in directory.rglob(f".*{PART_SUFFIX}"):
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader sees the old content or the new, also after a crash."""
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

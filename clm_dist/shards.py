@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clm_dist.errors import DataError
-from clm_dist.run_dir import write_json, writing
+from clm_dist.run_dir import whole_file, write_json, writing
 
 FORMAT_VERSION = 2
 SHARD_TOKENS = 2**26
@@ -41,18 +41,27 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """What became of a split's records; records = used + skipped, tokens = blocks x block_size + dropped."""
+    """What became of a split's records.
+
+    Records are used or skipped; tokens are in blocks or dropped: num_tokens = num_blocks x block_size +
+    num_dropped_tokens.
+    """
 
     num_records: int
     num_skipped: dict[str, int]
-    """Records that gave no document, by reason."""
+    """Records that gave no document, by reason: empty, low_score, duplicate."""
     num_documents: int
+    """Documents in the token stream."""
+    num_duplicates: int
+    """Documents of the train split that the eval split has to the letter; `data.deduplicate` removes them."""
     num_text_bytes: int
     num_tokens: int
     num_blocks: int
     num_dropped_tokens: int
     num_document_ends: int
     """End-of-sequence tokens in the blocks but for their last tokens; 0 where documents have no ends."""
+    document_lengths: dict[str, int]
+    """How many documents have up to 1, 2, 4, 8, ... tokens."""
     shards: tuple[Shard, ...]
 
     def num_predicted(self, block_size: int, *, document_mask: bool) -> int:
@@ -65,7 +74,10 @@ class Manifest:
     """What a store holds and what it was made from."""
 
     fingerprint: str
+    origin: str
+    """Where the records came from, for people."""
     source: dict[str, Any]
+    """All that the fingerprint stands for."""
     block_size: int
     dtype: str
     engine: str
@@ -86,24 +98,37 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no manifest ({error}); remove {path.parent} to prepare again") from None
         if version != FORMAT_VERSION:
+            age = "a newer" if isinstance(version, int) and version > FORMAT_VERSION else "another"
             raise DataError(
-                f"{path} has format {version}, this version of clm-dist reads {FORMAT_VERSION}; "
+                f"{path} has format {version} of {age} version of clm-dist, this one reads {FORMAT_VERSION}; "
                 f"use the version that wrote it, or remove {path.parent} to prepare again"
             )
-        splits = {
-            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-            for name, split in values.pop("splits").items()
-        }
-        return cls(splits=splits, **values)
+        try:
+            splits = {
+                name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+                for name, split in values.pop("splits").items()
+            }
+            return cls(splits=splits, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no whole manifest ({error}); remove {path.parent} to prepare again") from None
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every token id: uint16 up to 65,536 tokens, else uint32."""
+    """The smallest type that holds every token id: uint16 up to 65,536 tokens, else uint32.
+
+    Raises:
+        DataError: there are more than 2^32 tokens.
+    """
+    if vocab_size > 2**32:
+        raise DataError(
+            f"the tokenizer has {vocab_size:,} tokens, and a store holds ids below 2^32; use a smaller vocabulary",
+            field="tokenizer.path",
+        )
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def write_shards(store: Path, split: str, blocks: Iterable[Ids], block_size: int, dtype: np.dtype[Any]) -> list[Shard]:
-    """Write a split's blocks as shards of at most SHARD_TOKENS tokens.
+    """Write a split's blocks as shards of at most SHARD_TOKENS tokens, each whole or not there.
 
     Args:
         blocks: arrays of shape (num_blocks, block_size), in order; where they are cut does not change the shards.
@@ -112,14 +137,16 @@ def write_shards(store: Path, split: str, blocks: Iterable[Ids], block_size: int
     shards = []
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        for index, ids in enumerate(_regroup(blocks, max(1, SHARD_TOKENS // block_size))):
+        for index, ids in enumerate(_regroup(blocks, max(1, SHARD_TOKENS // block_size), dtype)):
             path = directory / f"{index:05d}.arrow"
-            values = pa.array(ids.reshape(-1).astype(dtype, copy=False))
+            values = pa.array(ids.reshape(-1))
             column = pa.FixedSizeListArray.from_arrays(values, block_size)
             batch = pa.record_batch([column], names=["input_ids"])
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
-                writer.write_batch(batch)
-            shards.append(Shard(f"{split}/{path.name}", len(ids), _sha256(path)))
+            # Who has mapped a shard of that name keeps the old one.
+            with whole_file(path) as part:
+                with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+                    writer.write_batch(batch)
+                shards.append(Shard(f"{split}/{path.name}", len(ids), file_sha256(part)))
     return shards
 
 
@@ -164,21 +191,25 @@ def _map_shard(path: Path, block_size: int) -> Ids:
     return ids
 
 
-def _regroup(arrays: Iterable[Ids], rows: int) -> Iterator[Ids]:
-    """The same rows in arrays of `rows` each, the last one shorter."""
-    waiting: list[Ids] = []
-    num_waiting = 0
+def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator[Ids]:
+    """The same rows in arrays of `rows` each, the last one shorter; each is good until the next one is asked for."""
+    held: Ids | None = None
+    num_held = 0
     for array in arrays:
-        while num_waiting + len(array) >= rows:
-            head, array = array[: rows - num_waiting], array[rows - num_waiting :]
-            yield np.concatenate([*waiting, head])
-            waiting, num_waiting = [], 0
-        waiting.append(array)
-        num_waiting += len(array)
-    if num_waiting:
-        yield np.concatenate(waiting)
+        if held is None:
+            held = np.empty((rows, array.shape[1]), dtype)
+        while len(array):
+            taken = array[: rows - num_held]
+            held[num_held : num_held + len(taken)] = taken
+            num_held += len(taken)
+            array = array[len(taken) :]
+            if num_held == rows:
+                yield held
+                num_held = 0
+    if held is not None and num_held:
+        yield held[:num_held]
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

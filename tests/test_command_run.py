@@ -112,7 +112,8 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     # A table, a sample, and lines for a log file instead of a moving display.
     assert "baseline" in out
     assert "A sample, from the prompt" in out
-    assert re.search(r"Training · step \d+/621 · epoch [\d.]+ · loss [\d.]+ · tokens/s [\d,]+ · \d+:\d+ left", err)
+    # A fast machine is done with an epoch before a line within it is due; test_progress.py has such lines.
+    assert re.search(r"^\d+:\d+:\d+ Training$", err, re.MULTILINE)
     assert "\x1b" not in out + err
     # Its Ray is gone with it.
     assert len(started) > 3

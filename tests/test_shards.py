@@ -23,9 +23,11 @@ def store_of(path: Path, blocks: Ids, pieces: int = 1) -> Path:
         num_blocks=len(blocks),
         num_dropped_tokens=0,
         num_document_ends=0,
+        num_duplicates=0,
+        document_lengths={},
         shards=tuple(written),
     )
-    Manifest("f", {}, blocks.shape[1], str(blocks.dtype), "tokenizers", "t", {"train": split}).write(
+    Manifest("f", "a test", {}, blocks.shape[1], str(blocks.dtype), "tokenizers", "t", {"train": split}).write(
         path / "manifest.json"
     )
     return path
@@ -83,7 +85,9 @@ def test_broken_stores_say_what_to_do(tmp_path: Path, blocks: Ids) -> None:
     store = store_of(tmp_path, blocks)
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(DataError, match=r"has format 99, this version of clm-dist reads 2; .* remove .* again"):
+    with pytest.raises(
+        DataError, match=r"has format 99 of a newer version of clm-dist, this one reads 2; .* remove .* again"
+    ):
         Blocks(store, "train")
     (store / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="is no manifest"):

@@ -1,43 +1,85 @@
-"""The order of preparation: load, subset, split, flatten, join, tokenise, concatenate, cut into blocks.
+"""The order of preparation: read, flatten, join, tokenise; then split, concatenate, cut into blocks.
 
-The records of a split are cut into partitions of 1,000. A partition's tokens are written when it is done, so a
-preparation that was killed goes on with the partition in flight, and the shards come out the same.
+Tokenising comes before the split, since a document's tokens do not depend on its side:
+
+    source --> partitions --> tasks --> parts: the documents' ids, in the order of the source    (work/)
+    parts  --> split --> gather the documents in the split's order --> blocks --> shards         (train/, eval/)
+
+The partitions depend on the source alone. A part is written when its task is done, so a preparation that was killed
+goes on with the partitions that were in flight, and the shards come out the same however it is run.
 """
 
-import json
 import logging
+import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from clm_dist.config import DataConfig, JobConfig
+from clm_dist.config import JobConfig
 from clm_dist.errors import DataError
 from clm_dist.job import fingerprint
-from clm_dist.prepare.documents import Rows, documents_of, split_rows
+from clm_dist.prepare.documents import documents_of, held_out
+from clm_dist.prepare.files import PROBE_BYTES, Partition, read_partition
+from clm_dist.prepare.gather import (
+    Corpus,
+    SplitDocuments,
+    document_lengths,
+    gathered,
+    no_records,
+    split_documents,
+    split_records,
+)
 from clm_dist.prepare.group import blocks_of
-from clm_dist.prepare.sources import load_records, pinned, source_identity
-from clm_dist.prepare.tokens import Encoder, locate_tokenizer, tokenizer_fingerprint, train_tokenizer
+from clm_dist.prepare.parts import Part, Recipe, encode_partition
+from clm_dist.prepare.sources import Source, open_source, pinned, source_identity
+from clm_dist.prepare.tasks import in_order, open_pool
+from clm_dist.prepare.tokens import (
+    Encoding,
+    EngineError,
+    Reference,
+    choose_engine,
+    load_tokenizer,
+    locate_tokenizer,
+    sample_of,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from clm_dist.progress import Progress
-from clm_dist.run_dir import make_dir, writing
-from clm_dist.shards import Ids, Manifest, Split, TokenBytes, write_shards
+from clm_dist.run_dir import make_dir, read_json, remove_parts, whole_file, write_json, writing
+from clm_dist.shards import FORMAT_VERSION, Ids, Manifest, Split, file_sha256, write_shards
 
 logger = logging.getLogger(__name__)
 
-PARTITION_RECORDS = 1000
-"""Also the batch of `datasets.map`, whose remainders the guide drops."""
-_LOSSY_SHARE = 0.01
+PARTITION_BYTES = 8 * 2**20
+_SAMPLE_BYTES = 1 << 16
+# With fewer partitions than that the work is done before Ray's workers have started.
+_FEW_PARTITIONS = 3
 
 
-def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
+@dataclass(frozen=True)
+class Effort:
+    """How a preparation is run; the shards do not depend on it."""
+
+    num_tasks: int | None = None
+    """Tasks at once; None takes as many as there are CPUs."""
+    partition_bytes: int = PARTITION_BYTES
+    """Size of a partition in the source. Each task holds a few times as much."""
+
+
+def prepare(job: JobConfig, stores: Path, progress: Progress, effort: Effort | None = None) -> Path:
     """The store with the job's blocks; made now, or found where the same job was prepared before.
+
+    Shards that are not as the manifest says are made again.
 
     Raises:
         ConfigError, DataError: the data or the tokenizer is not reachable, broken, or too small.
@@ -47,31 +89,23 @@ def prepare(job: JobConfig, stores: Path, progress: Progress) -> Path:
     make_dir(stores)
     identity = _identity(job, tokenizer, stores)
     store = stores / fingerprint(identity)
-    with writing(store), FileLock(stores / f".{store.name}.lock"):
-        if not (store / "manifest.json").exists():
-            progress.start("Loading records")
-            table = load_records(job.data)
-            rows = split_rows(table, job.data)
-            _check_texts(table, rows, job.data)
-            encoder = Encoder(tokenizer, job.data) if tokenizer else None
+    with writing(store), _only_preparation(store, progress):
+        damaged = _damaged_shards(store, stores)
+        for shard in damaged:
+            progress.note(f"{shard} is not as its manifest says; preparing it again")
+        if damaged or not (store / "manifest.json").exists():
             try:
-                _build(job, table, rows, encoder, identity, store, progress)
+                _build(job, tokenizer, identity, store, progress, effort or Effort())
             except DataError:
                 # Input that is wrong stays wrong. What a kill or a full disk leaves stays, to go on with.
                 shutil.rmtree(store, ignore_errors=True)
                 raise
+            _damaged_shards(store, stores)
+        os.utime(store)
     manifest = Manifest.read(store / "manifest.json")
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
     progress.note(f"Blocks of {manifest.block_size}: {counts} ({_left_out(manifest)}; {store})")
     return store
-
-
-def _left_out(manifest: Manifest) -> str:
-    """What of the records is not in the blocks."""
-    splits = manifest.splits.values()
-    skipped = sum(split.num_skipped["empty"] for split in splits)
-    dropped = f"{sum(split.num_dropped_tokens for split in splits):,} tokens dropped"
-    return f"{skipped:,} empty records skipped, {dropped}" if skipped else dropped
 
 
 def find_store(job: JobConfig, stores: Path) -> Path | None:
@@ -79,6 +113,62 @@ def find_store(job: JobConfig, stores: Path) -> Path | None:
     job = job.model_copy(update={"data": pinned(job.data)})
     store = make_dir(stores) / fingerprint(_identity(job, _locate_tokenizer(job), stores))
     return store if (store / "manifest.json").exists() else None
+
+
+def lock_of(store: Path) -> FileLock:
+    """Holds a store against a second preparation; the system lets go of it when the process ends, however it ends."""
+    return FileLock(store.parent / f".{store.name}.lock")
+
+
+def _only_preparation(store: Path, progress: Progress) -> Any:
+    lock = lock_of(store)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        progress.note("Waiting for another process that prepares the same blocks")
+        return lock.acquire()
+
+
+def _left_out(manifest: Manifest) -> str:
+    """What of the records is not in the blocks."""
+    splits = manifest.splits.values()
+    said = []
+    for reason in ("empty", "low_score", "duplicate"):
+        skipped = sum(split.num_skipped[reason] for split in splits)
+        if skipped:
+            said.append(f"{skipped:,} {reason.replace('_', '-')} records skipped")
+    if duplicates := sum(split.num_duplicates for split in splits):
+        said.append(f"{duplicates:,} train documents are eval documents as well")
+    said.append(f"{sum(split.num_dropped_tokens for split in splits):,} tokens dropped")
+    return ", ".join(said)
+
+
+def _damaged_shards(store: Path, stores: Path) -> list[Path]:
+    """Shards whose sha256 is not the manifest's. Those whose size and time are as when they were read are not read."""
+    path = store / "manifest.json"
+    if not path.exists():
+        return []
+    memory = stores / "shards.json"
+    try:
+        known = dict(read_json(memory))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    manifest = Manifest.read(path)
+    damaged, seen = [], {}
+    for shard in chain.from_iterable(split.shards for split in manifest.splits.values()):
+        file = store / shard.file
+        try:
+            stat = file.stat()
+        except OSError:
+            damaged.append(file)
+            continue
+        key = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+        seen[key] = known.get(key) or file_sha256(file)
+        if seen[key] != shard.sha256:
+            damaged.append(file)
+    if not known.keys() >= seen.keys():
+        write_json(memory, known | seen)
+    return damaged
 
 
 def _locate_tokenizer(job: JobConfig) -> Path | None:
@@ -89,146 +179,212 @@ def _locate_tokenizer(job: JobConfig) -> Path | None:
 
 def _identity(job: JobConfig, tokenizer: Path | None, stores: Path) -> dict[str, Any]:
     """Everything that decides which blocks come out."""
-    fields = {"text", "join", "eval_fraction", "split_method", "seed", "block_size", "grouping"}
+    fields = {"text", "join", "eval_fraction", "split_method", "seed", "block_size", "grouping", "append_eos"}
+    fields |= {"score", "min_score", "deduplicate"}
     if job.data.split_method == "hash":
         fields.add("id")
-    data = job.data.model_dump(mode="json", include=fields)
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
     return {
+        "format": FORMAT_VERSION,
         "source": source_identity(job.data, stores / "digests.json"),
-        "data": data | {"append_eos": job.data.append_eos},
+        "data": job.data.model_dump(mode="json", include=fields),
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else {"train": trained},
     }
 
 
-def _check_texts(table: pa.Table, rows: Mapping[str, Rows], data: DataConfig) -> None:
-    """Raises DataError where a split has no text at all; the first text ends the search."""
-    for name, indices in rows.items():
-        parts = (indices[start : start + PARTITION_RECORDS] for start in range(0, len(indices), PARTITION_RECORDS))
-        if not any(any(documents_of(table.take(part), data)) for part in parts):
-            raise DataError(
-                f"data.text {data.text} is empty in all {len(indices)} records of the {name} split; "
-                "name the field that holds the text",
-                field="data.text",
-            )
-
-
 def _build(
-    job: JobConfig,
-    table: pa.Table,
-    rows: Mapping[str, Rows],
-    encoder: Encoder | None,
-    identity: dict[str, Any],
-    store: Path,
-    progress: Progress,
+    job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], store: Path, progress: Progress, effort: Effort
 ) -> None:
+    progress.start("Reading records")
+    source = open_source(job.data)
+    if source.slice.is_relative or source.slice.start:
+        size = effort.partition_bytes
+        source = source.narrowed([len(read_partition(each, job.data)) for each in source.partitions(size)], size)
+    sample = _sample(job, source)
     work = make_dir(store / "work")
-    if encoder is None:
-        trained = work / "tokenizer"
-        if not trained.exists():
+    remove_parts(store)
+    if tokenizer is None:
+        tokenizer = work / "tokenizer"
+        if not tokenizer.exists():
             progress.start("Training the tokenizer")
-            _train_tokenizer(job, table.take(rows["train"]), trained)
-        encoder = Encoder(trained, job.data)
-    token_bytes = encoder.token_bytes()
+            _train_tokenizer(job, source, tokenizer)
+    loaded = load_tokenizer(tokenizer)
+    encoding = Encoding.of_tokenizer(loaded, job.data)
+    engine = choose_engine(job.tokenizer.engine, encoding, sample)
+    try:
+        parts = _encode(job, source, encoding, engine, work, progress, effort)
+    except EngineError as error:
+        logger.warning("gigatoken is not used, as %s; encoding again with tokenizers", error)
+        for part in work.glob("*.part.arrow"):
+            part.unlink()
+        parts = _encode(job, source, encoding, Reference.name, work, progress, effort)
 
-    starts = {name: range(0, len(indices), PARTITION_RECORDS) for name, indices in rows.items()}
-    progress.start("Tokenising", total=sum(map(len, starts.values())), unit="partition")
-    began, num_done, splits, total = time.monotonic(), 0, {}, Counter[str]()
-    block_bytes: dict[str, npt.NDArray[np.int64]] = {}
-    for name, indices in rows.items():
-        counts = Counter[str]()
-        parts = [work / f"{name}-{start:09d}.npz" for start in starts[name]]
-        for start, part in zip(starts[name], parts, strict=True):
-            if not part.exists():
-                some = table.take(indices[start : start + PARTITION_RECORDS])
-                _tokenise(part, documents_of(some, job.data), encoder, token_bytes)
-            counts.update(_read_partition(part)[1])
-            num_done += 1
-            rate = (total["text_bytes"] + counts["text_bytes"]) / 1e6 / (time.monotonic() - began)
-            progress.update(num_done, rate=f"{rate:.1f} MB/s")
-        splits[name], block_bytes[name] = _write_split(job, store, name, parts, encoder, counts, token_bytes)
-        total.update(counts)
-
-    if total["lost_bytes"] > _LOSSY_SHARE * total["text_bytes"]:
-        logger.warning("the tokenizer does not keep the text's bytes, so there will be no bits per byte")
-        block_bytes["eval"][:] = 0
+    progress.start("Writing blocks")
+    corpus = Corpus.of_parts(parts, encoding.dtype)
+    records = split_records(corpus.held_out, source.slice, job.data)
+    splits = {}
+    for name in records:
+        documents = split_documents(corpus, records[name], job.data, records["eval"] if name == "train" else None)
+        splits[name] = _write_split(job, store, name, len(records[name]), corpus, documents, encoding)
     with writing(store):
-        np.save(store / "eval" / "bytes.npy", block_bytes["eval"])
-        encoder.tokenizer.save_pretrained(store / "tokenizer")
+        loaded.save_pretrained(store / "tokenizer")
         Manifest(
             fingerprint=store.name,
+            origin=source.where,
             source=identity,
             block_size=job.data.block_size,
-            dtype=str(encoder.dtype),
-            engine=encoder.engine,
-            tokenizer_fingerprint=tokenizer_fingerprint(encoder.directory),
+            dtype=str(encoding.dtype),
+            engine=" and ".join(sorted({part.stats.engine for part in parts})),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             splits=splits,
         ).write(store / "manifest.json")
         shutil.rmtree(work)
 
 
-def _tokenise(part: Path, documents: list[list[str]], encoder: Encoder, token_bytes: TokenBytes) -> None:
-    """Write a partition's tokens and counts; the file is whole or not there."""
-    texts = [text for record in documents for text in record]
-    encoded = encoder.encode(texts)
-    sizes = np.array([len(text.encode()) for text in texts], np.int64)
-    token_sizes = np.array([token_bytes[ids].sum(dtype=np.int64) for ids in encoded], np.int64)
-    ids = np.concatenate([np.empty(0, encoder.dtype), *encoded])
-    counts = {
-        "records": len(documents),
-        "skipped": sum(not record for record in documents),
-        "documents": len(texts),
-        "text_bytes": int(sizes.sum()),
-        "lost_bytes": int(np.abs(sizes - token_sizes).sum()),
-        "tokens": len(ids),
-    }
-    unfinished = part.with_suffix(".part")
-    with writing(part):
-        with unfinished.open("wb") as file:
-            np.savez(file, ids=ids, counts=json.dumps(counts))
-        unfinished.replace(part)
+def _no_text(job: JobConfig, num_records: int, where: str) -> DataError:
+    return DataError(
+        f"data.text {job.data.text} is empty in all {num_records:,} records of {where}; name the field that holds "
+        "the text",
+        field="data.text",
+    )
 
 
-def _read_partition(part: Path) -> tuple[Ids, dict[str, int]]:
-    with np.load(part) as saved:
-        return saved["ids"], json.loads(str(saved["counts"]))
+def _sample(job: JobConfig, source: Source) -> Any:
+    """Texts from the beginning of the source."""
+    num_records = 0
+    for partition in source.partitions(PROBE_BYTES):
+        table = read_partition(partition, job.data)
+        num_records += len(table)
+        texts = documents_of(table, job.data).texts
+        if len(texts):
+            return sample_of(texts, _SAMPLE_BYTES)
+    if not num_records and (source.slice.start or source.slice.stop is not None):
+        raise no_records(source.slice)
+    if not num_records:
+        raise DataError(f"{source.where} has no records: its files are empty; name files with text", field="data.path")
+    raise _no_text(job, num_records, source.where)
+
+
+def _encode(
+    job: JobConfig,
+    source: Source,
+    encoding: Encoding,
+    engine: str,
+    work: Path,
+    progress: Progress,
+    effort: Effort,
+) -> list[Part]:
+    """The parts of all partitions that the job's rows lie in; those that are there already are not made again."""
+    partitions = enumerate(source.partitions(effort.partition_bytes))
+    first = list(islice(partitions, _FEW_PARTITIONS))
+    display = _Display(progress, source.num_bytes)
+    parts: list[Part] = []
+    num_records = 0
+    stop = source.slice.stop
+    with open_pool(effort.num_tasks, is_small=len(first) < _FEW_PARTITIONS) as pool:
+        recipe = pool.share(Recipe(job.data, encoding, engine, parallel=pool.num_tasks == 1))
+
+        def path_of(index: int) -> Path:
+            return work / f"{effort.partition_bytes}-{index:06d}.part.arrow"
+
+        def begin(item: tuple[int, Partition]) -> Any:
+            index, partition = item
+            if (done := Part.open(path_of(index))) is not None:
+                return lambda: done
+            # At least the records of the parts before are not this partition's.
+            most = None if stop is None else stop - num_records
+            return pool.submit(encode_partition, partition, recipe, most)
+
+        for (index, partition), result in in_order(pool, chain(first, partitions), begin):
+            if not isinstance(result, Part):
+                result = _write_part(path_of(index), result)
+                display.log(index, partition, result)
+            parts.append(result)
+            num_records += result.stats.num_records
+            display.update(index, partition)
+            if stop is not None and num_records >= stop:
+                break
+    return parts
+
+
+def _write_part(path: Path, content: Any) -> Part:
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content)
+    part = Part.open(path)
+    assert part is not None
+    return part
+
+
+class _Display:
+    """What a person sees of the partitions as they are done."""
+
+    def __init__(self, progress: Progress, num_bytes: int | None) -> None:
+        self._progress = progress
+        self._total = None if num_bytes is None else max(1, num_bytes >> 20)
+        self._began = time.monotonic()
+        self._source_bytes = self._text_bytes = self._tokens = 0
+        progress.start("Tokenising", total=self._total, unit="MiB")
+
+    def log(self, index: int, partition: Partition, part: Part) -> None:
+        """Count a part that was made now."""
+        stats = part.stats
+        self._text_bytes += stats.num_text_bytes
+        self._tokens += stats.num_tokens
+        self._progress.log(
+            f"partition {index}: {stats.num_records:,} records, {stats.num_text_bytes / 1e6:,.2f} MB of text, "
+            f"{stats.num_tokens:,} tokens with {stats.engine} ({partition.where})"
+        )
+
+    def update(self, index: int, partition: Partition) -> None:
+        self._source_bytes += partition.num_bytes
+        seconds = time.monotonic() - self._began
+        figures = {
+            "rate": f"{self._text_bytes / 1e6 / seconds:,.1f} MB/s",
+            "tokens_per_s": f"{self._tokens / seconds:,.0f}",
+        }
+        self._progress.update(self._source_bytes >> 20, partitions=f"{index + 1:,}", **figures)
 
 
 def _write_split(
     job: JobConfig,
     store: Path,
     name: str,
-    parts: list[Path],
-    encoder: Encoder,
-    counts: Mapping[str, int],
-    token_bytes: TokenBytes,
-) -> tuple[Split, npt.NDArray[np.int64]]:
-    """The split, and the bytes of text of what each block predicts, without and with `data.document_mask`."""
+    num_records: int,
+    corpus: Corpus,
+    split: SplitDocuments,
+    encoding: Encoding,
+) -> Split:
     block_size = job.data.block_size
-    if counts["tokens"] < block_size:
+    documents = split.documents
+    num_tokens = int(corpus.num_tokens[documents].sum())
+    if not len(documents):
+        raise _no_text(job, num_records, f"the {name} split")
+    if num_tokens < block_size:
         raise DataError(
-            f"the {name} split has {counts['tokens']} tokens ({counts['records']} records), less than one block of "
+            f"the {name} split has {num_tokens} tokens ({num_records} records), less than one block of "
             f"{block_size}; take more records, lower data.block_size or change data.eval_fraction",
             field="data.block_size",
         )
+    num_ends = 0
+    block_bytes: list[npt.NDArray[np.int64]] = []
 
-    def token_streams() -> Iterator[Ids]:
-        for part in parts:
-            yield _read_partition(part)[0]
-
-    num_document_ends = 0
-    block_bytes: list[npt.NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
-
-    def counted_blocks() -> Iterator[Ids]:
-        nonlocal num_document_ends
-        for ids in blocks_of(token_streams(), block_size, job.data.grouping):
-            follows_end = (ids[:, :-1] == encoder.eos) if encoder.eos is not None else np.zeros(ids[:, :-1].shape, bool)
-            num_document_ends += int(follows_end.sum())
-            sizes = token_bytes[ids[:, 1:]].astype(np.int64)
-            block_bytes.append(np.stack([sizes.sum(axis=1), (sizes * ~follows_end).sum(axis=1)], axis=1))
+    def blocks() -> Iterator[Ids]:
+        nonlocal num_ends
+        cut = partial(blocks_of, block_size=block_size, grouping=job.data.grouping)
+        ids_of_chunks = cut(gathered(corpus, split, "ids", encoding))
+        if name == "train":
+            for ids in ids_of_chunks:
+                num_ends += int(np.count_nonzero(_followed_ends(ids, encoding)))
+                yield ids
+            return
+        for ids, sizes in zip(ids_of_chunks, cut(gathered(corpus, split, "sizes", encoding)), strict=True):
+            ends = _followed_ends(ids, encoding)
+            num_ends += int(np.count_nonzero(ends))
+            predicted = sizes[:, 1:].astype(np.int64)
+            block_bytes.append(np.stack([predicted.sum(1), (predicted * ~ends).sum(1)], axis=1))
             yield ids
 
-    shards = write_shards(store, name, counted_blocks(), block_size, encoder.dtype)
+    shards = write_shards(store, name, blocks(), block_size, encoding.dtype)
     num_blocks = sum(shard.num_blocks for shard in shards)
     if num_blocks == 0:
         raise DataError(
@@ -236,24 +392,64 @@ def _write_split(
             "remainder of each; use data.grouping carry",
             field="data.grouping",
         )
-    split = Split(
-        num_records=counts["records"],
-        num_skipped={"empty": counts["skipped"]},
-        num_documents=counts["documents"],
-        num_text_bytes=counts["text_bytes"],
-        num_tokens=counts["tokens"],
+    if name == "eval":
+        with writing(store):
+            np.save(store / "eval" / "bytes.npy", np.concatenate(block_bytes))
+    return Split(
+        num_records=num_records,
+        num_skipped=split.num_skipped,
+        num_documents=len(documents),
+        num_duplicates=split.num_duplicates,
+        num_text_bytes=int(corpus.num_bytes[documents].sum()),
+        num_tokens=num_tokens,
         num_blocks=num_blocks,
-        num_dropped_tokens=counts["tokens"] - num_blocks * block_size,
-        num_document_ends=num_document_ends,
+        num_dropped_tokens=num_tokens - num_blocks * block_size,
+        num_document_ends=num_ends,
+        document_lengths=document_lengths(corpus, documents),
         shards=tuple(shards),
     )
-    return split, np.concatenate(block_bytes)
 
 
-def _train_tokenizer(job: JobConfig, table: pa.Table, directory: Path) -> None:
+def _followed_ends(ids: Ids, encoding: Encoding) -> npt.NDArray[np.bool_]:
+    """Where a block's next token begins another document: (num_blocks, block_size) -> (num_blocks, block_size - 1)."""
+    found: npt.NDArray[np.bool_] = ids[:, :-1] == (-1 if encoding.eos is None else encoding.eos)
+    return found
+
+
+def _train_records(job: JobConfig, source: Source) -> npt.NDArray[np.bool_]:
+    """Which records of the source, up to the last that the job takes, are in the train split."""
+    sides = [np.empty(0, bool)]
+    for partition in source.partitions(PARTITION_BYTES):
+        table = read_partition(partition, job.data)
+        of_hash_split = job.data.split_method == "hash"
+        sides.append(held_out(table, job.data) if of_hash_split else np.zeros(len(table), bool))
+        if source.slice.stop is not None and sum(map(len, sides)) >= source.slice.stop:
+            break
+    of_eval = np.concatenate(sides)
+    train = np.zeros(len(of_eval), bool)
+    train[split_records(of_eval, source.slice, job.data)["train"]] = True
+    return train
+
+
+def _train_tokenizer(job: JobConfig, source: Source, directory: Path) -> None:
+    """Train a tokenizer on the documents of the train split, in the order of the source."""
     assert job.tokenizer.train is not None
+    records = _train_records(job, source)
+
+    def texts() -> Iterator[str]:
+        first = 0
+        for partition in source.partitions(PARTITION_BYTES):
+            table = read_partition(partition, job.data)
+            documents = documents_of(table, job.data)
+            here = records[first : first + len(table)][documents.records]
+            yield from documents.texts.filter(pa.array(here)).to_pylist()
+            first += len(table)
+            if first >= len(records):
+                return
+
+    if not any(text for text in islice(texts(), 1)):
+        raise _no_text(job, int(np.count_nonzero(records)), "the train split")
     unfinished = directory.with_suffix(".part")
-    texts = (text for record in documents_of(table, job.data) for text in record)
     with writing(directory):
-        train_tokenizer(texts, job.tokenizer.train, unfinished)
+        train_tokenizer(texts(), job.tokenizer.train, unfinished)
         unfinished.rename(directory)

@@ -1,26 +1,230 @@
-"""Records of a job's data as an Arrow table with just the columns that the job reads."""
+"""A job's records: where they come from, which of them the job takes, and what stands for them in a fingerprint."""
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 
 from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError, DataError, first_line
-from clm_dist.prepare.files import find_files, read_file
+from clm_dist.prepare.fields import check_fields, select_fields
+from clm_dist.prepare.files import (
+    DataFile,
+    Partition,
+    find_files,
+    infer_schema,
+    is_url,
+    partitions_of,
+    table_partitions,
+)
 from clm_dist.run_dir import read_json, write_json
 
-_LISTS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
+_STREAMED_RECORDS = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A job's records in partitions, and the rows of them that the job takes."""
+
+    where: str
+    partitions: Callable[[int], Iterator[Partition]]
+    """Reads the source from its beginning, each time that it is called, in partitions of about so many bytes."""
+    num_bytes: int | None
+    """Of the source; None where its end is not known."""
+    slice: "Slice"
+
+    def narrowed(self, num_records: Sequence[int], size: int) -> "Source":
+        """The same rows without the partitions before them.
+
+        Args:
+            num_records: how many records each partition of `size` bytes has.
+        """
+        rows = self.slice.of_total(sum(num_records))
+        ends = list(accumulate(num_records))
+        left_out = bisect_right(ends, rows.start)
+        before = ends[left_out - 1] if left_out else 0
+        rows = replace(rows, start=rows.start - before, stop=None if rows.stop is None else rows.stop - before)
+        return replace(self, partitions=lambda _: islice(self.partitions(size), left_out, None), slice=rows)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows that a split such as `train[10%:20%]` takes."""
+
+    spec: str
+    start: int = 0
+    stop: int | None = None
+    """None takes all to the end."""
+    is_relative: bool = False
+    """Whether start and stop are not known before all records are counted."""
+
+    @classmethod
+    def of_split(cls, spec: str) -> "Slice":
+        """Raises ConfigError where files, which have one split, `train`, have no such split."""
+        one, other = (_to_rows(spec, total) for total in (2**40, 2**41))
+        start, stop = one
+        end = stop == 2**40 and other[1] == 2**41
+        relative = other[0] != start or not (end or other[1] == stop)
+        return cls(spec, start, None if end else stop, relative)
+
+    def of_total(self, num_records: int) -> "Slice":
+        """The rows once their number is known."""
+        start, stop = _to_rows(self.spec, num_records)
+        return replace(self, start=start, stop=stop, is_relative=False)
+
+
+def _to_rows(spec: str, num_records: int) -> tuple[int, int]:
+    from datasets.arrow_reader import ReadInstruction
+
+    try:
+        (rows,) = ReadInstruction.from_spec(spec).to_absolute({"train": num_records})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"data.split {spec}: {first_line(error)}; files have one split, train: train, train[:5000] or "
+            "train[10%:20%]",
+            field="data.split",
+        ) from None
+    return rows.from_ or 0, num_records if rows.to is None else rows.to
+
+
+def open_source(data: DataConfig) -> Source:
+    """The records of a job's data.
+
+    Raises:
+        ConfigError: the data set is not reachable, or has no such split.
+        DataError: a path matches nothing, a file is broken, or a field is not there.
+    """
+    if data.source == "builtin":
+        return _table_source(_load_builtin(), data, "the built-in corpus", Slice.of_split(data.split))
+    if data.source == "hub":
+        where = f"the data set {data.dataset}"
+        if data.streaming:
+            return _streamed_source(data, where)
+        # `datasets` takes the slice itself.
+        return _table_source(_load_hub(data), data, where, Slice(data.split))
+    files = find_files(data)
+    schema = _schema_of(files, data)
+
+    def partitions(size: int) -> Iterator[Partition]:
+        for file in files:
+            yield from partitions_of(file, data, size, schema)
+
+    return Source(f"data.path {data.path}", partitions, sum(f.size for f in files), Slice.of_split(data.split))
+
+
+def _schema_of(files: list[DataFile], data: DataConfig) -> pa.Schema:
+    """The types of the fields of JSON, from the first file that tells them; every file is held against them."""
+    json_files = (file for file in files if file.kind == "json")
+    schemas = (infer_schema(file, data) for file in json_files)
+    found = next((schema for schema in schemas if schema is not None), None)
+    return found or pa.schema([(path, pa.null()) for path in data.text_template.paths])
+
+
+def _table_source(table: pa.Table, data: DataConfig, where: str, rows: Slice) -> Source:
+    table = table.select(check_fields(table.schema, data, where))
+
+    def tables() -> Iterator[pa.Table]:
+        # One batch after the other: the table is mapped from files that may be larger than the memory.
+        for batch in table.to_batches():
+            yield select_fields(pa.Table.from_batches([batch]), data, where)
+
+    return Source(where, lambda size: table_partitions(tables(), where, size), table.nbytes, rows)
+
+
+def _load_builtin() -> pa.Table:
+    from pydoc_data.topics import topics
+
+    return pa.table({"topic": pa.array(topics.keys(), pa.string()), "text": pa.array(topics.values(), pa.string())})
+
+
+def _builtin_version() -> list[int]:
+    from pydoc_data.topics import topics
+
+    return [len(topics), sum(map(len, topics.values()))]
+
+
+def _streamed_source(data: DataConfig, where: str) -> Source:
+    name, _, rest = data.split.partition("[")
+    rows = replace(Slice.of_split(f"train[{rest}" if rest else "train"), spec=data.split)
+    if rows.is_relative:
+        raise ConfigError(
+            f"data.split {data.split} counts from the end or in percent, and a data set that is streamed has no end "
+            "that is known; name rows, such as train[:5000], or set data.streaming to false",
+            field="data.split",
+        )
+    dataset = _load_hub_lazily(data, name)
+
+    def tables() -> Iterator[pa.Table]:
+        stream = dataset.with_format("arrow").iter(_STREAMED_RECORDS)
+        while True:
+            with _reaching(data):
+                table = next(stream, None)
+            if table is None:
+                return
+            yield select_fields(table, data, where)
+
+    return Source(where, lambda size: table_partitions(tables(), where, size), None, rows)
+
+
+class _reaching:  # noqa: N801  # a context manager reads as a verb
+    """Turns what `datasets` raises into an error that says what to do."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        from datasets.exceptions import DatasetGenerationError
+
+        dataset = self.data.dataset
+        if isinstance(error, (ValueError, RuntimeError, DatasetGenerationError)):
+            # An unknown split or configuration, a data set that is a script, or a broken file.
+            cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+            raise ConfigError(
+                f"data.dataset {dataset}: {first_line(cause)}; check data.config, data.split and the data set's files",
+                field="data.dataset",
+            ) from None
+        if isinstance(error, OSError):
+            if _is_directory(self.data):
+                raise ConfigError(f"data.dataset {dataset}: {first_line(error)}", field="data.dataset") from None
+            raise ConfigError(
+                f"data.dataset {dataset} is not reachable on the Hub: {first_line(error)}; check the id, your network "
+                "and `hf auth login`, or use local files with --set data.source=files --set data.path=...",
+                field="data.dataset",
+            ) from None
+
+
+def _load_hub_lazily(data: DataConfig, split: str) -> Any:
+    from datasets import load_dataset
+
+    with _reaching(data):
+        return load_dataset(data.dataset, data.config, split=split, revision=data.revision, streaming=True)
+
+
+def _load_hub(data: DataConfig) -> pa.Table:
+    from datasets import load_dataset
+
+    with _reaching(data):
+        dataset = load_dataset(data.dataset, data.config, split=data.split, revision=data.revision)
+    # With no network the library takes whatever commit it read last.
+    read = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if not _is_directory(data) and re.fullmatch("[0-9a-f]{40}", data.revision or "") and read - {data.revision}:
+        raise ConfigError(
+            f"data.dataset {data.dataset}: the Hub is not reachable, and `datasets` gives commit {', '.join(read)}, "
+            f"not {data.revision} as the job needs; set data.revision to that one, or prepare where there is a network",
+            field="data.dataset",
+        )
+    return dataset.with_format("arrow")[:]
 
 
 def pinned(data: DataConfig) -> DataConfig:
@@ -44,26 +248,30 @@ def pinned(data: DataConfig) -> DataConfig:
 def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
     """What stands for the records of data that is `pinned` in a store's fingerprint.
 
-    A file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers what
-    files held, so that one whose size and time are as they were is not read again.
+    A local file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers
+    what files held, so that one whose size and time are as they were is not read again. A file behind a URL is what
+    its server says of it (entity tag, size, time).
     """
     if data.source == "builtin":
         return {"builtin": "pydoc_data.topics", "topics": _builtin_version(), "split": data.split}
     if data.source == "files":
         files = find_files(data)
+        local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], digests)
         # The suffix says how a file is read.
-        suffixes = ["".join(file.suffixes) for file in files]
-        return {"files": list(zip(suffixes, _digests_of(files, digests), strict=True)), "split": data.split}
+        known = [
+            ["".join(file.suffixes), _tag_of(file.name) if is_url(file.name) else local[file.name]] for file in files
+        ]
+        return {"files": known, "split": data.split}
     identity: dict[str, Any] = {"config": data.config, "split": data.split}
     if _is_directory(data):
         directory = Path(str(data.dataset))
         # `datasets` leaves out what is hidden, and sees from a file's name to which split it belongs.
         names = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
         names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        files = [directory / name for name in names]
-        return identity | {
-            "directory": list(zip(map(str, names), _digests_of(files, digests, "data.dataset"), strict=True))
-        }
+        paths = [(directory / name).absolute() for name in names]
+        found = _digests_of(paths, digests, "data.dataset")
+        known = [[str(name), found[str(path)]] for name, path in zip(names, paths, strict=True)]
+        return identity | {"directory": known}
     return identity | {"dataset": data.dataset, "revision": data.revision}
 
 
@@ -72,192 +280,39 @@ def _is_directory(data: DataConfig) -> bool:
     return os.path.isdir(data.dataset or "")  # noqa: PTH112
 
 
-def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> list[str]:
-    """The sha256 of each file."""
+def _tag_of(url: str) -> str:
+    """What a server says of a file, which changes when the file does."""
+    filesystem, path = fsspec.url_to_fs(url)
+    described = filesystem.info(path)
+    tags = [str(described.get(key)) for key in ("ETag", "etag", "md5Hash", "crc32c") if described.get(key)]
+    return " ".join([*tags, str(described.get("size"))]) if tags else str(filesystem.ukey(path))
+
+
+def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> dict[str, str]:
+    """The sha256 of each file, by its absolute path."""
     try:
         known = dict(read_json(remembered))
     except (ConfigError, OSError, ValueError, TypeError):
         # Only a memory: without it the files are read again.
         known = {}
-    digests, fresh = [], {}
-    for file in files:
+
+    def key_and_digest(file: Path) -> tuple[str, str]:
         try:
             stat = file.stat()
-            key = f"{file.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
-            if key not in known:
-                with file.open("rb") as opened:
-                    fresh[key] = known[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+            key = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+            if key in known:
+                return key, known[key]
+            with file.open("rb") as opened:
+                return key, hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             raise DataError(
                 f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
                 f"{field}",
                 field=field,
             ) from None
-        digests.append(known[key])
-    if fresh:
-        write_json(remembered, known)
-    return digests
 
-
-def load_records(data: DataConfig) -> pa.Table:
-    """The records of the job's split or slice, with the columns that `data.text` and `data.id` begin with.
-
-    Raises:
-        ConfigError: the data set is not reachable, or has no such split.
-        DataError: a path matches nothing, a file is broken, a field is not there, or there are no records.
-    """
-    if data.source == "hub":
-        where = f"the data set {data.dataset}"
-        table = _columns(_load_hub(data), data, where)
-    elif data.source == "builtin":
-        where = "the built-in corpus"
-        table = _slice(_columns(_load_builtin(), data, where), data.split)
-    else:
-        where = f"data.path {data.path}"
-        table = _slice(_load_files(data, where), data.split)
-    if len(table) == 0:
-        raise DataError(f"data.split {data.split} has no records of {where}; take a larger part", field="data.split")
-    return table
-
-
-def _load_files(data: DataConfig, where: str) -> pa.Table:
-    texts = [path for path in (data.text, data.id) if path]
-    tables: list[pa.Table] = []
-    schema = pa.schema([])
-    for file in find_files(data):
-        table = read_file(file, texts)
-        if len(table) == 0:
-            continue
-        tables.append(_columns(table, data, str(file)))
-        try:
-            schema = pa.unify_schemas([schema, tables[-1].schema], promote_options="permissive")
-        except pa.ArrowException as error:
-            raise DataError(
-                f"{file} does not go with the files before it: {first_line(error)}; give a field the same type in all "
-                "files, or prepare them apart",
-                field="data.path",
-            ) from None
-    if not tables:
-        raise DataError(f"{where} has no records: its files are empty; name files with text", field="data.path")
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _load_hub(data: DataConfig) -> pa.Table:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    local = _is_directory(data)
-    try:
-        dataset = load_dataset(data.dataset, data.config, split=data.split, revision=data.revision)
-    except (ValueError, RuntimeError, DatasetGenerationError) as error:
-        # An unknown split or configuration, a data set that is a script, or a broken file.
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        raise ConfigError(
-            f"data.dataset {data.dataset}: {first_line(cause)}; check data.config, data.split and the data set's files",
-            field="data.dataset",
-        ) from None
-    except OSError as error:
-        if local:
-            raise ConfigError(f"data.dataset {data.dataset}: {first_line(error)}", field="data.dataset") from None
-        raise ConfigError(
-            f"data.dataset {data.dataset} is not reachable on the Hub: {first_line(error)}; check the id, your "
-            "network and `hf auth login`, or use local files with --set data.source=files --set data.path=...",
-            field="data.dataset",
-        ) from None
-    # With no network the library takes whatever commit it read last.
-    read = {Path(file["filename"]).parent.name for file in dataset.cache_files}
-    if not local and re.fullmatch("[0-9a-f]{40}", data.revision or "") and read - {data.revision}:
-        raise ConfigError(
-            f"data.dataset {data.dataset}: the Hub is not reachable, and `datasets` gives commit {', '.join(read)}, "
-            f"not {data.revision} as the job needs; set data.revision to that one, or prepare where there is a network",
-            field="data.dataset",
-        )
-    return dataset.with_format("arrow")[:]
-
-
-def _load_builtin() -> pa.Table:
-    from pydoc_data.topics import topics
-
-    return pa.table({"topic": pa.array(topics.keys(), pa.string()), "text": pa.array(topics.values(), pa.string())})
-
-
-def _builtin_version() -> list[int]:
-    from pydoc_data.topics import topics
-
-    return [len(topics), sum(map(len, topics.values()))]
-
-
-def _slice(table: pa.Table, split: str) -> pa.Table:
-    """The rows of `train[10%:20%]`. Files and the built-in corpus have one split, `train`."""
-    from datasets.arrow_reader import ReadInstruction
-
-    try:
-        (rows,) = ReadInstruction.from_spec(split).to_absolute({"train": len(table)})
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"data.split {split}: {first_line(error)}; files have one split, train: train, train[:5000] or "
-            "train[10%:20%]",
-            field="data.split",
-        ) from None
-    start, stop = rows.from_ or 0, len(table) if rows.to is None else rows.to
-    return table.slice(start, stop - start)
-
-
-def _columns(table: pa.Table, data: DataConfig, where: str) -> pa.Table:
-    """The columns that the job reads. Raises DataError that names the fields that are there."""
-    fields = dict(_fields(table.schema))
-    wanted: dict[str, None] = {}
-    for option, path in (("data.text", data.text), ("data.id", data.id if data.split_method == "hash" else None)):
-        if path is None:
-            continue
-        if path not in fields:
-            advice = "; null hashes the text instead" if option == "data.id" else ""
-            raise DataError(
-                f"{option} {path} is not in {where}; its fields are: {', '.join(fields)}{advice}", field=option
-            )
-        column = column_of(path, table.column_names)
-        if table.column_names.count(column) > 1:
-            raise DataError(f"{where} has several columns {column}; give each a name of its own", field=option)
-        wanted[column] = None
-    if not _is_text(fields[data.text]):
-        texts = ", ".join(path for path, kind in fields.items() if _is_text(kind)) or "none"
-        raise DataError(
-            f"data.text {data.text} is {fields[data.text]} in {where}, not text; its fields of text are: {texts}",
-            field="data.text",
-        )
-    table = table.select(list(wanted))
-    schema = pa.schema([field.with_type(_without_views(field.type)) for field in table.schema])
-    return table if schema == table.schema else table.cast(schema)
-
-
-def column_of(path: str, columns: Sequence[str]) -> str:
-    """The column that a dotted path begins in; a column may itself have dots in its name."""
-    return path if path in columns else path.split(".")[0]
-
-
-def _fields(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
-    """Dotted path and type of the fields of a schema or struct that are no structs themselves; lists count as items."""
-    for field in fields:
-        kind = field.type
-        while any(is_list(kind) for is_list in _LISTS):
-            kind = kind.value_type
-        if pa.types.is_struct(kind):
-            yield from _fields([kind.field(i) for i in range(kind.num_fields)], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Whether a field holds text, or nothing but nulls."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
-
-
-def _without_views(kind: pa.DataType) -> pa.DataType:
-    """A type with strings in place of string views, whose rows Arrow cannot take."""
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
-    if any(is_list(kind) for is_list in _LISTS):
-        items = _without_views(kind.value_type)
-        return kind if items == kind.value_type else pa.large_list(items)
-    return pa.string() if kind == pa.string_view() else kind
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = list(threads.map(key_and_digest, files))
+    if not known.keys() >= {key for key, _ in found}:
+        write_json(remembered, known | dict(found))
+    return {str(file): digest for file, (_, digest) in zip(files, found, strict=True)}

@@ -13,10 +13,11 @@ import pytest
 from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.prepare.pipeline import prepare
-from clm_dist.prepare.sources import load_records, pinned, source_identity
+from clm_dist.prepare.sources import pinned, source_identity
 from clm_dist.progress import Silent
 from clm_dist.shards import Manifest
 from tests.conftest import MakeJob
+from tests.prepare.reading import load_records
 
 
 def hub(dataset: Path | str, **settings: Any) -> DataConfig:

@@ -2,21 +2,33 @@
 
 import json
 import shutil
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clm_dist.config import DataConfig, JobConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.prepare import pipeline
-from clm_dist.prepare.pipeline import find_store, prepare
-from clm_dist.prepare.tokens import Encoder, locate_tokenizer
+from clm_dist.prepare.pipeline import Effort, find_store, prepare
+from clm_dist.prepare.tokens import (
+    Encoding,
+    Gigatoken,
+    Reference,
+    completed,
+    load_tokenizer,
+    locate_tokenizer,
+    token_sizes,
+)
 from clm_dist.progress import Silent
 from clm_dist.shards import Blocks, Manifest
 from tests.conftest import MakeJob
+from tests.prepare.test_sources import EMPTY_FILES
+from tests.test_run_dir import mounted
 
 
 @pytest.fixture(scope="module")
@@ -84,42 +96,93 @@ def test_carry_loses_one_tail_a_split_and_the_counts_add_up(make: MakeJob, store
         assert sum(shard.num_blocks for shard in split.shards) == split.num_blocks == len(Blocks(store, name))
     assert sum(split.num_records for split in manifest.splits.values()) == 2500
     assert sum(split.num_skipped["empty"] for split in manifest.splits.values()) == 25
-    assert (manifest.engine, manifest.dtype, manifest.fingerprint) == ("tokenizers", "uint16", store.name)
+    assert (manifest.engine, manifest.dtype, manifest.fingerprint) == ("gigatoken", "uint16", store.name)
 
 
-def test_documents_end_with_eos_and_bytes_are_those_of_the_predicted_tokens(make: MakeJob, stores: Path) -> None:
+def text_bytes_of(store: Path, split: str = "eval") -> tuple[int, int, int]:
+    """Bytes that the blocks predict, with and without the document mask, and what they would be token by token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+    predicted, masked = np.load(store / split / "bytes.npy").sum(axis=0)
+    ids = blocks_of(store, split)[:, 1:]
+    pieces = sum(len(tokenizer.decode([i]).encode()) for i in ids.reshape(-1) if i != tokenizer.eos_token_id)
+    return int(predicted), int(masked), pieces
+
+
+def test_documents_end_with_eos_and_are_counted(make: MakeJob, stores: Path) -> None:
     from transformers import AutoTokenizer
 
     store = prepare(make("data.split='train[:200]'", "data.block_size=2"), stores, Silent())
-    splits = Manifest.read(store / "manifest.json").splits
-    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
-    eos = tokenizer.eos_token_id
-    ids = blocks_of(store, "train").reshape(-1)
-    assert abs(int((ids == eos).sum()) - splits["train"].num_documents) <= 1
-    for name, split in splits.items():
-        blocks = blocks_of(store, name)
-        assert split.num_document_ends == (blocks[:, 0] == eos).sum() > 0
-        assert split.num_predicted(2, document_mask=False) == len(blocks)
-        assert split.num_predicted(2, document_mask=True) == (blocks[:, 0] != eos).sum()
-    num_bytes = np.load(store / "eval" / "bytes.npy")
-    blocks = blocks_of(store, "eval")
-    pieces = tokenizer.convert_ids_to_tokens(blocks[:, 1].tolist())
-    sizes = np.array([0 if piece == tokenizer.eos_token else len(piece) for piece in pieces])
-    assert np.array_equal(num_bytes, np.stack([sizes, np.where(blocks[:, 0] == eos, 0, sizes)], axis=1))
+    split = Manifest.read(store / "manifest.json").splits["train"]
+    ids = blocks_of(store, "train")
+    eos = AutoTokenizer.from_pretrained(store / "tokenizer").eos_token_id
+    assert abs(int((ids == eos).sum()) - split.num_documents) <= 1
+    assert split.num_document_ends == int((ids[:, :-1] == eos).sum())
+    assert sum(split.document_lengths.values()) == split.num_documents
 
 
-def test_bytes_of_tokens_of_a_sentencepiece_tokenizer(shared: Path) -> None:
-    encoder = Encoder(shared / "models" / "stories260K", DataConfig(source="builtin", append_eos=False))
-    text = "Lily and Tom saw a café — and said “hi”.\n\U0001f600"
-    sizes = encoder.token_bytes()
-    # One byte more: the tokenizer puts a space before the text.
-    assert sizes[encoder.encode([text])[0]].sum() == len(text.encode()) + 1
+def test_the_bytes_of_the_eval_blocks_are_exact(make: MakeJob, stores: Path) -> None:
+    store = prepare(make("data.block_size=7"), stores, Silent())
+    predicted, masked, pieces = text_bytes_of(store)
+    assert predicted == pieces
+    ids = blocks_of(store, "eval")
+    tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(store / "tokenizer")
+    firsts = ids[:, 1:][ids[:, :-1] == tokenizer.eos_token_id]
+    assert predicted - masked == sum(len(tokenizer.decode([i]).encode()) for i in firsts if i != tokenizer.eos_token_id)
+
+
+HARD_TEXTS = [
+    "plain",
+    "caf\u00e9 \u2014 na\u00efve \U0001f600\U0001f1e9\U0001f1ea",
+    "spells <|endoftext|> and </s> out",
+    "   spaces  \n\n\t",
+    "e\u0301 \ufb01 \u4f60\u597d",
+    "</s>",
+]
+
+
+def encoding_of(directory: Path, **settings: Any) -> Encoding:
+    data = DataConfig.model_validate({"source": "builtin", "append_eos": False} | settings)
+    return Encoding.of_tokenizer(load_tokenizer(directory), data)
+
+
+def sizes_of(encoding: Encoding, texts: list[str]) -> list[int]:
+    """Bytes of text that each text's tokens stand for."""
+    array = pa.array(texts, pa.large_string())
+    tokens = completed(Reference(encoding.tokenizer_json).encode(array), encoding)
+    sizes = token_sizes(tokens, array, encoding)
+    if sizes is None:
+        sizes = encoding.token_bytes[tokens.ids].astype(np.uint32)
+    return [int(sizes[a:b].sum()) for a, b in pairwise(tokens.offsets)]
+
+
+@pytest.mark.parametrize("name", ["gpt2-tokenizer", "stories260K"])
+def test_the_tokens_of_any_text_stand_for_its_bytes(shared: Path, name: str) -> None:
+    encoding = encoding_of(shared / "models" / name)
+    assert sizes_of(encoding, HARD_TEXTS) == [len(text.encode()) for text in HARD_TEXTS]
+
+
+def test_the_tokens_of_a_tokenizer_that_changes_the_text_stand_for_its_bytes(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "cafe": 1, "the": 2}, unk_token="[UNK]"))
+    words.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    texts = ["The caf\u00e9", "  the\n\nthe  ", "unknown w\u00f6rds"]
+    assert sizes_of(encoding_of(tmp_path), texts) == [len(text.encode()) for text in texts]
+    # What lies between two tokens belongs to the second.
+    reference = Reference(encoding_of(tmp_path).tokenizer_json)
+    assert reference.spans("  the\n\nthe  ").tolist() == [5, 7]
+    assert reference.spans("The caf\u00e9").tolist() == [3, 6]
 
 
 def test_a_second_call_reads_nothing(make: MakeJob, stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make()
     store = prepare(job, stores, Silent())
-    monkeypatch.setattr(pipeline, "load_records", None)
+    monkeypatch.setattr(pipeline, "open_source", None)
     assert prepare(job, stores, Silent()) == store == find_store(job, stores)
 
 
@@ -166,25 +229,86 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_shards(
 ) -> None:
     job = make()
     whole = prepare(job, stores, Silent())
+    effort = Effort(num_tasks=1, partition_bytes=20_000)
     encoded: list[int] = []
-    encode = Encoder.encode
+    encode = Gigatoken.encode
 
-    def dies_in_the_second_partition(self: Encoder, documents: list[str]) -> Any:
-        encoded.append(len(documents))
-        if len(encoded) == 2:
-            raise KeyboardInterrupt
-        return encode(self, documents)
+    def dies_in_the_ninth_partition(self: Gigatoken, texts: Any, *, parallel: bool = False) -> Any:
+        if parallel:  # the probe is not
+            encoded.append(len(texts))
+            if len(encoded) == 9:
+                raise KeyboardInterrupt
+        return encode(self, texts, parallel=parallel)
 
-    monkeypatch.setattr(Encoder, "encode", dies_in_the_second_partition)
+    monkeypatch.setattr(Gigatoken, "encode", dies_in_the_ninth_partition)
     with pytest.raises(KeyboardInterrupt):
-        prepare(job, tmp_path, Silent())
+        prepare(job, tmp_path, Silent(), effort)
     assert find_store(job, tmp_path) is None
-    again = prepare(job, tmp_path, Silent())
-    # Three partitions: the first was done, the second was in flight.
-    assert len(encoded) == 2 + 2
+    (store,) = tmp_path.glob("*/work")
+    done = sorted(store.glob("*.part.arrow"))
+    assert len(done) == 8
+    # What the power cut short is made again.
+    done[3].write_bytes(done[3].read_bytes()[:1000])
+    encoded.clear()
+    encoded.extend([0] * 100)
+    again = prepare(job, tmp_path, Silent(), effort)
+    num_partitions = -(-Path(str(job.data.path)).stat().st_size // 20_000)
+    assert len(encoded) - 100 == num_partitions - 7
     manifests = [Manifest.read(store / "manifest.json") for store in (whole, again)]
     assert manifests[0] == manifests[1]
     assert not (again / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("data.split_method=hash",), ("data.grouping=guide", "data.append_eos=false")]
+)
+def test_shards_do_not_depend_on_tasks_partitions_or_engine(
+    make: MakeJob, stores: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    expected = Manifest.read(prepare(make(*settings), stores, Silent()) / "manifest.json")
+    assert expected.engine == "gigatoken"
+    for number, (tasks, size, engine) in enumerate(
+        [(1, 5_000, "auto"), (2, 50_000, "gigatoken"), (8, 1_000, "auto"), (8, 30_000, "tokenizers")]
+    ):
+        job = make(*settings, f"tokenizer.engine={engine}")
+        store = prepare(job, tmp_path / str(number), Silent(), Effort(tasks, size))
+        found = Manifest.read(store / "manifest.json")
+        assert found.engine == ("gigatoken" if engine == "auto" else engine)
+        assert replace(found, engine="") == replace(expected, engine="")
+        for split in ("train", "eval"):
+            assert (store / split / "00000.arrow").read_bytes() == (
+                stores / expected.fingerprint / split / "00000.arrow"
+            ).read_bytes()
+
+
+def test_other_ids_of_the_fast_engine_are_never_taken(
+    make: MakeJob, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = Manifest.read(prepare(make(), stores, Silent()) / "manifest.json")
+    encode = Gigatoken.encode
+    calls: list[int] = []
+
+    def goes_wrong(self: Gigatoken, texts: Any, *, parallel: bool = False) -> Any:
+        calls.append(len(texts))
+        tokens = encode(self, texts, parallel=parallel)
+        if len(calls) > wrong_from:
+            tokens.ids[-1] += 1
+        return tokens
+
+    monkeypatch.setattr(Gigatoken, "encode", goes_wrong)
+    # In the probe before the first partition, and in a later partition's own.
+    for wrong_from in (0, 9):
+        calls.clear()
+        job = make(f"name=from{wrong_from}")
+        store = prepare(job, tmp_path / str(wrong_from), Silent(), Effort(1, 20_000))
+        found = Manifest.read(store / "manifest.json")
+        assert found.engine == "tokenizers"
+        assert found.splits == expected.splits
+    assert "it gives other ids than tokenizers on the data's own text" in caplog.text
+    wrong_from = 0
+    with pytest.raises(ConfigError, match=r"tokenizer.engine gigatoken cannot be used: it gives other ids") as caught:
+        prepare(make("tokenizer.engine=gigatoken"), tmp_path / "insists", Silent())
+    assert caught.value.field == "tokenizer.engine"
 
 
 def error_of(job: JobConfig, stores: Path) -> ConfigError:
@@ -206,7 +330,7 @@ def test_texts_that_are_all_empty(make_job: MakeJob, tmp_path: Path, stores: Pat
     job = make_job("data.source=files", f"data.path={path}", "data.split=train")
     error = error_of(job, stores)
     assert isinstance(error, DataError)
-    assert "data.text text is empty in all 12 records of the train split" in str(error)
+    assert "data.text text is empty in all 15 records of data.path" in str(error)
 
 
 def test_append_eos_with_a_tokenizer_that_has_none(make_job: MakeJob, tmp_path: Path, stores: Path) -> None:
@@ -218,9 +342,12 @@ def test_append_eos_with_a_tokenizer_that_has_none(make_job: MakeJob, tmp_path: 
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
     error = error_of(make_job("tokenizer.train=null", f"tokenizer.path={tmp_path / 'words'}"), stores)
     assert "data.append_eos is on, but the tokenizer has no end-of-sequence token" in str(error)
-    job = make_job("tokenizer.train=null", f"tokenizer.path={tmp_path / 'words'}", "data.append_eos=false")
-    # A tokenizer that loses text: bytes of its tokens are not bytes of the text, so there are none.
-    assert np.load(prepare(job, stores, Silent()) / "eval" / "bytes.npy").sum() == 0
+    # A tokenizer that gigatoken does not know.
+    words_job = ("tokenizer.train=null", f"tokenizer.path={tmp_path / 'words'}", "data.append_eos=false")
+    store = prepare(make_job(*words_job), stores, Silent())
+    assert Manifest.read(store / "manifest.json").engine == "tokenizers"
+    error = error_of(make_job(*words_job, "tokenizer.engine=gigatoken"), tmp_path)
+    assert "tokenizer.engine gigatoken cannot be used: Unsupported model type" in str(error)
 
 
 def test_a_tokenizer_that_is_nowhere(make_job: MakeJob, stores: Path, tmp_path: Path) -> None:
@@ -242,7 +369,7 @@ def test_wrong_input_leaves_nothing_and_trains_no_tokenizer_for_nothing(
     monkeypatch.setattr(pipeline, "train_tokenizer", None)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"answers": {"text": [" "]}}\n' * 9)
-    assert "is empty in all 7 records" in str(error_of(make(f"data.path={empty}"), tmp_path))
+    assert "is empty in all 9 records" in str(error_of(make(f"data.path={empty}"), tmp_path))
     assert "cannot split 1 records" in str(error_of(make("data.split='train[:1]'"), tmp_path))
 
 
@@ -283,3 +410,90 @@ def test_eli5_has_the_known_blocks(make_job: MakeJob, shared: Path, stores: Path
     splits = Manifest.read(prepare(job, stores, Silent()) / "manifest.json").splits
     assert (splits["train"].num_blocks, splits["eval"].num_blocks) == (10628, 2398)
     shutil.rmtree(find_store(job, stores) or stores)
+
+
+def test_files_and_slices_with_no_records(make_job: MakeJob, tmp_path: Path, stores: Path) -> None:
+    for name, content in EMPTY_FILES.items():
+        (tmp_path / name).write_text(content)
+        error = error_of(make_job("data.source=files", f"data.path={tmp_path / name}", "data.id=null"), stores)
+        assert f"data.path {tmp_path / name} has no records: its files are empty" in str(error), name
+    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    for split in ("train[:0]", "train[5:2]", "train[7:]"):
+        error = error_of(make_job(f"data.path={tmp_path / 'c.txt'}", "data.id=null", f"data.split='{split}'"), stores)
+        assert f"data.split {split} has no records" in str(error)
+        assert error.field == "data.split"
+
+
+def test_a_full_disk_keeps_what_is_done(make: MakeJob, stores: Path, tmp_path: Path) -> None:
+    job, effort = make(), Effort(1, 20_000)
+    whole = prepare(job, stores, Silent())
+    log: list[str] = []
+
+    class Log(Silent):
+        def log(self, text: str) -> None:
+            log.append(text)
+
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        (disk / "other").write_bytes(b"x" * (2**21 - 300_000))
+        with pytest.raises(ConfigError, match=r"no space left while writing .* run the same command again"):
+            prepare(job, disk, Log(), effort)
+        (work,) = disk.glob("*/work")
+        done = len(list(work.glob("*.part.arrow")))
+        assert 0 < done < 20
+        assert not list(disk.rglob(".*.part"))
+        (disk / "other").unlink()
+        log.clear()
+        again = prepare(job, disk, Log(), effort)
+        assert next(line.split()[1] for line in log) == f"{done}:"
+        assert Manifest.read(again / "manifest.json") == Manifest.read(whole / "manifest.json")
+        assert sorted(path.name for path in again.iterdir()) == ["eval", "manifest.json", "tokenizer", "train"]
+
+
+def test_duplicates_of_eval_documents_are_counted_and_removed_from_train(make_job: MakeJob, tmp_path: Path) -> None:
+    texts = [f"text {i} " * 5 for i in range(60)] + ["the same text again and again "] * 40
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = (f"data.path={path}", "data.block_size=2", "tokenizer.train.vocab_size=300")
+    kept, removed = (
+        prepare(make_job(*settings, f"data.deduplicate={value}"), tmp_path, Silent()) for value in ("false", "true")
+    )
+    before, after = (Manifest.read(store / "manifest.json").splits for store in (kept, removed))
+    num = before["train"].num_duplicates
+    assert 20 < num < 40
+    assert after["train"].num_duplicates == num
+    assert after["train"].num_skipped["duplicate"] == num
+    assert before["train"].num_skipped["duplicate"] == before["eval"].num_duplicates == 0
+    assert after["train"].num_documents == before["train"].num_documents - num
+    # The eval split stays as it was.
+    assert after["eval"] == before["eval"]
+    ids = {name: blocks_of(removed, name).reshape(-1) for name in ("train", "eval")}
+    tokenizer = load_tokenizer(removed / "tokenizer")
+    assert "the same text again" not in tokenizer.decode(ids["train"])
+    assert "the same text again" in tokenizer.decode(ids["eval"])
+    for split in [*before.values(), *after.values()]:
+        assert split.num_records == split.num_documents + sum(split.num_skipped.values())
+        assert split.num_tokens == 2 * split.num_blocks + split.num_dropped_tokens
+
+
+def test_a_slice_reads_only_what_it_needs(make: MakeJob, tmp_path: Path) -> None:
+    log: list[str] = []
+
+    class Log(Silent):
+        def log(self, text: str) -> None:
+            log.append(text)
+
+    effort = Effort(1, 20_000)
+    prepare(make(), tmp_path, Log(), effort)
+    num_partitions = len(log)
+    expected = {"train[:300]": (1, 3), "train[1200:1500]": (2, 4), "train[-100:]": (1, 2)}
+    for split, (least, most) in expected.items():
+        log.clear()
+        store = prepare(make(f"data.split='{split}'"), tmp_path, Log(), effort)
+        assert least <= len(log) <= most < num_partitions
+        splits = Manifest.read(store / "manifest.json").splits
+        whole = prepare(make(f"data.split='{split}'"), tmp_path / "large", Silent())
+        assert Manifest.read(whole / "manifest.json").splits == splits
+    # No more of a partition is encoded than the slice takes.
+    log.clear()
+    prepare(make("data.split='train[:20]'", "data.block_size=4"), tmp_path, Log())
+    assert log[0].startswith("partition 0: 20 records, ")

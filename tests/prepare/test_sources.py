@@ -1,5 +1,6 @@
 """Records from files, the built-in corpus and slices; what broken data says."""
 
+import bz2
 import gzip
 import json
 from pathlib import Path
@@ -12,12 +13,16 @@ import pytest
 
 from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.prepare.documents import documents_of, split_rows
-from clm_dist.prepare.sources import load_records, source_identity
+from clm_dist.prepare.files import read_partition
+from clm_dist.prepare.sources import open_source, source_identity
+from tests.prepare.reading import LARGE, load_records, texts_of
 
 RECORDS: list[dict[str, Any]] = [
     {"q_id": f"q{i}", "answers": {"text": [f"answer {i}", "b"], "score": [1, 2]}} for i in range(10)
 ]
+
+
+EMPTY_FILES = {"a.txt": "", "a.jsonl": "", "b.jsonl": "\n", "a.json": "[]", "a.csv": "", "b.csv": "text\n"}
 
 
 def files(path: Path | str | list[str], **settings: Any) -> DataConfig:
@@ -32,22 +37,51 @@ def write_jsonl(path: Path, records: list[dict[str, Any]] = RECORDS) -> Path:
     return path
 
 
-def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist(RECORDS)
-    write_jsonl(tmp_path / "a.jsonl")
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as zipped:
-        zipped.write((tmp_path / "a.jsonl").read_text())
-    with pa.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as zipped:
-        zipped.write((tmp_path / "a.jsonl").read_bytes())
-    (tmp_path / "d.json").write_text(json.dumps(RECORDS, indent=1))
-    pa.parquet.write_table(table, tmp_path / "e.parquet")
-    pa.feather.write_feather(table, str(tmp_path / "f.arrow"), compression="uncompressed")
-    with pa.OSFile(str(tmp_path / "g.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+def write_kinds(directory: Path, records: list[dict[str, Any]]) -> list[Path]:
+    """The records in every kind of file."""
+    table = pa.Table.from_pylist(records)
+    write_jsonl(directory / "a.jsonl", records)
+    content = (directory / "a.jsonl").read_bytes()
+    (directory / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    (directory / "c.jsonl.bz2").write_bytes(bz2.compress(content))
+    with pa.CompressedOutputStream(str(directory / "d.jsonl.zst"), "zstd") as zipped:
+        zipped.write(content)
+    (directory / "e.json").write_text(json.dumps(records, indent=1))
+    (directory / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + content.rstrip(b"\n"))
+    pa.parquet.write_table(table, directory / "g.parquet", row_group_size=3)
+    pa.parquet.write_table(table, directory / "h.parquet")
+    pa.feather.write_feather(table, str(directory / "i.arrow"), compression="lz4", chunksize=3)
+    with pa.OSFile(str(directory / "j.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    for file in sorted(tmp_path.iterdir()):
-        loaded = load_records(files(file)).to_pylist()
+    return sorted(directory.iterdir())
+
+
+@pytest.mark.parametrize("size", [LARGE, 1000, 100, 1])
+def test_every_kind_of_file_gives_the_same_records_however_it_is_cut(tmp_path: Path, size: int) -> None:
+    for file in write_kinds(tmp_path, RECORDS):
+        loaded = load_records(files(file), size).to_pylist()
         assert [r["answers"]["text"] for r in loaded] == [r["answers"]["text"] for r in RECORDS], file
         assert [r["q_id"] for r in loaded] == [r["q_id"] for r in RECORDS], file
+
+
+def test_partitions_are_as_small_as_they_are_asked_to_be(tmp_path: Path) -> None:
+    records = [{"q_id": f"q{i}", "answers": {"text": [f"{i} " * 25]}} for i in range(1000)]
+    for file in write_kinds(tmp_path, records):
+        data = files(file)
+        tables = [read_partition(partition, data) for partition in open_source(data).partitions(10_000)]
+        # A row group is read whole by one task, up to four times that size.
+        assert max(table.nbytes for table in tables) < (45_000 if file.name == "h.parquet" else 21_000), file
+
+
+def test_lines_that_are_longer_than_a_partition(tmp_path: Path) -> None:
+    texts = ["a" * 5000, "b", "", "c" * 7000, "d\r", "e"]
+    (tmp_path / "a.txt").write_bytes("\n".join(texts).encode())
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n".join(texts).encode()))
+    expected = [text.rstrip("\r") for text in texts]
+    for size in (1, 7, 1000, 4999, 5000, 5001, 5002, 5003, LARGE):
+        for name in ("a.txt", "a.txt.gz"):
+            read = load_records(text_of(tmp_path / name), size).column("text").to_pylist()
+            assert read == expected, (size, name)
 
 
 def test_flat_files(tmp_path: Path) -> None:
@@ -100,9 +134,9 @@ def test_the_built_in_corpus_is_python_s_reference() -> None:
     assert "import" in table.column("topic").to_pylist()
 
 
-def error_of(data: DataConfig) -> DataError | ConfigError:
+def error_of(data: DataConfig, size: int = LARGE) -> DataError | ConfigError:
     with pytest.raises(ConfigError) as caught:
-        load_records(data)
+        load_records(data, size)
     return caught.value
 
 
@@ -113,7 +147,6 @@ def test_a_path_that_matches_nothing(tmp_path: Path) -> None:
     assert "is a directory with no file of a known kind" in str(error_of(files(tmp_path)))
     (tmp_path / "a.pdf").write_text("")
     assert "unknown kind of file; known are .jsonl" in str(error_of(files(tmp_path / "a.pdf")))
-    assert "URLs are not supported yet" in str(error_of(files("s3://bucket/a.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -128,9 +161,10 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path, name: str, broke
     opener = gzip.open if name.endswith(".gz") else open
     with opener(tmp_path / name, "wt") as file:
         file.write("\n".join(lines))
-    error = error_of(files(tmp_path / name))
-    assert str(error).startswith(f"{tmp_path / name}:8: ")
-    assert problem in str(error)
+    for size in (LARGE, 100, 1):
+        error = error_of(files(tmp_path / name), size)
+        assert str(error).startswith(f"{tmp_path / name}:8: ")
+        assert problem in str(error)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -180,8 +214,9 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content.encode("latin1"))
-        error = error_of(text_of(tmp_path / name))
-        assert str(error).startswith(f"{tmp_path / name}:2: not UTF-8; save the file as UTF-8"), name
+        for size in (LARGE, 5):
+            error = error_of(text_of(tmp_path / name), size)
+            assert str(error).startswith(f"{tmp_path / name}:2: not UTF-8; save the file as UTF-8"), name
     (tmp_path / "head.csv").write_bytes("id\xe9,text\n1,a\n".encode("latin1"))
     assert f"{tmp_path / 'head.csv'}:1: not UTF-8" in str(error_of(text_of(tmp_path / "head.csv")))
     (tmp_path / "utf16.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
@@ -195,7 +230,6 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     ("record", "problem"),
     [
         ('{"text": 5}', "text is a number, but text in {unit} 1; give it one type"),
-        ('{"text": "a", "more": [{"n": "b"}]}', "more[].n is text, but a number in {unit} 2; give it one type"),
         ('{"text": "a", "text": "b"}', "not a JSON record: the key text is there twice; mend or remove the {unit}"),
         ('{"text": "\\ud800"}', "not a JSON record: 'utf-8' codec can't encode character '\\ud800'"),
     ],
@@ -211,6 +245,32 @@ def test_records_that_do_not_go_together_are_named(tmp_path: Path, record: str, 
         assert str(error).startswith(f"{tmp_path / 'a.json'}: record 4: {problem.format(unit='record')}")
 
 
+def test_a_type_that_changes_in_another_partition_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 50 + '{"text": 5}\n')
+    error = error_of(text_of(tmp_path / "a.jsonl"), 10)
+    assert str(error) == (
+        f"{tmp_path / 'a.jsonl'}:51: text is a number, but text in the records before; give it one type throughout"
+    )
+
+
+def test_fields_that_nobody_reads_may_have_any_type(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "more": 1}\n{"text": "b", "more": "x"}\n{"text": "c"}\n')
+    assert load_records(text_of(tmp_path / "a.jsonl")).to_pylist() == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+
+
+def test_a_field_that_a_later_file_lacks_is_named(tmp_path: Path) -> None:
+    a = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"body": "a"}])
+    assert str(error_of(text_of([str(a), str(b)]))) == f"data.text text is not in {b}; its fields are: body"
+
+
+def test_texts_that_come_late_are_found(tmp_path: Path) -> None:
+    records = [{"answers": {"text": [], "a": 1}}] * 5 + [{"answers": None}] + [{"answers": {"text": ["late"], "a": 2}}]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    loaded = load_records(files(path, id=None), 40).column("answers").to_pylist()
+    assert loaded[-1] == {"text": ["late"]}
+
+
 def test_json_arrays(tmp_path: Path) -> None:
     array = tmp_path / "a.json"
     for before in ("", " \n\t", "\ufeff"):
@@ -222,27 +282,12 @@ def test_json_arrays(tmp_path: Path) -> None:
     assert f"{array}: record 1: not a JSON record: str where an object is needed" in str(error_of(text_of(array)))
 
 
-def test_files_and_slices_with_no_records(tmp_path: Path) -> None:
-    contents = {
-        "a.txt": "",
-        "b.txt": "",
-        "a.jsonl": "",
-        "b.jsonl": "\n",
-        "a.json": "[]",
-        "a.csv": "",
-        "b.csv": "text\n",
-    }
-    for name, content in contents.items():
+def test_an_empty_file_does_no_harm_beside_others(tmp_path: Path) -> None:
+    for name, content in EMPTY_FILES.items():
         (tmp_path / name).write_text(content)
-        error = error_of(text_of(tmp_path / name))
-        assert f"data.path {tmp_path / name} has no records: its files are empty" in str(error), name
-    (tmp_path / "c.txt").write_text("one\ntwo\n")
-    # Beside others an empty file does no harm.
+        assert len(load_records(text_of(tmp_path / name))) == 0
+    (tmp_path / "z.txt").write_text("one\ntwo\n")
     assert load_records(text_of(tmp_path)).column("text").to_pylist() == ["one", "two"]
-    for split in ("train[:0]", "train[5:2]", "train[7:]"):
-        error = error_of(text_of(tmp_path / "c.txt", split=split))
-        assert f"data.split {split} has no records of data.path {tmp_path / 'c.txt'}" in str(error)
-        assert error.field == "data.split"
 
 
 def test_a_text_that_is_no_text_is_named_with_the_fields_that_are(tmp_path: Path) -> None:
@@ -263,8 +308,7 @@ def test_files_whose_texts_differ_in_type(tmp_path: Path) -> None:
     a = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     b = write_jsonl(tmp_path / "b.jsonl", [{"text": ["a"]}])
     error = error_of(text_of([str(a), str(b)]))
-    assert str(error).startswith(f"{b} does not go with the files before it: ")
-    assert "string vs list<item: string>; give a field the same type in all files" in str(error)
+    assert str(error) == (f"{b}:1: text is a list, but text in the records before; give it one type throughout")
 
 
 def test_columns_of_one_name(tmp_path: Path) -> None:
@@ -292,8 +336,7 @@ def test_columns_of_one_name(tmp_path: Path) -> None:
 def test_every_arrow_type_of_text(tmp_path: Path, kind: Any, value: Any) -> None:
     pa.feather.write_feather(pa.table({"a": pa.array([value] * 9, kind)}), str(tmp_path / "a.arrow"), "uncompressed")
     data = files(tmp_path / "a.arrow", text="a.text" if isinstance(value, dict) else "a", split_method="random")
-    table = load_records(data)
-    assert documents_of(table.take(split_rows(table, data)["train"]), data)[0] == ["a"]
+    assert texts_of(load_records(data), data) == [["a"]] * 9
 
 
 @pytest.mark.parametrize("path", ["~nouser/x", "a" * 5000, "/" + "a" * 5000])

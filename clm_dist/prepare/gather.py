@@ -1,0 +1,203 @@
+"""The documents of a split from the parts, in the split's order: what was encoded in the order of the source."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute
+
+from clm_dist.config import DataConfig
+from clm_dist.errors import DataError
+from clm_dist.prepare.documents import Skip
+from clm_dist.prepare.parts import Part
+from clm_dist.prepare.sources import Slice
+from clm_dist.prepare.tokens import Encoding
+
+Rows = npt.NDArray[np.int64]
+"""Numbers of records or of documents, (num_rows,)."""
+
+GUIDE_RECORDS = 1000
+"""The batch of `datasets.map`, whose remainders the guide drops."""
+_CHUNK_TOKENS = 1 << 23
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The parts of a job as one sequence of records, and of documents."""
+
+    parts: Sequence[Part]
+    part_ends: Rows
+    """Where the documents of each part end, (num_parts,)."""
+    first_document: Rows
+    """(num_records + 1,)"""
+    num_tokens: Rows
+    """(num_documents,)"""
+    num_bytes: Rows
+    """Bytes of text, (num_documents,)"""
+    hashes: npt.NDArray[np.uint64]
+    """(num_documents,)"""
+    skipped: npt.NDArray[np.uint8]
+    """(num_records,)"""
+    held_out: npt.NDArray[np.bool_]
+    """(num_records,)"""
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Part], dtype: np.dtype[Any]) -> "Corpus":
+        counts = [np.bincount(part.records, minlength=len(part.skipped)) for part in parts]
+        lengths = [pa.compute.binary_length(part.ids).to_numpy() for part in parts]
+        return cls(
+            parts=parts,
+            part_ends=np.cumsum([len(part.ids) for part in parts]),
+            first_document=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
+            num_tokens=np.concatenate(lengths) // dtype.itemsize,
+            num_bytes=np.concatenate([part.num_bytes for part in parts]),
+            hashes=np.concatenate([part.hashes for part in parts]),
+            skipped=np.concatenate([part.skipped for part in parts]),
+            held_out=np.concatenate([part.held_out for part in parts]),
+        )
+
+    def documents_of(self, records: Rows) -> Rows:
+        """The documents of records, in the records' order."""
+        first = self.first_document[records]
+        counts = self.first_document[records + 1] - first
+        begins = np.cumsum(counts) - counts
+        documents: Rows = np.repeat(first - begins, counts) + np.arange(counts.sum())
+        return documents
+
+    def gather(self, documents: Rows, columns: Sequence[pa.Array], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """The values of documents, one after the other.
+
+        Args:
+            columns: for each part a large_binary array, (num_documents of the part,), of values of `dtype`.
+        """
+        part_of = np.searchsorted(self.part_ends, documents, side="right")
+        grouped = np.argsort(part_of, kind="stable")
+        present, starts = np.unique(part_of[grouped], return_index=True)
+        taken = []
+        for part, of_part in zip(present.tolist(), np.split(grouped, starts[1:]), strict=True):
+            first = self.part_ends[part] - len(columns[part])
+            taken.append(columns[part].take(pa.array(documents[of_part] - first)))
+        values = pa.concat_arrays(taken)
+        if len(taken) > 1:
+            # Back from the order of the parts to that of the documents.
+            place = np.empty_like(grouped)
+            place[grouped] = np.arange(len(grouped))
+            values = values.take(pa.array(place))
+        _, offsets, data = values.buffers()
+        ends = np.frombuffer(offsets, np.int64, len(values) + 1, 8 * values.offset) // dtype.itemsize
+        return np.frombuffer(data, dtype)[ends[0] : ends[-1]] if data else np.empty(0, dtype)
+
+
+def split_records(held_out: npt.NDArray[np.bool_], rows: Slice, data: DataConfig) -> dict[str, Rows]:
+    """The records of the `train` and the `eval` split, in the order in which they are concatenated.
+
+    Args:
+        held_out: for each record of the source whether the hash split holds it out, (num_records,).
+
+    Raises:
+        DataError: one of the splits would have no record.
+    """
+    held_out = held_out[rows.start : rows.stop]
+    num_records = len(held_out)
+    if num_records == 0:
+        raise no_records(rows)
+    if data.split_method == "hash":
+        splits = {"train": np.flatnonzero(~held_out), "eval": np.flatnonzero(held_out)}
+    else:
+        splits = _random_split(num_records, data)
+    if not splits or not all(map(len, splits.values())):
+        raise DataError(
+            f"data.eval_fraction {data.eval_fraction} cannot split {num_records} records: one of the splits would be "
+            "empty; take more records, or change data.eval_fraction or data.split_method",
+            field="data.eval_fraction",
+        )
+    return {name: records + rows.start for name, records in splits.items()}
+
+
+def no_records(rows: Slice) -> DataError:
+    return DataError(f"data.split {rows.spec} has no records; take a larger part", field="data.split")
+
+
+def _random_split(num_records: int, data: DataConfig) -> dict[str, Rows]:
+    """Row for row the split of `datasets.train_test_split`; nothing where there are too few records."""
+    from datasets import Dataset
+
+    whole = Dataset.from_dict({"row": np.arange(num_records)})
+    try:
+        # The library itself, so that the rows are those of the guide for every version of it.
+        parts = whole.train_test_split(data.eval_fraction, seed=data.seed)
+    except ValueError:
+        return {}
+    # By columns: read by rows it takes a hundred times longer.
+    train, test = (parts[name].with_format("arrow")[:]["row"].to_numpy() for name in ("train", "test"))
+    return {"train": train, "eval": test}
+
+
+@dataclass(frozen=True)
+class SplitDocuments:
+    """A split's documents in the order of its token stream, in chunks."""
+
+    chunks: Sequence[Rows]
+    """With `grouping: guide` one for every 1,000 records, whose remainder is dropped; else of any size."""
+    num_skipped: dict[str, int]
+    num_duplicates: int
+
+    @property
+    def documents(self) -> Rows:
+        return np.concatenate([np.empty(0, np.int64), *self.chunks])
+
+
+def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: Rows | None = None) -> SplitDocuments:
+    """The documents of a split's records.
+
+    Args:
+        evaluated: the records of the eval split, where this is the train split: documents that it has too are
+            counted, and with `data.deduplicate` left out.
+    """
+    documents = corpus.documents_of(records)
+    kept = np.ones(len(documents), bool)
+    num_duplicates = 0
+    if evaluated is not None:
+        twice = np.isin(corpus.hashes[documents], corpus.hashes[corpus.documents_of(evaluated)])
+        num_duplicates = int(np.count_nonzero(twice))
+        if data.deduplicate:
+            kept = ~twice
+    counts = corpus.first_document[records + 1] - corpus.first_document[records]
+    owner = np.repeat(np.arange(len(records)), counts)
+    left = np.bincount(owner[kept], minlength=len(records))
+    reasons = corpus.skipped[records]
+    num_skipped = {
+        "empty": int(np.count_nonzero(reasons == Skip.EMPTY)),
+        "low_score": int(np.count_nonzero(reasons == Skip.LOW_SCORE)),
+        "duplicate": int(np.count_nonzero((reasons == Skip.USED) & (left == 0))),
+    }
+    ends = np.cumsum(left)
+    if data.grouping == "guide":
+        cuts = ends[GUIDE_RECORDS - 1 :: GUIDE_RECORDS]
+    else:
+        tokens = np.cumsum(corpus.num_tokens[documents[kept]])
+        total = int(tokens[-1]) if len(tokens) else 0
+        cuts = np.searchsorted(tokens, np.arange(_CHUNK_TOKENS, total, _CHUNK_TOKENS))
+    chunks = np.split(documents[kept], cuts)
+    return SplitDocuments([chunk for chunk in chunks if len(chunk)], num_skipped, num_duplicates)
+
+
+def gathered(
+    corpus: Corpus, split: SplitDocuments, what: Literal["ids", "sizes"], encoding: Encoding
+) -> Iterator[npt.NDArray[Any]]:
+    """The ids of each chunk of a split, or the bytes of text of each id."""
+    if what == "ids":
+        columns, dtype = [part.ids for part in corpus.parts], encoding.dtype
+    else:
+        columns, dtype = [part.sizes(encoding) for part in corpus.parts], np.dtype(np.uint32)
+    for chunk in split.chunks:
+        yield corpus.gather(chunk, columns, dtype)
+
+
+def document_lengths(corpus: Corpus, documents: Rows) -> dict[str, int]:
+    """How many documents have up to 1, 2, 4, 8, ... tokens."""
+    exponents = np.ceil(np.log2(np.maximum(corpus.num_tokens[documents], 1))).astype(np.int64)
+    return {str(2**exponent): int(count) for exponent, count in enumerate(np.bincount(exponents)) if count}

@@ -1,0 +1,169 @@
+"""A partition's part of the work: its documents' ids, in a file that the splits are gathered from.
+
+A part is two Arrow IPC streams, one after the other, which are mapped with no copy:
+
+    documents   ids: large_binary (the ids' bytes), hash: uint64, record: int64, num_bytes: int64 (of the text),
+                sizes: large_binary (bytes of text of each id, uint32), null where the vocabulary's table says them
+    records     skipped: uint8 (a `Skip`), held_out: bool (of the hash split)
+
+The metadata of the first says how many texts and bytes there were, and which engine encoded them.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute
+import xxhash
+
+from clm_dist.config import DataConfig
+from clm_dist.prepare.documents import documents_of, held_out
+from clm_dist.prepare.files import Partition, read_partition
+from clm_dist.prepare.tokens import Encoding, build_engine, check_engine, completed, sample_of, token_sizes
+
+# Each partition holds the fast engine against the reference on a thousandth of its text.
+_CHECKED_SHARE = 1 / 1000
+_STATS = b"clm_dist"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a task needs besides its partition."""
+
+    data: DataConfig
+    encoding: Encoding
+    engine: str
+    parallel: bool
+    """Whether one task uses all cores, as it does where it is the only one."""
+
+
+@dataclass(frozen=True)
+class PartStats:
+    num_records: int
+    num_text_bytes: int
+    num_tokens: int
+    engine: str
+
+
+def encode_partition(partition: Partition, recipe: Recipe, most_records: int | None) -> pa.Buffer:
+    """The part of a partition, as its file holds it.
+
+    Args:
+        most_records: read no more than so many records.
+
+    Raises:
+        DataError: the partition is broken; the message names file and record.
+        EngineError: the fast engine gives other ids than the reference.
+    """
+    table = read_partition(partition, recipe.data)
+    if most_records is not None:
+        table = table.slice(0, most_records)
+    documents = documents_of(table, recipe.data)
+    texts, encoding = documents.texts, recipe.encoding
+    engine = build_engine(recipe.engine, encoding.tokenizer_json)
+    if recipe.engine != "tokenizers" and len(texts):
+        check_engine(engine, encoding, sample_of(texts, max(1, int(texts.nbytes * _CHECKED_SHARE))))
+    tokens = completed(engine.encode(texts, parallel=recipe.parallel), encoding)
+    sizes = token_sizes(tokens, texts, encoding)
+    num_bytes = pa.compute.binary_length(texts)
+    stats = PartStats(
+        num_records=len(table),
+        num_text_bytes=int(num_bytes.to_numpy().sum()),
+        num_tokens=len(tokens.ids),
+        engine=recipe.engine,
+    )
+    rows = pa.record_batch(
+        {
+            "ids": _as_binary(tokens.ids, tokens.offsets),
+            "hash": pa.array(_hashes(texts)),
+            "record": pa.array(documents.records),
+            "num_bytes": num_bytes,
+            "sizes": pa.nulls(len(texts), pa.large_binary()) if sizes is None else _as_binary(sizes, tokens.offsets),
+        },
+        metadata={_STATS: json.dumps(asdict(stats)).encode()},
+    )
+    of_hash_split = recipe.data.split_method == "hash"
+    records = pa.record_batch(
+        {
+            "skipped": pa.array(documents.skipped),
+            "held_out": pa.array(held_out(table, recipe.data) if of_hash_split else np.zeros(len(table), bool)),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    for batch in (rows, records):
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part's file, mapped."""
+
+    stats: PartStats
+    ids: pa.Array
+    """(num_documents,) large_binary; each is a document's ids as bytes."""
+    hashes: npt.NDArray[np.uint64]
+    """(num_documents,); equal for documents that are equal to the letter."""
+    records: npt.NDArray[np.int64]
+    """The record of each document, counted within the part, (num_documents,)."""
+    num_bytes: npt.NDArray[np.int64]
+    """Of text, (num_documents,)."""
+    skipped: npt.NDArray[np.uint8]
+    """A `Skip` for each record, (num_records,)."""
+    held_out: npt.NDArray[np.bool_]
+    """Whether the hash split holds a record out, (num_records,)."""
+    _sizes: pa.Array = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> "Part | None":
+        """None where the file is not whole: the power may have gone while it was written."""
+        try:
+            with pa.memory_map(str(path)) as file:
+                rows, records = (pa.ipc.open_stream(file).read_all() for _ in range(2))
+            stats = PartStats(**json.loads(rows.schema.metadata[_STATS]))
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+            return None
+        return cls(
+            stats=stats,
+            ids=_only_chunk(rows, "ids"),
+            hashes=_only_chunk(rows, "hash").to_numpy(),
+            records=_only_chunk(rows, "record").to_numpy(),
+            num_bytes=_only_chunk(rows, "num_bytes").to_numpy(),
+            skipped=_only_chunk(records, "skipped").to_numpy(),
+            held_out=_only_chunk(records, "held_out").to_numpy(zero_copy_only=False),
+            _sizes=_only_chunk(rows, "sizes"),
+        )
+
+    def sizes(self, encoding: Encoding) -> pa.Array:
+        """Bytes of text of each token, (num_documents,) large_binary of uint32."""
+        if self._sizes.null_count == 0:
+            return self._sizes
+        _, offsets, data = self.ids.buffers()
+        ends = np.frombuffer(offsets, np.int64, len(self.ids) + 1) // encoding.dtype.itemsize
+        ids = np.frombuffer(data, encoding.dtype)[ends[0] : ends[-1]]
+        return _as_binary(encoding.token_bytes.take(ids).astype(np.uint32), ends - ends[0])
+
+
+def _only_chunk(table: pa.Table, name: str) -> pa.Array:
+    return table.column(name).chunk(0)
+
+
+def _as_binary(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> pa.Array:
+    """Stretches of an array as binary values: (num_values,) and where each stretch begins -> large_binary."""
+    buffers = [None, pa.py_buffer(offsets * values.itemsize), pa.py_buffer(values)]
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
+def _hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
+    """64 bits of each text, (num_documents,). Among 10^8 texts one pair that differs is equal with probability 3e-4."""
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int64, len(texts) + 1, 8 * texts.offset).tolist()
+    view = memoryview(data) if data else memoryview(b"")
+    digest = xxhash.xxh3_64_intdigest
+    return np.array([digest(view[start:stop]) for start, stop in pairwise(ends)], np.uint64)

@@ -1,0 +1,93 @@
+"""The stores that lie in a directory: whether they are as their manifests say, and which are old or large."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import Timeout
+
+from clm_dist.errors import DataError
+from clm_dist.prepare.pipeline import lock_of
+from clm_dist.shards import Blocks, Manifest, file_sha256
+
+_DAY_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A store as it lies in its directory."""
+
+    path: Path
+    num_bytes: int
+    age_days: float
+    """Since a job last asked for it."""
+    origin: str
+    num_blocks: int
+    """0 where its preparation was not finished."""
+
+
+def verify_store(store: Path) -> Iterator[str]:
+    """What is wrong with a store, a line each; nothing where every hash and count is as the manifest says.
+
+    Raises:
+        DataError: there is no manifest, or one of another format version.
+    """
+    path = store / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{store} is no store: it has no manifest.json; `clm-dist prepare JOB` prints a job's store")
+    manifest = Manifest.read(path)
+    for name, split in manifest.splits.items():
+        damaged = False
+        for shard in split.shards:
+            file = store / shard.file
+            problem = "is missing" if not file.is_file() else None
+            if problem is None and (found := file_sha256(file)) != shard.sha256:
+                problem = f"has sha256 {found[:16]}..., its manifest says {shard.sha256[:16]}..."
+            if problem:
+                damaged = True
+                yield f"{file} {problem}"
+        counted = sum(shard.num_blocks for shard in split.shards)
+        if counted != split.num_blocks:
+            yield f"the shards of {name} have {counted:,} blocks, the split {split.num_blocks:,}"
+        if split.num_tokens != split.num_blocks * manifest.block_size + split.num_dropped_tokens:
+            yield f"{name} has {split.num_tokens:,} tokens, which its blocks and what was dropped do not add up to"
+        if not damaged and len(Blocks(store, name)) != split.num_blocks:
+            yield f"{name} holds {len(Blocks(store, name)):,} blocks, its manifest says {split.num_blocks:,}"
+    num_eval = manifest.splits["eval"].num_blocks
+    try:
+        if np.load(store / "eval" / "bytes.npy").shape != (num_eval, 2):
+            yield f"{store / 'eval' / 'bytes.npy'} does not have a row for each of {num_eval:,} blocks"
+    except (OSError, ValueError) as error:
+        yield f"{store / 'eval' / 'bytes.npy'} cannot be read: {error}"
+
+
+def list_stores(stores: Path) -> list[StoredBlocks]:
+    """The stores of a directory, the one that was asked for last first; unfinished ones too."""
+    found = []
+    for path in stores.iterdir() if stores.is_dir() else ():
+        if not ((path / "manifest.json").is_file() or (path / "work").is_dir()):
+            continue
+        try:
+            manifest = Manifest.read(path / "manifest.json")
+            origin = manifest.origin
+            num_blocks = sum(split.num_blocks for split in manifest.splits.values())
+        except (DataError, OSError):
+            origin, num_blocks = "", 0
+        num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        found.append(StoredBlocks(path, num_bytes, (time.time() - path.stat().st_mtime) / _DAY_S, origin, num_blocks))
+    return sorted(found, key=lambda store: store.age_days)
+
+
+def remove_store(store: Path) -> bool:
+    """Remove a store; false where a preparation is working on it."""
+    try:
+        with lock_of(store).acquire(timeout=0):
+            # Without its manifest it is no store, whatever a kill leaves of the rest.
+            (store / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(store)
+    except Timeout:
+        return False
+    return True

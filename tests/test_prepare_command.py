@@ -1,0 +1,197 @@
+"""`clm-dist prepare` as a person calls it: what it shows, checks and removes, and what it says when it cannot."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clm_dist.shards import Manifest
+from tests.command import Said, clm_dist
+from tests.conftest import WriteJob
+
+
+class Prepare:
+    """Runs the command; `--store` is the test's own."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stores: Path) -> None:
+        self._capsys, self._monkeypatch, self.stores = capsys, monkeypatch, stores
+
+    def __call__(self, *arguments: object) -> Said:
+        return clm_dist(self._capsys, self._monkeypatch, "prepare", *arguments, "--store", self.stores)
+
+    @property
+    def store(self) -> Path:
+        (manifest,) = self.stores.glob("*/manifest.json")
+        return manifest.parent
+
+
+@pytest.fixture
+def prepare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Prepare:
+    return Prepare(capsys, monkeypatch, tmp_path / "stores")
+
+
+def test_a_log_has_a_line_a_partition_and_standard_output_the_store(prepare: Prepare, write_job: WriteJob) -> None:
+    said = prepare(write_job(), "--partition-mib", "0.002", "--tasks", "2")
+    assert (said.code, said.out) == (0, f"{prepare.store}\n")
+    lines = [line for line in said.err.splitlines() if " partition " in line]
+    assert [line.split()[2] for line in lines] == [f"{i}:" for i in range(len(lines))]
+    assert len(lines) == 4
+    assert "records, 0.00 MB of text, " in lines[0]
+    assert "tokens with gigatoken (data.path" not in lines[0]
+    assert "tokens with gigatoken (/" in lines[0]
+
+
+def test_a_second_call_takes_under_two_seconds(prepare: Prepare, write_job: WriteJob) -> None:
+    job = write_job()
+    assert prepare(job).code == 0
+    command = [sys.executable, "-m", "clm_dist", "prepare", str(job), "--store", str(prepare.stores)]
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ended = subprocess.run(command, check=True, capture_output=True, text=True)
+        times.append(time.perf_counter() - began)
+        assert ended.stdout == f"{prepare.store}\n"
+    assert min(times) < 2
+
+
+def test_show_prints_blocks_with_the_borders_of_documents(prepare: Prepare, write_job: WriteJob) -> None:
+    said = prepare(write_job(), "--show", "3")
+    assert said.code == 0
+    blocks = said.out.split("train block ")[1:]
+    assert [block.split()[0] for block in blocks] == ["0", "1", "2"]
+    # Every document but the last of a block ends before a border.
+    assert said.out.count("<|endoftext|> │ ") >= 1
+    splits = Manifest.read(prepare.store / "manifest.json").splits
+    for figure in (splits["train"].num_tokens, splits["eval"].num_blocks, splits["train"].num_dropped_tokens):
+        assert f"{figure:,}" in said.out
+    assert "Tokens of a document (train)" in said.out
+    for highest, count in splits["train"].document_lengths.items():
+        assert any(
+            line.split()[0].endswith(highest) and line.split()[-1] == str(count)
+            for line in said.out.splitlines()
+            if "█" in line
+        )
+    assert "tokens a word" in said.out
+    assert "bytes a token" in said.out
+    assert "train block" not in prepare(write_job(), "--show", "0").out
+
+
+def test_fertility_counts_tokens_of_words(prepare: Prepare, write_job: WriteJob) -> None:
+    from clm_dist.prepare.show import measure_fertility
+    from clm_dist.prepare.tokens import load_tokenizer
+
+    assert prepare(write_job()).code == 0
+    tokenizer = load_tokenizer(prepare.store / "tokenizer")
+    ids = np.array([tokenizer(" the the zqzqzq")["input_ids"]])
+    found = measure_fertility(tokenizer, ids)
+    assert found.tokens_per_word == pytest.approx(ids.size / 3)
+    assert found.bytes_per_token == pytest.approx(15 / ids.size)
+    assert found.costliest[0] == ("zqzqzq", len(tokenizer(" zqzqzq")["input_ids"]), 1)
+
+
+def test_verify_names_what_is_damaged_and_prepare_mends_it(prepare: Prepare, write_job: WriteJob) -> None:
+    job = write_job()
+    prepare(job)
+    before = {path: path.read_bytes() for path in prepare.store.rglob("*") if path.is_file()}
+    said = clm_dist_verify(prepare)
+    assert (said.code, said.err) == (0, "")
+    assert "every hash and count is as its manifest says" in said.out
+    shard = prepare.store / "train" / "00000.arrow"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-40] ^= 1
+    shard.write_bytes(damaged)
+    said = clm_dist_verify(prepare)
+    assert said.code == 1
+    assert f"{shard} has sha256 " in said.err
+    assert "`clm-dist prepare` with the store's job makes it whole again" in said.err
+    said = prepare(job)
+    assert f"{shard} is not as its manifest says; preparing it again" in said.err
+    assert {path: path.read_bytes() for path in prepare.store.rglob("*") if path.is_file()} == before
+    (prepare.store / "eval" / "00000.arrow").unlink()
+    assert "00000.arrow is missing" in clm_dist_verify(prepare).err
+    assert "eval/00000.arrow is not as its manifest says; preparing it again" in prepare(job).err
+    manifest = json.loads((prepare.store / "manifest.json").read_text())
+    manifest["splits"]["train"]["num_blocks"] += 1
+    (prepare.store / "manifest.json").write_text(json.dumps(manifest))
+    said = clm_dist_verify(prepare)
+    assert "the shards of train have" in said.err
+    assert "do not add up to" in said.err
+    (prepare.store / "eval" / "bytes.npy").unlink()
+    assert "bytes.npy cannot be read" in clm_dist_verify(prepare).err
+
+
+def clm_dist_verify(prepare: Prepare) -> Said:
+    return prepare("--verify", prepare.store)
+
+
+def test_verify_of_what_is_no_store(prepare: Prepare, write_job: WriteJob, tmp_path: Path) -> None:
+    said = prepare("--verify", tmp_path)
+    assert said.code == 2
+    assert "is no store: it has no manifest.json" in said.err
+    prepare(write_job())
+    manifest = json.loads((prepare.store / "manifest.json").read_text())
+    (prepare.store / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    for said in (prepare("--verify", prepare.store), prepare(write_job())):
+        assert said.code == 2
+        assert "has format 99 of a newer version of clm-dist, this one reads" in said.err
+    # Nothing of it is lost.
+    assert (prepare.store / "train" / "00000.arrow").exists()
+    del manifest["splits"]["train"]["num_blocks"]
+    (prepare.store / "manifest.json").write_text(json.dumps(manifest))
+    assert "is no whole manifest" in prepare("--verify", prepare.store).err
+
+
+def test_prune_lists_and_removes_old_and_large_stores(prepare: Prepare, write_job: WriteJob) -> None:
+    assert prepare("--prune").code == 0
+    prepare(write_job())
+    old = prepare.store
+    os.utime(old, (time.time() - 10 * 86400,) * 2)
+    prepare(write_job(), "--set", "data.block_size=16")
+    (prepare.stores / "unfinished" / "work").mkdir(parents=True)
+    said = prepare("--prune", "--older-than", "5")
+    assert "1 of 3 stores" in said.out
+    assert said.out.count("keep") == 2
+    assert "unfinished" in said.out
+    assert old.exists()
+    assert "0 of" not in prepare("--prune", "--larger-than", "1000").out
+    # A job that asks for a store makes it young.
+    prepare(write_job())
+    assert "to remove" not in prepare("--prune", "--older-than", "5", "--yes").out
+    os.utime(old, (time.time() - 10 * 86400,) * 2)
+    said = prepare("--prune", "--older-than", "5", "--yes")
+    assert said.out.count("removed") == 1
+    assert not old.exists()
+    assert len(list(prepare.stores.glob("*/manifest.json"))) == 1
+
+
+def test_a_store_that_is_being_prepared_is_not_removed(prepare: Prepare, write_job: WriteJob) -> None:
+    from clm_dist.prepare.pipeline import lock_of
+
+    prepare(write_job())
+    with lock_of(prepare.store):
+        assert "in use" in prepare("--prune", "--yes").out
+    assert prepare.store.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ((), "give a job file, or --verify STORE, or --prune"),
+        (("JOB", "--prune"), "give a job file, or --verify STORE, or --prune"),
+        (("JOB", "--older-than", "3"), "--older-than goes with --prune"),
+        (("JOB", "--yes"), "--yes goes with --prune"),
+        (("--prune", "--show", "3"), "--show goes with a job file"),
+        (("--prune", "--tasks", "3"), "--tasks goes with a job file"),
+    ],
+)
+def test_calls_that_make_no_sense(
+    prepare: Prepare, write_job: WriteJob, arguments: tuple[str, ...], problem: str
+) -> None:
+    said = prepare(*(str(write_job()) if argument == "JOB" else argument for argument in arguments))
+    assert said.code == 2
+    assert problem in said.err
