@@ -104,7 +104,7 @@ def prepare(
         typer.Option(
             "--partition-mib", min=0.001, max=1024, help="Size of a partition; a task holds a few times that."
         ),
-    ] = 8,
+    ] = 16,
     show: Annotated[
         int | None, typer.Option("--show", min=0, help="Print figures of the tokens, and so many blocks.")
     ] = None,

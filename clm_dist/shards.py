@@ -9,6 +9,7 @@ and of those that it predicts with `data.document_mask`.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +22,8 @@ from clm_dist.errors import DataError
 from clm_dist.run_dir import whole_file, write_json, writing
 
 FORMAT_VERSION = 2
-SHARD_TOKENS = 2**26
-"""Tokens in a full shard: 128 MiB of uint16."""
+SHARD_TOKENS = 2**24
+"""Tokens in a full shard: 32 MiB of uint16."""
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids, uint16 or uint32."""
@@ -134,20 +135,27 @@ def write_shards(store: Path, split: str, blocks: Iterable[Ids], block_size: int
         blocks: arrays of shape (num_blocks, block_size), in order; where they are cut does not change the shards.
     """
     directory = store / split
-    shards = []
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as thread:
+        # While one shard is written and hashed, the next is put together; no more than these two are held.
+        waiting: list[Future[Shard]] = []
+        shards = []
         for index, ids in enumerate(_regroup(blocks, max(1, SHARD_TOKENS // block_size), dtype)):
-            path = directory / f"{index:05d}.arrow"
-            values = pa.array(ids.reshape(-1))
-            column = pa.FixedSizeListArray.from_arrays(values, block_size)
-            batch = pa.record_batch([column], names=["input_ids"])
-            # Who has mapped a shard of that name keeps the old one.
-            with whole_file(path) as part:
-                with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
-                    writer.write_batch(batch)
-                shards.append(Shard(f"{split}/{path.name}", len(ids), file_sha256(part)))
-    return shards
+            shards += [future.result() for future in waiting]
+            waiting = [thread.submit(_write_shard, store, f"{split}/{index:05d}.arrow", ids)]
+        return shards + [future.result() for future in waiting]
+
+
+def _write_shard(store: Path, name: str, ids: Ids) -> Shard:
+    """Write blocks, (num_blocks, block_size), as one shard."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), ids.shape[1])
+    batch = pa.record_batch([column], names=["input_ids"])
+    # Who has mapped a shard of that name keeps the old one.
+    with whole_file(store / name) as part:
+        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        return Shard(name, len(ids), file_sha256(part))
 
 
 class Blocks:
@@ -192,21 +200,21 @@ def _map_shard(path: Path, block_size: int) -> Ids:
 
 
 def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator[Ids]:
-    """The same rows in arrays of `rows` each, the last one shorter; each is good until the next one is asked for."""
+    """The same rows in arrays of `rows` each, the last one shorter."""
     held: Ids | None = None
     num_held = 0
     for array in arrays:
-        if held is None:
-            held = np.empty((rows, array.shape[1]), dtype)
         while len(array):
+            if held is None:
+                held = np.empty((rows, array.shape[1]), dtype)
             taken = array[: rows - num_held]
             held[num_held : num_held + len(taken)] = taken
             num_held += len(taken)
             array = array[len(taken) :]
             if num_held == rows:
                 yield held
-                num_held = 0
-    if held is not None and num_held:
+                held, num_held = None, 0
+    if held is not None:
         yield held[:num_held]
 
 

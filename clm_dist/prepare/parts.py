@@ -140,14 +140,12 @@ class Part:
             _sizes=_only_chunk(rows, "sizes"),
         )
 
-    def sizes(self, encoding: Encoding) -> pa.Array:
-        """Bytes of text of each token, (num_documents,) large_binary of uint32."""
+    def take_sizes(self, documents: pa.Array, encoding: Encoding) -> pa.Array:
+        """Bytes of text of each token of some documents, (num_documents,) large_binary of uint32."""
         if self._sizes.null_count == 0:
-            return self._sizes
-        _, offsets, data = self.ids.buffers()
-        ends = np.frombuffer(offsets, np.int64, len(self.ids) + 1) // encoding.dtype.itemsize
-        ids = np.frombuffer(data, encoding.dtype)[ends[0] : ends[-1]]
-        return _as_binary(encoding.token_bytes.take(ids).astype(np.uint32), ends - ends[0])
+            return self._sizes.take(documents)
+        ids, ends = binary_values(self.ids.take(documents), encoding.dtype)
+        return _as_binary(encoding.token_bytes.take(ids).astype(np.uint32), ends)
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
@@ -158,6 +156,14 @@ def _as_binary(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> pa.A
     """Stretches of an array as binary values: (num_values,) and where each stretch begins -> large_binary."""
     buffers = [None, pa.py_buffer(offsets * values.itemsize), pa.py_buffer(values)]
     return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
+def binary_values(values: pa.Array, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The arrays behind binary values, one after the other, and where each begins: the inverse of how they are made."""
+    _, offsets, data = values.buffers()
+    ends = np.frombuffer(offsets, np.int64, len(values) + 1, 8 * values.offset) // dtype.itemsize
+    array = np.frombuffer(data, dtype)[ends[0] : ends[-1]] if data else np.empty(0, dtype)
+    return array, ends - ends[0]
 
 
 def _hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import DataError
+from clm_dist.errors import ConfigError, DataError
 from clm_dist.job import fingerprint
 from clm_dist.prepare.documents import documents_of, held_out
 from clm_dist.prepare.files import PROBE_BYTES, Partition, read_partition
@@ -34,15 +34,16 @@ from clm_dist.prepare.gather import (
     Corpus,
     SplitDocuments,
     document_lengths,
-    gathered,
     no_records,
+    size_stream,
     split_documents,
     split_records,
+    token_stream,
 )
 from clm_dist.prepare.group import blocks_of
 from clm_dist.prepare.parts import Part, Recipe, encode_partition
 from clm_dist.prepare.sources import Source, open_source, pinned, source_identity
-from clm_dist.prepare.tasks import in_order, open_pool
+from clm_dist.prepare.tasks import ahead, in_order, open_pool
 from clm_dist.prepare.tokens import (
     Encoding,
     EngineError,
@@ -56,11 +57,11 @@ from clm_dist.prepare.tokens import (
 )
 from clm_dist.progress import Progress
 from clm_dist.run_dir import make_dir, read_json, remove_parts, whole_file, write_json, writing
-from clm_dist.shards import FORMAT_VERSION, Ids, Manifest, Split, file_sha256, write_shards
+from clm_dist.shards import FORMAT_VERSION, Ids, Manifest, Shard, Split, file_sha256, write_shards
 
 logger = logging.getLogger(__name__)
 
-PARTITION_BYTES = 8 * 2**20
+PARTITION_BYTES = 16 * 2**20
 _SAMPLE_BYTES = 1 << 16
 # With fewer partitions than that the work is done before Ray's workers have started.
 _FEW_PARTITIONS = 3
@@ -100,7 +101,7 @@ def prepare(job: JobConfig, stores: Path, progress: Progress, effort: Effort | N
                 # Input that is wrong stays wrong. What a kill or a full disk leaves stays, to go on with.
                 shutil.rmtree(store, ignore_errors=True)
                 raise
-            _damaged_shards(store, stores)
+            _remember_shards(store, stores)
         os.utime(store)
     manifest = Manifest.read(store / "manifest.json")
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
@@ -144,31 +145,46 @@ def _left_out(manifest: Manifest) -> str:
 
 
 def _damaged_shards(store: Path, stores: Path) -> list[Path]:
-    """Shards whose sha256 is not the manifest's. Those whose size and time are as when they were read are not read."""
-    path = store / "manifest.json"
-    if not path.exists():
+    """Shards whose sha256 is not the manifest's. Those that are as they were when they were written are not read."""
+    if not (store / "manifest.json").exists():
         return []
-    memory = stores / "shards.json"
-    try:
-        known = dict(read_json(memory))
-    except (OSError, ValueError, TypeError):
-        known = {}
-    manifest = Manifest.read(path)
-    damaged, seen = [], {}
-    for shard in chain.from_iterable(split.shards for split in manifest.splits.values()):
+    known = _known_shards(stores)
+    damaged = []
+    for shard in _shards_of(store):
         file = store / shard.file
         try:
-            stat = file.stat()
-        except OSError:
+            if known.get(_state_of(file)) != shard.sha256 and file_sha256(file) != shard.sha256:
+                damaged.append(file)
+        except FileNotFoundError:
             damaged.append(file)
-            continue
-        key = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
-        seen[key] = known.get(key) or file_sha256(file)
-        if seen[key] != shard.sha256:
-            damaged.append(file)
-    if not known.keys() >= seen.keys():
-        write_json(memory, known | seen)
+    if not damaged:
+        _remember_shards(store, stores)
     return damaged
+
+
+def _remember_shards(store: Path, stores: Path) -> None:
+    """Remember shards that are as the manifest says by their size and time."""
+    known = _known_shards(stores)
+    seen = {_state_of(store / shard.file): shard.sha256 for shard in _shards_of(store)}
+    if not known.keys() >= seen.keys():
+        write_json(stores / "shards.json", known | seen)
+
+
+def _known_shards(stores: Path) -> dict[str, str]:
+    try:
+        return dict(read_json(stores / "shards.json"))
+    except (ConfigError, OSError, ValueError, TypeError):
+        # Only a memory: without it the shards are read again.
+        return {}
+
+
+def _shards_of(store: Path) -> list[Shard]:
+    return [shard for split in Manifest.read(store / "manifest.json").splits.values() for shard in split.shards]
+
+
+def _state_of(file: Path) -> str:
+    stat = file.stat()
+    return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _locate_tokenizer(job: JobConfig) -> Path | None:
@@ -371,13 +387,14 @@ def _write_split(
     def blocks() -> Iterator[Ids]:
         nonlocal num_ends
         cut = partial(blocks_of, block_size=block_size, grouping=job.data.grouping)
-        ids_of_chunks = cut(gathered(corpus, split, "ids", encoding))
+        # While one chunk is written, the next is gathered.
+        ids_of_chunks = ahead(cut(token_stream(corpus, split, encoding.dtype)))
         if name == "train":
             for ids in ids_of_chunks:
                 num_ends += int(np.count_nonzero(_followed_ends(ids, encoding)))
                 yield ids
             return
-        for ids, sizes in zip(ids_of_chunks, cut(gathered(corpus, split, "sizes", encoding)), strict=True):
+        for ids, sizes in zip(ids_of_chunks, ahead(cut(size_stream(corpus, split, encoding))), strict=True):
             ends = _followed_ends(ids, encoding)
             num_ends += int(np.count_nonzero(ends))
             predicted = sizes[:, 1:].astype(np.int64)

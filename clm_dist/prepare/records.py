@@ -96,6 +96,8 @@ def _kind_at(value: Any, path: Sequence[str]) -> pa.DataType | None:
     if isinstance(value, dict) and path:
         kind = _kind_at(value.get(path[0]), path[1:])
         return None if kind is None else pa.struct([(path[0], kind)])
+    if isinstance(value, str):
+        return None if path else pa.large_string()
     return None if value is None or path else pa.array([value]).type
 
 

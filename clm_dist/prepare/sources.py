@@ -29,6 +29,7 @@ from clm_dist.prepare.files import (
 from clm_dist.run_dir import read_json, write_json
 
 _STREAMED_RECORDS = 1000
+_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -289,30 +290,41 @@ def _tag_of(url: str) -> str:
 
 
 def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> dict[str, str]:
-    """The sha256 of each file, by its absolute path."""
+    """The digest of each file, by its absolute path."""
     try:
         known = dict(read_json(remembered))
     except (ConfigError, OSError, ValueError, TypeError):
         # Only a memory: without it the files are read again.
         known = {}
 
-    def key_and_digest(file: Path) -> tuple[str, str]:
-        try:
-            stat = file.stat()
-            key = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
-            if key in known:
-                return key, known[key]
-            with file.open("rb") as opened:
-                return key, hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
-                f"{field}",
-                field=field,
-            ) from None
+    def key_of(file: Path) -> str:
+        stat = file.stat()
+        return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
 
+    found = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = list(threads.map(key_and_digest, files))
+        for file in files:
+            try:
+                key = key_of(file)
+                found.append((key, known.get(key) or _digest(file, threads)))
+            except OSError as error:
+                raise DataError(
+                    f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
+                    f"{field}",
+                    field=field,
+                ) from None
     if not known.keys() >= {key for key, _ in found}:
         write_json(remembered, known | dict(found))
     return {str(file): digest for file, (_, digest) in zip(files, found, strict=True)}
+
+
+def _digest(file: Path, threads: ThreadPoolExecutor) -> str:
+    """The sha256 of the sha256 of a file's pieces, which all cores work on."""
+
+    def of_piece(start: int) -> bytes:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return hashlib.sha256(opened.read(_PIECE_BYTES)).digest()
+
+    digests = threads.map(of_piece, range(0, max(1, file.stat().st_size), _PIECE_BYTES))
+    return hashlib.sha256(b"".join(digests)).hexdigest()

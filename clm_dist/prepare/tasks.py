@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -127,3 +128,13 @@ def in_order(pool: Pool, items: Iterable[T], begin: Callable[[T], Callable[[], R
     while waiting:
         first, result = waiting.popleft()
         yield first, result()
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        # A list, since StopIteration does not come out of a thread.
+        following = thread.submit(lambda: list(islice(items, 1)))
+        while item := following.result():
+            following = thread.submit(lambda: list(islice(items, 1)))
+            yield item[0]
