@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -200,18 +201,18 @@ def measure_encode_batch(job: Path) -> dict[str, float]:
         [documents_of(read_partition(partition, config.data), config.data).texts for partition in partitions]
     )
     engine = Gigatoken(encoding.tokenizer_json)
-    load: Any = gigatoken.Tokenizer.from_json
-    plain = load(encoding.tokenizer_json)
+    plain = gigatoken.Tokenizer.from_json(encoding.tokenizer_json)
     strings = texts.to_pylist()
     engine.encode(texts[: len(texts) // 8])
     plain.encode_batch(strings[: len(texts) // 8])
     num_bytes = sum(len(text.encode()) for text in strings)
     rates = {}
-    for name, call in {
+    calls: dict[str, Callable[[], Any]] = {
         "mb_per_s": lambda: engine.encode(texts),
         "parallel_mb_per_s": lambda: engine.encode(texts, parallel=True),
         "list_mb_per_s": lambda: plain.encode_batch(strings, parallel=True),
-    }.items():
+    }
+    for name, call in calls.items():
         start = time.perf_counter()
         call()
         rates[name] = num_bytes / 1e6 / (time.perf_counter() - start)

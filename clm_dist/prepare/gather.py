@@ -25,6 +25,8 @@ Take = Callable[[Part, pa.Array], pa.Array]
 GUIDE_RECORDS = 1000
 """The batch of `datasets.map`, whose remainders the guide drops."""
 _CHUNK_TOKENS = 1 << 22
+# More of the parts does not stay in memory from one chunk to the next.
+_MOST_MAPPED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Corpus:
             place = np.empty_like(grouped)
             place[grouped] = np.arange(len(grouped))
             values = values.take(pa.array(place))
+        if sum(part.num_mapped_bytes for part in self.parts) > _MOST_MAPPED_BYTES:
+            for number in present.tolist():
+                self.parts[number].release()
         return binary_values(values, dtype)[0]
 
 

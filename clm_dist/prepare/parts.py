@@ -10,8 +10,9 @@ The metadata of the first says how many texts and bytes there were, and which en
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,17 @@ class Part:
     """A `Skip` for each record, (num_records,)."""
     held_out: npt.NDArray[np.bool_]
     """Whether the hash split holds a record out, (num_records,)."""
-    _sizes: pa.Array = field(repr=False)
+    _sizes: pa.Array
+    _mapped: mmap
 
     @classmethod
     def open(cls, path: Path) -> "Part | None":
         """None where the file is not whole: the power may have gone while it was written."""
         try:
-            with pa.memory_map(str(path)) as file:
-                rows, records = (pa.ipc.open_stream(file).read_all() for _ in range(2))
+            with path.open("rb") as file:
+                mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
+            reader = pa.BufferReader(mapped)
+            rows, records = (pa.ipc.open_stream(reader).read_all() for _ in range(2))
             stats = PartStats(**json.loads(rows.schema.metadata[_STATS]))
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
             return None
@@ -138,7 +142,16 @@ class Part:
             skipped=_only_chunk(records, "skipped").to_numpy(),
             held_out=_only_chunk(records, "held_out").to_numpy(zero_copy_only=False),
             _sizes=_only_chunk(rows, "sizes"),
+            _mapped=mapped,
         )
+
+    @property
+    def num_mapped_bytes(self) -> int:
+        return len(self._mapped)
+
+    def release(self) -> None:
+        """Let go of the memory that reading the file took; what is read again is mapped again."""
+        self._mapped.madvise(MADV_DONTNEED)
 
     def take_sizes(self, documents: pa.Array, encoding: Encoding) -> pa.Array:
         """Bytes of text of each token of some documents, (num_documents,) large_binary of uint32."""
