@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ from clm_dist.errors import DataError
 from clm_dist.run_dir import whole_file, write_json, writing
 
 FORMAT_VERSION = 2
+EVAL_BYTES = "eval/bytes.npy"
+"""File with the bytes of text that each eval block stands for."""
 SHARD_TOKENS = 2**24
 """Tokens in a full shard: 32 MiB of uint16."""
 
@@ -85,7 +87,14 @@ class Manifest:
     """The tokenizer engine that ran."""
     tokenizer_fingerprint: str
     splits: dict[str, Split]
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 of every other file of the store."""
     format_version: int = FORMAT_VERSION
+
+    def sha256_of_files(self) -> dict[str, str]:
+        """What each file of the store must be, by its name in it."""
+        shards = (shard for split in self.splits.values() for shard in split.shards)
+        return {shard.file: shard.sha256 for shard in shards} | self.files
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

@@ -122,7 +122,7 @@ def test_verify_names_what_is_damaged_and_prepare_mends_it(prepare: Prepare, wri
     assert "the shards of train have" in said.err
     assert "do not add up to" in said.err
     (prepare.store / "eval" / "bytes.npy").unlink()
-    assert "bytes.npy cannot be read" in clm_dist_verify(prepare).err
+    assert "bytes.npy is missing" in clm_dist_verify(prepare).err
 
 
 def clm_dist_verify(prepare: Prepare) -> Said:

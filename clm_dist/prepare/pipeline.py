@@ -57,7 +57,7 @@ from clm_dist.prepare.tokens import (
 )
 from clm_dist.progress import Progress
 from clm_dist.run_dir import make_dir, read_json, remove_parts, whole_file, write_json, writing
-from clm_dist.shards import FORMAT_VERSION, Ids, Manifest, Shard, Split, file_sha256, write_shards
+from clm_dist.shards import EVAL_BYTES, FORMAT_VERSION, Ids, Manifest, Split, file_sha256, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +91,21 @@ def prepare(job: JobConfig, stores: Path, progress: Progress, effort: Effort | N
     identity = _identity(job, tokenizer, stores)
     store = stores / fingerprint(identity)
     with writing(store), _only_preparation(store, progress):
-        damaged = _damaged_shards(store, stores)
-        for shard in damaged:
-            progress.note(f"{shard} is not as its manifest says; preparing it again")
-        if damaged or not (store / "manifest.json").exists():
+        is_there = (store / "manifest.json").exists()
+        damaged = _damaged_files(store, stores) if is_there else []
+        for file in damaged:
+            progress.note(f"{file} is not as its manifest says; preparing it again")
+        if damaged or not is_there:
             try:
                 _build(job, tokenizer, identity, store, progress, effort or Effort())
             except DataError:
                 # Input that is wrong stays wrong. What a kill or a full disk leaves stays, to go on with.
-                shutil.rmtree(store, ignore_errors=True)
+                if not is_there:
+                    shutil.rmtree(store, ignore_errors=True)
                 raise
-            _remember_shards(store, stores)
+            _remember_files(store, stores)
+        # By a process that was killed when all was done.
+        shutil.rmtree(store / "work", ignore_errors=True)
         os.utime(store)
     manifest = Manifest.read(store / "manifest.json")
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
@@ -144,42 +148,40 @@ def _left_out(manifest: Manifest) -> str:
     return ", ".join(said)
 
 
-def _damaged_shards(store: Path, stores: Path) -> list[Path]:
-    """Shards whose sha256 is not the manifest's. Those that are as they were when they were written are not read."""
-    if not (store / "manifest.json").exists():
-        return []
-    known = _known_shards(stores)
+def _damaged_files(store: Path, stores: Path) -> list[Path]:
+    """Files whose sha256 is not the manifest's. Those that are as they were when they were written are not read."""
+    known = _known_files(stores)
     damaged = []
-    for shard in _shards_of(store):
-        file = store / shard.file
+    for file, sha256 in _files_of(store).items():
         try:
-            if known.get(_state_of(file)) != shard.sha256 and file_sha256(file) != shard.sha256:
+            if known.get(_state_of(file)) != sha256 and file_sha256(file) != sha256:
                 damaged.append(file)
         except FileNotFoundError:
             damaged.append(file)
     if not damaged:
-        _remember_shards(store, stores)
+        _remember_files(store, stores)
     return damaged
 
 
-def _remember_shards(store: Path, stores: Path) -> None:
-    """Remember shards that are as the manifest says by their size and time."""
-    known = _known_shards(stores)
-    seen = {_state_of(store / shard.file): shard.sha256 for shard in _shards_of(store)}
+def _remember_files(store: Path, stores: Path) -> None:
+    """Remember files that are as the manifest says by their size and time."""
+    known = _known_files(stores)
+    seen = {_state_of(file): sha256 for file, sha256 in _files_of(store).items()}
     if not known.keys() >= seen.keys():
-        write_json(stores / "shards.json", known | seen)
+        write_json(stores / "files.json", known | seen)
 
 
-def _known_shards(stores: Path) -> dict[str, str]:
+def _known_files(stores: Path) -> dict[str, str]:
     try:
-        return dict(read_json(stores / "shards.json"))
+        return dict(read_json(stores / "files.json"))
     except (ConfigError, OSError, ValueError, TypeError):
-        # Only a memory: without it the shards are read again.
+        # Only a memory: without it the files are read again.
         return {}
 
 
-def _shards_of(store: Path) -> list[Shard]:
-    return [shard for split in Manifest.read(store / "manifest.json").splits.values() for shard in split.shards]
+def _files_of(store: Path) -> dict[Path, str]:
+    files = Manifest.read(store / "manifest.json").sha256_of_files()
+    return {store / name: sha256 for name, sha256 in files.items()}
 
 
 def _state_of(file: Path) -> str:
@@ -244,6 +246,7 @@ def _build(
         splits[name] = _write_split(job, store, name, len(records[name]), corpus, documents, encoding)
     with writing(store):
         loaded.save_pretrained(store / "tokenizer")
+        others = [store / EVAL_BYTES, *sorted((store / "tokenizer").iterdir())]
         Manifest(
             fingerprint=store.name,
             origin=source.where,
@@ -253,8 +256,8 @@ def _build(
             engine=" and ".join(sorted({part.stats.engine for part in parts})),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             splits=splits,
+            files={str(file.relative_to(store)): file_sha256(file) for file in others},
         ).write(store / "manifest.json")
-        shutil.rmtree(work)
 
 
 def _no_text(job: JobConfig, num_records: int, where: str) -> DataError:
@@ -411,7 +414,7 @@ def _write_split(
         )
     if name == "eval":
         with writing(store):
-            np.save(store / "eval" / "bytes.npy", np.concatenate(block_bytes))
+            np.save(store / EVAL_BYTES, np.concatenate(block_bytes))
     return Split(
         num_records=num_records,
         num_skipped=split.num_skipped,

@@ -11,7 +11,7 @@ from filelock import Timeout
 
 from clm_dist.errors import DataError
 from clm_dist.prepare.pipeline import lock_of
-from clm_dist.shards import Blocks, Manifest, file_sha256
+from clm_dist.shards import EVAL_BYTES, Blocks, Manifest, file_sha256
 
 _DAY_S = 24 * 3600
 
@@ -39,29 +39,28 @@ def verify_store(store: Path) -> Iterator[str]:
     if not path.is_file():
         raise DataError(f"{store} is no store: it has no manifest.json; `clm-dist prepare JOB` prints a job's store")
     manifest = Manifest.read(path)
+    damaged = set()
+    for name, sha256 in manifest.sha256_of_files().items():
+        file = store / name
+        problem = "is missing" if not file.is_file() else None
+        if problem is None and (found := file_sha256(file)) != sha256:
+            problem = f"has sha256 {found[:16]}..., its manifest says {sha256[:16]}..."
+        if problem:
+            damaged.add(name)
+            yield f"{file} {problem}"
     for name, split in manifest.splits.items():
-        damaged = False
-        for shard in split.shards:
-            file = store / shard.file
-            problem = "is missing" if not file.is_file() else None
-            if problem is None and (found := file_sha256(file)) != shard.sha256:
-                problem = f"has sha256 {found[:16]}..., its manifest says {shard.sha256[:16]}..."
-            if problem:
-                damaged = True
-                yield f"{file} {problem}"
         counted = sum(shard.num_blocks for shard in split.shards)
         if counted != split.num_blocks:
             yield f"the shards of {name} have {counted:,} blocks, the split {split.num_blocks:,}"
         if split.num_tokens != split.num_blocks * manifest.block_size + split.num_dropped_tokens:
             yield f"{name} has {split.num_tokens:,} tokens, which its blocks and what was dropped do not add up to"
-        if not damaged and len(Blocks(store, name)) != split.num_blocks:
-            yield f"{name} holds {len(Blocks(store, name)):,} blocks, its manifest says {split.num_blocks:,}"
-    num_eval = manifest.splits["eval"].num_blocks
-    try:
-        if np.load(store / "eval" / "bytes.npy").shape != (num_eval, 2):
-            yield f"{store / 'eval' / 'bytes.npy'} does not have a row for each of {num_eval:,} blocks"
-    except (OSError, ValueError) as error:
-        yield f"{store / 'eval' / 'bytes.npy'} cannot be read: {error}"
+        if damaged.isdisjoint(shard.file for shard in split.shards):
+            try:
+                Blocks(store, name)
+            except DataError as error:
+                yield str(error)
+    if EVAL_BYTES not in damaged and len(np.load(store / EVAL_BYTES)) != manifest.splits["eval"].num_blocks:
+        yield f"{store / EVAL_BYTES} does not have a row for each block"
 
 
 def list_stores(stores: Path) -> list[StoredBlocks]:

@@ -18,7 +18,7 @@ from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
-from clm_dist.shards import Blocks, Manifest
+from clm_dist.shards import EVAL_BYTES, Blocks, Manifest
 from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
 from clm_dist.train.model import autocast, next_token_loss
 
@@ -40,7 +40,7 @@ class EvalSplit:
     def of_store(cls, store: Path, micro_size: int, document_end: int | None = None) -> "EvalSplit":
         masked = document_end is not None
         num_tokens = num_eval_tokens(Manifest.read(store / "manifest.json"), document_mask=masked)
-        block_bytes = np.load(store / "eval" / "bytes.npy", mmap_mode="r")[:, int(masked)]
+        block_bytes = np.load(store / EVAL_BYTES, mmap_mode="r")[:, int(masked)]
         return cls(Blocks(store, "eval"), micro_size, block_bytes, num_tokens, document_end)
 
     @property
