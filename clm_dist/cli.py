@@ -18,6 +18,7 @@ from clm_dist.config import ModelConfig, TokenizerConfig
 from clm_dist.errors import ClmDistError, ConfigError
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
 from clm_dist.progress import err, open_progress, out
+from clm_dist.remote import open_stores
 from clm_dist.run_dir import RunDir, local_dir, local_path
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ Stores = Annotated[
     typer.Option(
         "--store",
         envvar="CLM_DIST_STORE",
-        help="Directory of the prepared blocks; every node must see it.",
+        help="Directory of the prepared blocks, which every node sees, or a URL (s3://, gs://).",
         show_default="the user's cache directory",
     ),
 ]
@@ -134,15 +135,16 @@ def prepare(
         _verify(verify)
         return
     if prune:
-        _prune(local_dir(stores, "--store"), older_than, larger_than, remove=yes)
+        _prune(open_stores(stores, DEFAULT_STORES)[0], older_than, larger_than, remove=yes)
         return
     from clm_dist.prepare.pipeline import Effort, prepare
 
     assert job_file is not None
     job = load_job(job_file, overrides or ())
     effort = Effort(tasks, int(partition_mib * 2**20))
+    directory, url = open_stores(stores, DEFAULT_STORES)
     with _located(job), open_progress(err) as progress:
-        store = prepare(job.config, local_dir(stores, "--store"), progress, effort)
+        store = prepare(job.config, directory, progress, effort, url)
     if show is not None:
         from clm_dist.prepare.show import show_store
 
@@ -165,6 +167,8 @@ def _verify(store: Path) -> None:
 def _prune(stores: Path, older_than: float, larger_than: float, *, remove: bool) -> None:
     from clm_dist.prepare.stores import list_stores, remove_store
 
+    if remove and not (older_than or larger_than):
+        raise ConfigError("--prune --yes would remove every store; say which, with --older-than or --larger-than")
     found = list_stores(stores)
     table = Table("store", "from", "blocks", "MB", "days ago", "")
     chosen = [store for store in found if store.age_days >= older_than and store.num_bytes >= larger_than * 1e6]
@@ -172,9 +176,13 @@ def _prune(stores: Path, older_than: float, larger_than: float, *, remove: bool)
         verdict = "keep"
         if store in chosen:
             verdict = "to remove" if not remove else "removed" if remove_store(store.path) else "in use"
-        blocks = f"{store.num_blocks:,}" if store.num_blocks else "unfinished"
         table.add_row(
-            store.path.name, store.origin, blocks, f"{store.num_bytes / 1e6:,.1f}", f"{store.age_days:.1f}", verdict
+            store.path.name,
+            store.origin,
+            f"{store.num_blocks:,}",
+            f"{store.num_bytes / 1e6:,.1f}",
+            f"{store.age_days:.1f}",
+            verdict,
         )
     out.print(table)
     if chosen and not remove:
@@ -228,7 +236,8 @@ def evaluate(
         load_config(config)
         # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there already.
         tokens = config if "tokenizer" in update else job.config
-        store = prepare(tokens, local_dir(stores, "--store"), progress)
+        directory, url = open_stores(stores, DEFAULT_STORES)
+        store = prepare(tokens, directory, progress, url=url)
         evaluation = evaluate_model(path, config, store, progress)
     figures = evaluation.as_dict()
     if as_json:
@@ -348,11 +357,11 @@ def _run(
     from clm_dist.run import run_job
 
     job = load_job(job_file, overrides or ())
-    runs_dir, stores_dir = local_dir(runs, "--runs"), local_dir(stores, "--store")
+    runs_dir, (stores_dir, url) = local_dir(runs, "--runs"), open_stores(stores, DEFAULT_STORES)
     try:
         with _located(job):
             result = run_job(
-                job.config, runs_dir, stores_dir, resume=resume, overwrite=overwrite, only_train=only_train
+                job.config, runs_dir, stores_dir, url, resume=resume, overwrite=overwrite, only_train=only_train
             )
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on from the last checkpoint", style="red")

@@ -33,6 +33,13 @@ class DataError(ConfigError):
     """The data that the job names is wrong: a broken file, a missing field, too little text."""
 
 
+class ReadError(ConfigError):
+    """The data cannot be read, by a fault of the disk, the network or a server, or because a file is cut short.
+
+    Unlike a DataError it may be gone the next time, so what is done so far is kept.
+    """
+
+
 class CheckpointError(ClmDistError):
     """A checkpoint cannot be written, or cannot be resumed from."""
 

@@ -18,11 +18,19 @@ _SAMPLE_BYTES = 2 * 2**30
 
 
 def run_job(
-    config: JobConfig, runs: Path, stores: Path, *, resume: bool, overwrite: bool, only_train: bool
+    config: JobConfig,
+    runs: Path,
+    stores: Path,
+    url: str | None = None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    only_train: bool,
 ) -> dict[str, Any]:
     """Prepare, train, report, and push if the job says so; gives the run's result.
 
     Args:
+        url: where the stores are kept, if not in a directory that every node sees; each node fetches what it needs.
         only_train: take blocks that are prepared already, and show no sample.
 
     Raises:
@@ -45,18 +53,25 @@ def run_job(
                 hub.check_access(config)
             check_model(config)
             driver.check_trackers(config)
-            store = pipeline.find_store(config, stores)
+            store = pipeline.find_store(config, stores, url)
             if store is None and only_train:
                 raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")
             with driver.start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
-                store = pipeline.prepare(config, stores, progress)
+                store = pipeline.prepare(config, stores, progress, url=url)
 
                 def push_epoch(path: Path, step: int) -> None:
                     pushing.submit(_push_epoch, config, directory, store, path, step, progress)
 
                 result = driver.train(
-                    config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
+                    config,
+                    directory,
+                    store,
+                    cluster,
+                    progress,
+                    store_url=url and f"{url}/{store.name}",
+                    overwrite=overwrite,
+                    on_export=push_epoch,
                 )
     if result["status"] == "done":
         _conclude(config, directory, result, sample=not done and not only_train)

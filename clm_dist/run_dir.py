@@ -132,7 +132,7 @@ def _is_full(path: Path) -> bool:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write what becomes the file at `path` once it is whole; of what fails nothing is left."""
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART_SUFFIX}")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
     with writing(path):
         try:
             yield part

@@ -97,7 +97,15 @@ class Manifest:
         return {shard.file: shard.sha256 for shard in shards} | self.files
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        values = asdict(self)
+        write_json(path, values | {"sha256": _sha256_of(values)})
+
+    @staticmethod
+    def is_as_written(path: Path) -> bool:
+        """Whether nothing in a manifest was changed since it was written."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        sha256 = values.pop("sha256", None)
+        return bool(sha256 == _sha256_of(values))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -118,6 +126,7 @@ class Manifest:
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
                 for name, split in values.pop("splits").items()
             }
+            values.pop("sha256", None)
             return cls(splits=splits, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no whole manifest ({error}); remove {path.parent} to prepare again") from None
@@ -225,6 +234,10 @@ def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator
                 held, num_held = None, 0
     if held is not None:
         yield held[:num_held]
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import shutil
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,24 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores:
 def run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     """A copy of a run that is done."""
     return RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "runs" / "tiny")))
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 server with the bucket `texts`; what writes into it."""
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem()
+    # Its memory is the process's.
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST"))
+    files.mkdir("texts")
+    yield files
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors"},
     {"config", "progress"},
-    {"job", "run_dir", "metrics", "shards"},
+    {"job", "run_dir", "metrics", "shards", "remote"},
     {"prepare", "train", "report", "hub", "generate", "perplexity"},
     {"run"},
     {"cli"},

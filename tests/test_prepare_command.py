@@ -115,14 +115,21 @@ def test_verify_names_what_is_damaged_and_prepare_mends_it(prepare: Prepare, wri
     (prepare.store / "eval" / "00000.arrow").unlink()
     assert "00000.arrow is missing" in clm_dist_verify(prepare).err
     assert "eval/00000.arrow is not as its manifest says; preparing it again" in prepare(job).err
-    manifest = json.loads((prepare.store / "manifest.json").read_text())
-    manifest["splits"]["train"]["num_blocks"] += 1
-    (prepare.store / "manifest.json").write_text(json.dumps(manifest))
+    (prepare.store / "eval" / "bytes.npy").unlink()
+    (prepare.store / "tokenizer" / "tokenizer.json").write_text("{}")
     said = clm_dist_verify(prepare)
+    assert "bytes.npy is missing" in said.err
+    assert "tokenizer.json has sha256 " in said.err
+    prepare(job)
+    assert {path: path.read_bytes() for path in prepare.store.rglob("*") if path.is_file()} == before
+    for field in ("num_blocks", "num_records", "num_document_ends"):
+        manifest = json.loads((prepare.store / "manifest.json").read_text())
+        manifest["splits"]["train"][field] += 1
+        (prepare.store / "manifest.json").write_text(json.dumps(manifest))
+        said = clm_dist_verify(prepare)
+        assert "manifest.json was changed since it was written" in said.err
     assert "the shards of train have" in said.err
     assert "do not add up to" in said.err
-    (prepare.store / "eval" / "bytes.npy").unlink()
-    assert "bytes.npy is missing" in clm_dist_verify(prepare).err
 
 
 def clm_dist_verify(prepare: Prepare) -> Said:
@@ -152,7 +159,14 @@ def test_prune_lists_and_removes_old_and_large_stores(prepare: Prepare, write_jo
     old = prepare.store
     os.utime(old, (time.time() - 10 * 86400,) * 2)
     prepare(write_job(), "--set", "data.block_size=16")
-    (prepare.stores / "unfinished" / "work").mkdir(parents=True)
+    unfinished = prepare.stores / "0123456789abcdef" / "work"
+    unfinished.mkdir(parents=True)
+    (unfinished / "1-000000.part.arrow").write_bytes(b"")
+    others = [prepare.stores / "project" / "work" / "thesis.tex", prepare.stores / "extension" / "manifest.json"]
+    newer = prepare.stores / "fedcba9876543210" / "manifest.json"
+    for other in (*others, newer):
+        other.parent.mkdir(parents=True)
+        other.write_text('{"format_version": 99}')
     said = prepare("--prune", "--older-than", "5")
     assert "1 of 3 stores" in said.out
     assert said.out.count("keep") == 2
@@ -166,15 +180,21 @@ def test_prune_lists_and_removes_old_and_large_stores(prepare: Prepare, write_jo
     said = prepare("--prune", "--older-than", "5", "--yes")
     assert said.out.count("removed") == 1
     assert not old.exists()
-    assert len(list(prepare.stores.glob("*/manifest.json"))) == 1
+    said = prepare("--prune", "--yes")
+    assert said.code == 2
+    assert "would remove every store; say which, with --older-than or --larger-than" in said.err
+    assert prepare("--prune", "--yes", "--larger-than", "0.000001").code == 0
+    # What is no store, and what a newer version made, is not ours to remove.
+    assert all(other.exists() for other in (*others, newer))
+    assert len(list(prepare.stores.glob("*/manifest.json"))) == 2
 
 
 def test_a_store_that_is_being_prepared_is_not_removed(prepare: Prepare, write_job: WriteJob) -> None:
-    from clm_dist.prepare.pipeline import lock_of
+    from clm_dist.remote import store_lock
 
     prepare(write_job())
-    with lock_of(prepare.store):
-        assert "in use" in prepare("--prune", "--yes").out
+    with store_lock(prepare.store):
+        assert "in use" in prepare("--prune", "--yes", "--larger-than", "0.000001").out
     assert prepare.store.exists()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from clm_dist.config import DataConfig
-from clm_dist.errors import DataError
+from clm_dist.errors import DataError, first_line
 
 _LISTS = (
     pa.types.is_list,
@@ -65,7 +65,13 @@ def select_fields(table: pa.Table, data: DataConfig, where: str) -> pa.Table:
     """The columns that the job reads, with lists and texts in one type each. Raises DataError, see `check_fields`."""
     table = table.select(check_fields(table.schema, data, where))
     schema = pa.schema([field.with_type(_plain(field.type)) for field in table.schema])
-    return table if schema == table.schema else table.cast(schema)
+    try:
+        return table if schema == table.schema else table.cast(schema)
+    except pa.ArrowInvalid as error:
+        # Lists of a fixed size of which some are null.
+        raise DataError(
+            f"{where}: {first_line(error)}; write the column as a list of any size", field="data.text"
+        ) from None
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -21,7 +21,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from clm_dist.config import DataConfig
-from clm_dist.errors import ClmDistError, ConfigError, DataError, first_line
+from clm_dist.errors import ClmDistError, ConfigError, DataError, ReadError, first_line
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.records import Lines, broken_record, first_line_not_utf8, not_utf8, text_schema
 
@@ -47,8 +47,8 @@ _MAX_JSON_BLOCK = 2**31 - 1
 _READ_AHEAD = 1 << 16
 PROBE_BYTES = 1 << 20
 """Size of partitions that are read to see what a source is like."""
-# A larger record of a CSV file is refused; smaller partitions are not worth a block of their own.
-_MIN_CSV_BLOCK = 1 << 20
+# pyarrow refuses a record of a CSV file that is larger.
+_CSV_BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema
             case "parquet":
                 yield from _parquet_partitions(file, data, size)
             case "csv":
-                yield from table_partitions(_csv_batches(file, data, size), file.name, size)
+                yield from table_partitions(_csv_batches(file, data), file.name, size)
             case "arrow":
                 yield from table_partitions(_arrow_batches(file, data), file.name, size)
 
@@ -280,8 +280,10 @@ class reading:  # noqa: N801  # a context manager reads as a verb
         of_storage = is_url(self.file.name) and isinstance(error, Exception) and not isinstance(error, ClmDistError)
         if of_storage or isinstance(error, (pa.ArrowException, OSError, EOFError)):
             assert error is not None
-            raise DataError(
-                f"{self.file.name}: cannot be read: {first_line(error)}; mend the file or take it out of data.path",
+            passing = of_storage or isinstance(error, (OSError, EOFError))
+            raise (ReadError if passing else DataError)(
+                f"{self.file.name}: cannot be read: {first_line(error)}; mend the file or take it out of data.path"
+                f"{', or run the same command again' if passing else ''}",
                 field="data.path",
             ) from None
 
@@ -451,12 +453,13 @@ def _parquet_partitions(file: DataFile, data: DataConfig, size: int) -> Iterator
 def _bytes_of(row_group: Any, columns: list[str]) -> int:
     """Uncompressed bytes of some columns of a row group."""
     described = (row_group.column(i) for i in range(row_group.num_columns))
-    return sum(c.total_uncompressed_size for c in described if c.path_in_schema.split(".")[0] in columns) or 1
+    prefixes = tuple(f"{column}." for column in columns)
+    return sum(c.total_uncompressed_size for c in described if f"{c.path_in_schema}.".startswith(prefixes)) or 1
 
 
-def _csv_batches(file: DataFile, data: DataConfig, size: int) -> Iterator[pa.Table]:
+def _csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
     parse = pa.csv.ParseOptions(delimiter="\t" if ".tsv" in file.suffixes else ",", newlines_in_values=True)
-    read = pa.csv.ReadOptions(block_size=max(size, _MIN_CSV_BLOCK))
+    read = pa.csv.ReadOptions(block_size=_CSV_BLOCK)
     try:
         with file.stream() as stream, pa.csv.open_csv(stream, read, parse) as opened:
             names = opened.schema.names

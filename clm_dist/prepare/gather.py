@@ -13,7 +13,7 @@ import pyarrow.compute
 from clm_dist.config import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.documents import Skip
-from clm_dist.prepare.parts import Part, binary_values
+from clm_dist.prepare.parts import Part, binary_values, release_parts
 from clm_dist.prepare.sources import Slice
 from clm_dist.prepare.tokens import Encoding
 from clm_dist.shards import Ids
@@ -26,7 +26,7 @@ GUIDE_RECORDS = 1000
 """The batch of `datasets.map`, whose remainders the guide drops."""
 _CHUNK_TOKENS = 1 << 22
 # More of the parts does not stay in memory from one chunk to the next.
-_MOST_MAPPED_BYTES = 1 << 28
+_MOST_MAPPED_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Corpus:
     """Where the documents of each part end, (num_parts,)."""
     first_document: Rows
     """(num_records + 1,)"""
-    num_tokens: Rows
+    num_tokens: npt.NDArray[np.int32]
     """(num_documents,)"""
-    num_bytes: Rows
+    num_bytes: npt.NDArray[np.int32]
     """Bytes of text, (num_documents,)"""
     hashes: npt.NDArray[np.uint64]
     """(num_documents,)"""
@@ -50,14 +50,13 @@ class Corpus:
     """(num_records,)"""
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Part], dtype: np.dtype[Any]) -> "Corpus":
-        counts = [np.bincount(part.records, minlength=len(part.skipped)) for part in parts]
-        lengths = [pa.compute.binary_length(part.ids).to_numpy() for part in parts]
+    def of_parts(cls, parts: Sequence[Part]) -> "Corpus":
+        counts = np.concatenate([part.num_documents for part in parts])
         return cls(
             parts=parts,
-            part_ends=np.cumsum([len(part.ids) for part in parts]),
-            first_document=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
-            num_tokens=np.concatenate(lengths) // dtype.itemsize,
+            part_ends=np.cumsum([len(part.hashes) for part in parts]),
+            first_document=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+            num_tokens=np.concatenate([part.num_tokens for part in parts]),
             num_bytes=np.concatenate([part.num_bytes for part in parts]),
             hashes=np.concatenate([part.hashes for part in parts]),
             skipped=np.concatenate([part.skipped for part in parts]),
@@ -84,7 +83,7 @@ class Corpus:
         taken = []
         for number, of_part in zip(present.tolist(), np.split(grouped, starts[1:]), strict=True):
             part = self.parts[number]
-            first = self.part_ends[number] - len(part.ids)
+            first = self.part_ends[number] - len(part.hashes)
             taken.append(take(part, pa.array(documents[of_part] - first)))
         values = pa.concat_arrays(taken)
         if len(taken) > 1:
@@ -92,9 +91,8 @@ class Corpus:
             place = np.empty_like(grouped)
             place[grouped] = np.arange(len(grouped))
             values = values.take(pa.array(place))
-        if sum(part.num_mapped_bytes for part in self.parts) > _MOST_MAPPED_BYTES:
-            for number in present.tolist():
-                self.parts[number].release()
+        if int(self.num_tokens.sum(dtype=np.int64)) > _MOST_MAPPED_TOKENS:
+            release_parts()
         return binary_values(values, dtype)[0]
 
 
@@ -179,7 +177,7 @@ def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: 
     if data.grouping == "guide":
         cuts = ends[GUIDE_RECORDS - 1 :: GUIDE_RECORDS]
     else:
-        tokens = np.cumsum(corpus.num_tokens[documents[kept]])
+        tokens = np.cumsum(corpus.num_tokens[documents[kept]], dtype=np.int64)
         total = int(tokens[-1]) if len(tokens) else 0
         cuts = np.searchsorted(tokens, np.arange(_CHUNK_TOKENS, total, _CHUNK_TOKENS))
     chunks = np.split(documents[kept], cuts)
@@ -189,7 +187,7 @@ def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: 
 def token_stream(corpus: Corpus, split: SplitDocuments, dtype: np.dtype[Any]) -> Iterator[Ids]:
     """The ids of each chunk of a split."""
     for chunk in split.chunks:
-        yield corpus.gather(chunk, lambda part, documents: part.ids.take(documents), dtype)
+        yield corpus.gather(chunk, lambda part, documents: part.take_ids(documents), dtype)
 
 
 def size_stream(corpus: Corpus, split: SplitDocuments, encoding: Encoding) -> Iterator[npt.NDArray[np.uint32]]:

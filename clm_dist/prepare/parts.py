@@ -1,6 +1,6 @@
 """A partition's part of the work: its documents' ids, in a file that the splits are gathered from.
 
-A part is two Arrow IPC streams, one after the other, which are mapped with no copy:
+A part is two Arrow IPC streams, one after the other, which are mapped with no copy, and 8 bytes of xxh3 of them:
 
     documents   ids: large_binary (the ids' bytes), hash: uint64, record: int64, num_bytes: int64 (of the text),
                 sizes: large_binary (bytes of text of each id, uint32), null where the vocabulary's table says them
@@ -11,8 +11,8 @@ The metadata of the first says how many texts and bytes there were, and which en
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
-from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from clm_dist.prepare.tokens import Encoding, build_engine, check_engine, comple
 # Each partition holds the fast engine against the reference on a thousandth of its text.
 _CHECKED_SHARE = 1 / 1000
 _STATS = b"clm_dist"
+_DIGEST_BYTES = 8
+PART_NAME = ".part.arrow"
+"""What the names of parts end with."""
 
 
 @dataclass(frozen=True)
@@ -99,66 +102,87 @@ def encode_partition(partition: Partition, recipe: Recipe, most_records: int | N
     for batch in (rows, records):
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
-    return sink.getvalue()
+    content = sink.getvalue()
+    return pa.py_buffer(b"".join([content, xxhash.xxh3_64_digest(content)]))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part's file, mapped."""
+    """A part's file, and what of it is small enough to stay in memory."""
 
+    path: Path
     stats: PartStats
-    ids: pa.Array
-    """(num_documents,) large_binary; each is a document's ids as bytes."""
     hashes: npt.NDArray[np.uint64]
     """(num_documents,); equal for documents that are equal to the letter."""
-    records: npt.NDArray[np.int64]
-    """The record of each document, counted within the part, (num_documents,)."""
-    num_bytes: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int32]
+    """(num_documents,)"""
+    num_bytes: npt.NDArray[np.int32]
     """Of text, (num_documents,)."""
+    num_documents: npt.NDArray[np.int32]
+    """Of each record, (num_records,)."""
     skipped: npt.NDArray[np.uint8]
     """A `Skip` for each record, (num_records,)."""
     held_out: npt.NDArray[np.bool_]
     """Whether the hash split holds a record out, (num_records,)."""
-    _sizes: pa.Array
-    _mapped: mmap
 
     @classmethod
-    def open(cls, path: Path) -> "Part | None":
-        """None where the file is not whole: the power may have gone while it was written."""
+    def open(cls, path: Path, dtype: np.dtype[Any]) -> "Part | None":
+        """None where the file is not there or not as it was written: the power may have gone meanwhile.
+
+        Args:
+            dtype: of the ids.
+        """
         try:
-            with path.open("rb") as file:
-                mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
-            reader = pa.BufferReader(mapped)
-            rows, records = (pa.ipc.open_stream(reader).read_all() for _ in range(2))
-            stats = PartStats(**json.loads(rows.schema.metadata[_STATS]))
-        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+            content = pa.memory_map(str(path)).read_buffer()
+            if xxhash.xxh3_64_digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:].to_pybytes():
+                return None
+        except (pa.ArrowException, OSError):
             return None
+        rows, records = _tables_of(content)
+        skipped = _only_chunk(records, "skipped").to_numpy().copy()
         return cls(
-            stats=stats,
-            ids=_only_chunk(rows, "ids"),
-            hashes=_only_chunk(rows, "hash").to_numpy(),
-            records=_only_chunk(rows, "record").to_numpy(),
-            num_bytes=_only_chunk(rows, "num_bytes").to_numpy(),
-            skipped=_only_chunk(records, "skipped").to_numpy(),
+            path=path,
+            stats=PartStats(**json.loads(rows.schema.metadata[_STATS])),
+            hashes=_only_chunk(rows, "hash").to_numpy().copy(),
+            num_tokens=(pa.compute.binary_length(_only_chunk(rows, "ids")).to_numpy() // dtype.itemsize).astype(
+                np.int32
+            ),
+            num_bytes=_only_chunk(rows, "num_bytes").to_numpy().astype(np.int32),
+            num_documents=np.bincount(_only_chunk(rows, "record").to_numpy(), minlength=len(skipped)).astype(np.int32),
+            skipped=skipped,
             held_out=_only_chunk(records, "held_out").to_numpy(zero_copy_only=False),
-            _sizes=_only_chunk(rows, "sizes"),
-            _mapped=mapped,
         )
 
-    @property
-    def num_mapped_bytes(self) -> int:
-        return len(self._mapped)
-
-    def release(self) -> None:
-        """Let go of the memory that reading the file took; what is read again is mapped again."""
-        self._mapped.madvise(MADV_DONTNEED)
+    def take_ids(self, documents: pa.Array) -> pa.Array:
+        """The ids of some documents, (num_documents,) large_binary."""
+        return _mapped_columns(self.path)[0].take(documents)
 
     def take_sizes(self, documents: pa.Array, encoding: Encoding) -> pa.Array:
         """Bytes of text of each token of some documents, (num_documents,) large_binary of uint32."""
-        if self._sizes.null_count == 0:
-            return self._sizes.take(documents)
-        ids, ends = binary_values(self.ids.take(documents), encoding.dtype)
+        sizes = _mapped_columns(self.path)[1]
+        if sizes.null_count == 0:
+            return sizes.take(documents)
+        ids, ends = binary_values(self.take_ids(documents), encoding.dtype)
         return _as_binary(encoding.token_bytes.take(ids).astype(np.uint32), ends)
+
+
+# The system maps 65,530 files for a process at most.
+@lru_cache(maxsize=1024)
+def _mapped_columns(path: Path) -> tuple[pa.Array, pa.Array]:
+    """The ids and the sizes of a part, mapped from its file."""
+    rows, _ = _tables_of(pa.memory_map(str(path)).read_buffer())
+    return _only_chunk(rows, "ids"), _only_chunk(rows, "sizes")
+
+
+def release_parts() -> None:
+    """Let go of the memory that reading parts took; what is read again is mapped again."""
+    _mapped_columns.cache_clear()
+
+
+def _tables_of(content: pa.Buffer) -> tuple[pa.Table, pa.Table]:
+    reader = pa.BufferReader(content)
+    rows, records = (pa.ipc.open_stream(reader).read_all() for _ in range(2))
+    return rows, records
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from clm_dist.config import JobConfig
+from clm_dist.config import DataConfig, JobConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.job import fingerprint
 from clm_dist.prepare.documents import documents_of, held_out
@@ -41,7 +41,7 @@ from clm_dist.prepare.gather import (
     token_stream,
 )
 from clm_dist.prepare.group import blocks_of
-from clm_dist.prepare.parts import Part, Recipe, encode_partition
+from clm_dist.prepare.parts import PART_NAME, Part, Recipe, encode_partition, release_parts
 from clm_dist.prepare.sources import Source, open_source, pinned, source_identity
 from clm_dist.prepare.tasks import ahead, in_order, open_pool
 from clm_dist.prepare.tokens import (
@@ -56,6 +56,7 @@ from clm_dist.prepare.tokens import (
     train_tokenizer,
 )
 from clm_dist.progress import Progress
+from clm_dist.remote import copy_store_here, fetch_store, store_lock, upload_store
 from clm_dist.run_dir import make_dir, read_json, remove_parts, whole_file, write_json, writing
 from clm_dist.shards import EVAL_BYTES, FORMAT_VERSION, Ids, Manifest, Split, file_sha256, write_shards
 
@@ -77,10 +78,15 @@ class Effort:
     """Size of a partition in the source. Each task holds a few times as much."""
 
 
-def prepare(job: JobConfig, stores: Path, progress: Progress, effort: Effort | None = None) -> Path:
+def prepare(
+    job: JobConfig, stores: Path, progress: Progress, effort: Effort | None = None, url: str | None = None
+) -> Path:
     """The store with the job's blocks; made now, or found where the same job was prepared before.
 
-    Shards that are not as the manifest says are made again.
+    Files that are not as the manifest says are made again.
+
+    Args:
+        url: where stores are kept for other machines: a store that is there is fetched, one that is not is put there.
 
     Raises:
         ConfigError, DataError: the data or the tokenizer is not reachable, broken, or too small.
@@ -92,6 +98,8 @@ def prepare(job: JobConfig, stores: Path, progress: Progress, effort: Effort | N
     store = stores / fingerprint(identity)
     with writing(store), _only_preparation(store, progress):
         is_there = (store / "manifest.json").exists()
+        if url and not is_there:
+            is_there = copy_store_here(f"{url}/{store.name}", store)
         damaged = _damaged_files(store, stores) if is_there else []
         for file in damaged:
             progress.note(f"{file} is not as its manifest says; preparing it again")
@@ -103,30 +111,31 @@ def prepare(job: JobConfig, stores: Path, progress: Progress, effort: Effort | N
                 if not is_there:
                     shutil.rmtree(store, ignore_errors=True)
                 raise
+            finally:
+                release_parts()
             _remember_files(store, stores)
         # By a process that was killed when all was done.
         shutil.rmtree(store / "work", ignore_errors=True)
         os.utime(store)
+        if url:
+            upload_store(store, f"{url}/{store.name}")
     manifest = Manifest.read(store / "manifest.json")
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
     progress.note(f"Blocks of {manifest.block_size}: {counts} ({_left_out(manifest)}; {store})")
     return store
 
 
-def find_store(job: JobConfig, stores: Path) -> Path | None:
-    """The store that `prepare` made for the job; None where it has not."""
+def find_store(job: JobConfig, stores: Path, url: str | None = None) -> Path | None:
+    """The store that `prepare` made for the job, here or at the URL; None where it has not."""
     job = job.model_copy(update={"data": pinned(job.data)})
     store = make_dir(stores) / fingerprint(_identity(job, _locate_tokenizer(job), stores))
+    if url:
+        fetch_store(f"{url}/{store.name}", store)
     return store if (store / "manifest.json").exists() else None
 
 
-def lock_of(store: Path) -> FileLock:
-    """Holds a store against a second preparation; the system lets go of it when the process ends, however it ends."""
-    return FileLock(store.parent / f".{store.name}.lock")
-
-
 def _only_preparation(store: Path, progress: Progress) -> Any:
-    lock = lock_of(store)
+    lock = store_lock(store)
     try:
         return lock.acquire(timeout=0)
     except Timeout:
@@ -216,8 +225,7 @@ def _build(
     progress.start("Reading records")
     source = open_source(job.data)
     if source.slice.is_relative or source.slice.start:
-        size = effort.partition_bytes
-        source = source.narrowed([len(read_partition(each, job.data)) for each in source.partitions(size)], size)
+        source = source.narrowed(_count_records(job, source, effort), effort.partition_bytes)
     sample = _sample(job, source)
     work = make_dir(store / "work")
     remove_parts(store)
@@ -233,12 +241,12 @@ def _build(
         parts = _encode(job, source, encoding, engine, work, progress, effort)
     except EngineError as error:
         logger.warning("gigatoken is not used, as %s; encoding again with tokenizers", error)
-        for part in work.glob("*.part.arrow"):
+        for part in work.glob(f"*{PART_NAME}"):
             part.unlink()
         parts = _encode(job, source, encoding, Reference.name, work, progress, effort)
 
     progress.start("Writing blocks")
-    corpus = Corpus.of_parts(parts, encoding.dtype)
+    corpus = Corpus.of_parts(parts)
     records = split_records(corpus.held_out, source.slice, job.data)
     splits = {}
     for name in records:
@@ -258,6 +266,22 @@ def _build(
             splits=splits,
             files={str(file.relative_to(store)): file_sha256(file) for file in others},
         ).write(store / "manifest.json")
+
+
+def _count_records(job: JobConfig, source: Source, effort: Effort) -> list[int]:
+    """How many records the partitions have, up to the first that the slice takes where that is known before."""
+    counts: list[int] = []
+    with open_pool(effort.num_tasks, is_small=True) as pool:
+        partitions = source.partitions(effort.partition_bytes)
+        for _, count in in_order(pool, partitions, lambda each: pool.submit(_num_records, each, job.data)):
+            counts.append(count)
+            if not source.slice.is_relative and sum(counts) > source.slice.start:
+                break
+    return counts
+
+
+def _num_records(partition: Partition, data: DataConfig) -> int:
+    return len(read_partition(partition, data))
 
 
 def _no_text(job: JobConfig, num_records: int, where: str) -> DataError:
@@ -304,11 +328,11 @@ def _encode(
         recipe = pool.share(Recipe(job.data, encoding, engine, parallel=pool.num_tasks == 1))
 
         def path_of(index: int) -> Path:
-            return work / f"{effort.partition_bytes}-{index:06d}.part.arrow"
+            return work / f"{effort.partition_bytes}-{index:06d}{PART_NAME}"
 
         def begin(item: tuple[int, Partition]) -> Any:
             index, partition = item
-            if (done := Part.open(path_of(index))) is not None:
+            if (done := Part.open(path_of(index), encoding.dtype)) is not None:
                 return lambda: done
             # At least the records of the parts before are not this partition's.
             most = None if stop is None else stop - num_records
@@ -316,7 +340,7 @@ def _encode(
 
         for (index, partition), result in in_order(pool, chain(first, partitions), begin):
             if not isinstance(result, Part):
-                result = _write_part(path_of(index), result)
+                result = _write_part(path_of(index), result, encoding)
                 display.log(index, partition, result)
             parts.append(result)
             num_records += result.stats.num_records
@@ -326,10 +350,10 @@ def _encode(
     return parts
 
 
-def _write_part(path: Path, content: Any) -> Part:
+def _write_part(path: Path, content: Any, encoding: Encoding) -> Part:
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content)
-    part = Part.open(path)
+    part = Part.open(path, encoding.dtype)
     assert part is not None
     return part
 
@@ -375,7 +399,13 @@ def _write_split(
 ) -> Split:
     block_size = job.data.block_size
     documents = split.documents
-    num_tokens = int(corpus.num_tokens[documents].sum())
+    num_tokens = int(corpus.num_tokens[documents].sum(dtype=np.int64))
+    if not len(documents) and split.num_skipped["duplicate"]:
+        raise DataError(
+            f"data.deduplicate leaves nothing of the {name} split: the eval split has each of its documents as well; "
+            "set data.deduplicate to false, or take more records",
+            field="data.deduplicate",
+        )
     if not len(documents):
         raise _no_text(job, num_records, f"the {name} split")
     if num_tokens < block_size:
@@ -413,14 +443,14 @@ def _write_split(
             field="data.grouping",
         )
     if name == "eval":
-        with writing(store):
-            np.save(store / EVAL_BYTES, np.concatenate(block_bytes))
+        with whole_file(store / EVAL_BYTES) as part, part.open("wb") as file:
+            np.save(file, np.concatenate(block_bytes))
     return Split(
         num_records=num_records,
         num_skipped=split.num_skipped,
         num_documents=len(documents),
         num_duplicates=split.num_duplicates,
-        num_text_bytes=int(corpus.num_bytes[documents].sum()),
+        num_text_bytes=int(corpus.num_bytes[documents].sum(dtype=np.int64)),
         num_tokens=num_tokens,
         num_blocks=num_blocks,
         num_dropped_tokens=num_tokens - num_blocks * block_size,

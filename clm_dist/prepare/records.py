@@ -51,7 +51,7 @@ def text_schema(lines: Lines, data: DataConfig) -> pa.Schema | None:
             record = json.loads(line.decode("utf-8-sig"))
             # Half of a surrogate pair is no character.
             json.dumps(record, ensure_ascii=False).encode()
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise broken_record(lines, pa.schema([])) or AssertionError(line)
@@ -80,8 +80,8 @@ def _check_sample(sample: list[dict[str, Any]], known: dict[str, pa.DataType], d
     """Raise DataError where a field is not in the records, with the fields that are."""
     try:
         schema = pa.schema(list(pa.array(sample).type))
-    except pa.ArrowException:
-        # Fields that the job does not read have several types.
+    except (pa.ArrowException, OverflowError):
+        # Fields that the job does not read have several types, or numbers that no type holds.
         names = {name: pa.null() for record in sample for name in record}
         schema = pa.schema(names | known)
     check_fields(schema, data, where)
@@ -98,6 +98,8 @@ def _kind_at(value: Any, path: Sequence[str]) -> pa.DataType | None:
         return None if kind is None else pa.struct([(path[0], kind)])
     if isinstance(value, str):
         return None if path else pa.large_string()
+    if isinstance(value, int) and not isinstance(value, bool) and not path:
+        return pa.int64()
     return None if value is None or path else pa.array([value]).type
 
 
@@ -147,6 +149,8 @@ def broken_record(lines: Lines, schema: pa.Schema) -> DataError | None:
             return not_utf8(lines.place(index))
         except ValueError as error:
             return not_json(index, error)
+        except RecursionError:
+            return not_json(index, "it is nested too deeply")
         if not isinstance(record, dict):
             return not_json(index, f"{type(record).__name__} where an object is needed")
         for path, kind in _kinds(record):

@@ -49,7 +49,7 @@ class Source:
         Args:
             num_records: how many records each partition of `size` bytes has.
         """
-        rows = self.slice.of_total(sum(num_records))
+        rows = self.slice.of_total(sum(num_records)) if self.slice.is_relative else self.slice
         ends = list(accumulate(num_records))
         left_out = bisect_right(ends, rows.start)
         before = ends[left_out - 1] if left_out else 0
@@ -89,9 +89,9 @@ def _to_rows(spec: str, num_records: int) -> tuple[int, int]:
     try:
         (rows,) = ReadInstruction.from_spec(spec).to_absolute({"train": num_records})
     except (ValueError, AssertionError) as error:
+        problem = "parts cannot be added up" if "+" in spec else first_line(error)
         raise ConfigError(
-            f"data.split {spec}: {first_line(error)}; files have one split, train: train, train[:5000] or "
-            "train[10%:20%]",
+            f"data.split {spec}: {problem}; files have one split, train: train, train[:5000] or train[10%:20%]",
             field="data.split",
         ) from None
     return rows.from_ or 0, num_records if rows.to is None else rows.to

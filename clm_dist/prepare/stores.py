@@ -1,17 +1,18 @@
 """The stores that lie in a directory: whether they are as their manifests say, and which are old or large."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from filelock import Timeout
 
 from clm_dist.errors import DataError
-from clm_dist.prepare.pipeline import lock_of
-from clm_dist.shards import EVAL_BYTES, Blocks, Manifest, file_sha256
+from clm_dist.prepare.parts import PART_NAME
+from clm_dist.remote import store_lock
+from clm_dist.shards import Blocks, Manifest, file_sha256
 
 _DAY_S = 24 * 3600
 
@@ -39,6 +40,8 @@ def verify_store(store: Path) -> Iterator[str]:
     if not path.is_file():
         raise DataError(f"{store} is no store: it has no manifest.json; `clm-dist prepare JOB` prints a job's store")
     manifest = Manifest.read(path)
+    if not manifest.is_as_written(path):
+        yield f"{path} was changed since it was written"
     damaged = set()
     for name, sha256 in manifest.sha256_of_files().items():
         file = store / name
@@ -59,31 +62,34 @@ def verify_store(store: Path) -> Iterator[str]:
                 Blocks(store, name)
             except DataError as error:
                 yield str(error)
-    if EVAL_BYTES not in damaged and len(np.load(store / EVAL_BYTES)) != manifest.splits["eval"].num_blocks:
-        yield f"{store / EVAL_BYTES} does not have a row for each block"
 
 
 def list_stores(stores: Path) -> list[StoredBlocks]:
-    """The stores of a directory, the one that was asked for last first; unfinished ones too."""
+    """The stores of a directory, the one that was asked for last first; unfinished ones too, and nothing else."""
     found = []
     for path in stores.iterdir() if stores.is_dir() else ():
-        if not ((path / "manifest.json").is_file() or (path / "work").is_dir()):
+        if not re.fullmatch("[0-9a-f]{16}", path.name):
             continue
         try:
             manifest = Manifest.read(path / "manifest.json")
-            origin = manifest.origin
-            num_blocks = sum(split.num_blocks for split in manifest.splits.values())
+            origin, num_blocks = manifest.origin, sum(split.num_blocks for split in manifest.splits.values())
+        except FileNotFoundError:
+            if not any((path / "work").glob(f"*{PART_NAME}")):
+                continue
+            origin, num_blocks = "unfinished", 0
         except (DataError, OSError):
-            origin, num_blocks = "", 0
+            # Of another version, which knows what it is.
+            continue
         num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        found.append(StoredBlocks(path, num_bytes, (time.time() - path.stat().st_mtime) / _DAY_S, origin, num_blocks))
+        age_days = (time.time() - path.stat().st_mtime) / _DAY_S
+        found.append(StoredBlocks(path, num_bytes, age_days, origin, num_blocks))
     return sorted(found, key=lambda store: store.age_days)
 
 
 def remove_store(store: Path) -> bool:
     """Remove a store; false where a preparation is working on it."""
     try:
-        with lock_of(store).acquire(timeout=0):
+        with store_lock(store).acquire(timeout=0):
             # Without its manifest it is no store, whatever a kill leaves of the rest.
             (store / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(store)

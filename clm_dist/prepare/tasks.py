@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,10 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
+
+from clm_dist.errors import ConfigError
+
+_CONNECT_S = 10
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,11 +115,25 @@ def open_pool(num_tasks: int | None, *, is_small: bool) -> Iterator[Pool]:
             import ray
 
             if not initialised:
+                check_ray_address(str(address))
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
                 stack.callback(ray.shutdown)
             pool = RayTasks(num_tasks or max(1, int(ray.cluster_resources().get("CPU", 1))))
         stack.callback(pool.close)
         yield pool
+
+
+def check_ray_address(address: str) -> None:
+    """Raise ConfigError where nobody listens at an address of Ray, for which Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: {error.strerror or error}; start that Ray, or unset RAY_ADDRESS to work here"
+        ) from None
 
 
 def in_order(pool: Pool, items: Iterable[T], begin: Callable[[T], Callable[[], R]]) -> Iterator[tuple[T, R]]:

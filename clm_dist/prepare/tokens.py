@@ -1,10 +1,11 @@
 """Documents to token ids, with the tokenizer that the model ships or one trained on the job's text."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,13 @@ _FILES = (
     "tokenizer.model",
 )
 _EOS = "<|endoftext|>"
+_PREFIXED = '"add_prefix_space": true'
+# What engines are likeliest to disagree on, and a sample of the data may not have.
+_HARD_TEXTS = (
+    "\n\n\ufeffx \u200b's e\u0301\u0323 \u1100\u1161\u11a8",
+    "don't DON'T we'LL \u2019s  1234567 \u00bd\u0662 x_y\t\r\n \n",
+    "\U0001f468\u200d\U0001f469 \u4f60\u597d\u3000\u00a0\u2028 \ufb01\u0130 \u0000",
+)
 
 
 def locate_tokenizer(path: str, field: str) -> Path:
@@ -124,9 +132,9 @@ class Encoding:
             suffix=suffix,
             eos=eos,
             token_bytes=_token_bytes(tokenizer, json.dumps(described.get("decoder"))),
-            dtype=token_dtype(len(tokenizer)),
-            is_byte_level=described.get("normalizer") is None and '"ByteLevel"' in before,
-            has_dummy_prefix=any(f'"{word}"' in before for word in ("Prepend", "always", "first")),
+            dtype=token_dtype(_num_ids(tokenizer)),
+            is_byte_level=described.get("normalizer") is None and '"ByteLevel"' in before and _PREFIXED not in before,
+            has_dummy_prefix=any(word in before for word in ('"Prepend"', '"always"', '"first"', _PREFIXED)),
         )
 
 
@@ -207,14 +215,12 @@ class Gigatoken:
 
     def __init__(self, tokenizer_json: str) -> None:
         """Raises EngineError where the tokenizer is not supported."""
-        try:
+        if problem := _not_for_gigatoken(json.loads(tokenizer_json)):
+            raise EngineError(problem)
+        with _rust():
             import gigatoken
 
             self._tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic in Rust is no Exception
-            raise EngineError(first_line(error)) from None
 
     def encode(self, texts: pa.Array, *, parallel: bool = False) -> Tokens:
         """See `Reference.encode`."""
@@ -229,12 +235,41 @@ class Gigatoken:
             parameters={"__array__": "string"},
         )
         # Its buffers are Arrow's and numpy's own: no text and no token is ever a Python object.
-        encoded = self._tokenizer.encode_batch(awkward.Array(layout), parallel=parallel).layout
+        with _rust():
+            encoded = self._tokenizer.encode_batch(awkward.Array(layout), parallel=parallel).layout
         ends, ids = encoded.offsets.data, encoded.content.data
         return Tokens(ids[ends[0] : ends[-1]], ends - ends[0])
 
 
 Engine = Reference | Gigatoken
+
+
+@contextlib.contextmanager
+def _rust() -> Iterator[None]:
+    """Turn whatever gigatoken raises into EngineError: a panic in Rust is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise EngineError(first_line(error)) from None
+
+
+def _not_for_gigatoken(tokenizer: dict[str, Any]) -> str | None:
+    """Which setting of a tokenizer.json gigatoken 0.10 takes and does not follow, found by comparing random texts."""
+    for token in tokenizer.get("added_tokens") or ():
+        if token.get("single_word"):
+            return f"it does not know single_word, which the added token {token['content']!r} has"
+        if token.get("normalized") and tokenizer.get("normalizer"):
+            return f"it does not normalize the added token {token['content']!r}"
+    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    splits = False
+    for step in steps:
+        if step.get("type") == "ByteLevel" and not step.get("use_regex", True) and not splits:
+            return "it does not know a ByteLevel without its pattern"
+        splits = splits or step.get("type") == "Split"
+    return None
 
 
 @lru_cache(maxsize=2)
@@ -255,7 +290,9 @@ def choose_engine(wanted: str, encoding: Encoding, sample: pa.Array) -> str:
     if wanted == Reference.name:
         return wanted
     try:
-        check_engine(build_engine(Gigatoken.name, encoding.tokenizer_json), encoding, sample)
+        engine = build_engine(Gigatoken.name, encoding.tokenizer_json)
+        check_engine(engine, encoding, sample)
+        check_engine(engine, encoding, _hard_texts(encoding))
     except EngineError as error:
         if wanted == Gigatoken.name:
             raise ConfigError(
@@ -265,6 +302,13 @@ def choose_engine(wanted: str, encoding: Encoding, sample: pa.Array) -> str:
         logger.info("tokenizers encodes, as gigatoken cannot: %s", error)
         return Reference.name
     return Gigatoken.name
+
+
+def _hard_texts(encoding: Encoding) -> pa.Array:
+    """Texts that engines are likeliest to disagree on, with every added token of the tokenizer among them."""
+    added = [token["content"] for token in json.loads(encoding.tokenizer_json).get("added_tokens") or ()]
+    around = [text.format(token) for token in added for text in ("{}", "a{}b", " {} ", "\n{}\n", "{0}{0}", "1{}.")]
+    return pa.array([*_HARD_TEXTS, *around], pa.large_string())
 
 
 def check_engine(engine: Engine, encoding: Encoding, sample: pa.Array) -> None:
@@ -362,11 +406,16 @@ def completed(tokens: Tokens, encoding: Encoding) -> Tokens:
 def _token_bytes(tokenizer: Any, decoder: str) -> TokenBytes:
     """Bytes of text that each token of the vocabulary stands for, (vocab_size,); 0 for special tokens."""
     special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(len(tokenizer), np.uint16)
+    sizes = np.zeros(_num_ids(tokenizer), np.uint16)
     for piece, index in tokenizer.get_vocab().items():
         if index not in special:
             sizes[index] = _num_bytes(piece, decoder)
     return sizes
+
+
+def _num_ids(tokenizer: Any) -> int:
+    """One more than the highest id; a vocabulary may have gaps."""
+    return 1 + int(max(tokenizer.get_vocab().values()))
 
 
 def _num_bytes(piece: str, decoder: str) -> int:

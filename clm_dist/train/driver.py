@@ -148,12 +148,14 @@ def train(
     cluster: Cluster,
     progress: Progress,
     *,
+    store_url: str | None = None,
     overwrite: bool = False,
     on_export: Callable[[Path, int], None] = lambda path, step: None,
 ) -> dict[str, Any]:
     """Train the job on the cluster's workers, from the run's last checkpoint if it has one; gives the result.
 
     Args:
+        store_url: where a node that does not have the store fetches it.
         on_export: called with the directory and the step of every model that is written before the end.
 
     Raises:
@@ -165,13 +167,14 @@ def train(
     _check(job, run, store, manifest, cluster, overwrite)
     with _only_driver(run):
         _open_run(job, run, overwrite)
-        return _train(job, run, store, manifest, cluster, progress, on_export)
+        return _train(job, run, store, store_url, manifest, cluster, progress, on_export)
 
 
 def _train(
     job: JobConfig,
     run: RunDir,
     store: Path,
+    store_url: str | None,
     manifest: Manifest,
     cluster: Cluster,
     progress: Progress,
@@ -184,7 +187,7 @@ def _train(
         keep=job.checkpoint.keep,
         tensorboard="tensorboard" in job.tracking,
     )
-    trainer = _build_trainer(job, run, store, cluster, recorder)
+    trainer = _build_trainer(job, run, store, store_url, cluster, recorder)
     follower = Follower(run, progress, on_export)
     progress.start("Starting workers")
     try:
@@ -251,10 +254,13 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     remove_uncommitted(run.checkpoints)
 
 
-def _build_trainer(job: JobConfig, run: RunDir, store: Path, cluster: Cluster, recorder: Recorder) -> TorchTrainer:
+def _build_trainer(
+    job: JobConfig, run: RunDir, store: Path, store_url: str | None, cluster: Cluster, recorder: Recorder
+) -> TorchTrainer:
     config: WorkerConfig = {
         "run": str(run.root),
         "store": str(store),
+        "store_url": store_url,
         "use_gpu": cluster.num_gpus_per_worker > 0,
         "num_threads": max(1, int(job.cluster.cpus_per_worker)),
     }

@@ -9,6 +9,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from clm_dist.job import read_saved_job
+from clm_dist.remote import fetch_store
 from clm_dist.run_dir import RunDir
 from clm_dist.train.loop import Session, train
 from clm_dist.train.record import Message
@@ -19,6 +20,8 @@ class WorkerConfig(TypedDict):
 
     run: str
     store: str
+    store_url: str | None
+    """Where a node that does not have the store fetches it."""
     use_gpu: bool
     num_threads: int
 
@@ -27,6 +30,8 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
     """Train as one rank of a Ray Train run; gives the fields of the loop's Outcome."""
     quieten_libraries()
     run = RunDir(Path(config["run"]))
+    if config["store_url"]:
+        fetch_store(config["store_url"], Path(config["store"]))
     context = ray.train.get_context()
 
     def report(message: Message, checkpoint: Path | None, name: str | None) -> None:

@@ -12,9 +12,11 @@ import pyarrow as pa
 import pytest
 
 from clm_dist.config import DataConfig, JobConfig
-from clm_dist.errors import ConfigError, DataError
-from clm_dist.prepare import pipeline
+from clm_dist.errors import ConfigError, DataError, ReadError
+from clm_dist.prepare import files, pipeline
+from clm_dist.prepare.parts import Part, Recipe, encode_partition
 from clm_dist.prepare.pipeline import Effort, find_store, prepare
+from clm_dist.prepare.sources import open_source
 from clm_dist.prepare.tokens import (
     Encoding,
     Gigatoken,
@@ -25,7 +27,7 @@ from clm_dist.prepare.tokens import (
     token_sizes,
 )
 from clm_dist.progress import Silent
-from clm_dist.shards import Blocks, Manifest
+from clm_dist.shards import Blocks, Manifest, token_dtype
 from tests.conftest import MakeJob
 from tests.prepare.test_sources import EMPTY_FILES
 from tests.test_run_dir import mounted
@@ -497,3 +499,132 @@ def test_a_slice_reads_only_what_it_needs(make: MakeJob, tmp_path: Path) -> None
     log.clear()
     prepare(make("data.split='train[:20]'", "data.block_size=4"), tmp_path, Log())
     assert log[0].startswith("partition 0: 20 records, ")
+
+
+def test_a_fault_that_may_pass_keeps_what_is_done(
+    make: MakeJob, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, effort = make(), Effort(1, 20_000)
+    whole = prepare(job, stores, Silent())
+    read = files.read_partition
+    calls: list[int] = []
+
+    def fails_later(partition: files.Partition, data: DataConfig) -> pa.Table:
+        calls.append(1)
+        if len(calls) == 6 + num_before:
+            with files.reading(files.DataFile("records.jsonl", 0)):
+                raise OSError(5, "Input/output error")
+        return read(partition, data)
+
+    monkeypatch.setattr("clm_dist.prepare.parts.read_partition", fails_later)
+    num_before = 0
+    with pytest.raises(ReadError, match=r"records.jsonl: cannot be read: .* or run the same command again"):
+        prepare(job, tmp_path, Silent(), effort)
+    assert len(list(tmp_path.glob("*/work/*.part.arrow"))) == 5
+    monkeypatch.undo()
+    assert Manifest.read(prepare(job, tmp_path, Silent(), effort) / "manifest.json") == Manifest.read(
+        whole / "manifest.json"
+    )
+
+
+def test_a_repair_that_fails_keeps_the_store(make: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = prepare(make(), tmp_path, Silent())
+    shard = store / "train" / "00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+    def wrong(*_: Any) -> Any:
+        raise DataError("the data is wrong now")
+
+    monkeypatch.setattr(pipeline, "open_source", wrong)
+    with pytest.raises(DataError, match="is wrong now"):
+        prepare(make(), tmp_path, Silent())
+    assert (store / "eval" / "00000.arrow").exists()
+    assert (store / "manifest.json").exists()
+
+
+def test_what_a_kill_after_the_manifest_leaves_is_removed(make: MakeJob, tmp_path: Path) -> None:
+    store = prepare(make(), tmp_path, Silent())
+    (store / "work").mkdir()
+    assert prepare(make(), tmp_path, Silent()) == store
+    assert not (store / "work").exists()
+
+
+def test_a_part_that_is_not_as_it_was_written_is_made_again(tmp_path: Path, make: MakeJob) -> None:
+    job, effort = make(), Effort(1, 20_000)
+    store = prepare(job, tmp_path, Silent(), effort)
+    before = Manifest.read(store / "manifest.json")
+    recipe = Recipe(job.data, encoding_of(store / "tokenizer", append_eos=True), "gigatoken", parallel=False)
+    partition = next(open_source(job.data).partitions(20_000))
+    content = bytearray(encode_partition(partition, recipe, None).to_pybytes())
+    path = tmp_path / "x.part.arrow"
+    path.write_bytes(content)
+    assert Part.open(path, np.dtype(np.uint16)) is not None
+    for place in (100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert Part.open(path, np.dtype(np.uint16)) is None
+    for length in (0, 5, len(content) // 3, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert Part.open(path, np.dtype(np.uint16)) is None
+    assert Manifest.read(store / "manifest.json") == before
+
+
+@pytest.mark.parametrize("broken", ["single_word", "no pattern", "normalized"])
+def test_gigatoken_is_not_taken_for_a_tokenizer_whose_settings_it_does_not_follow(
+    make: MakeJob, tmp_path: Path, broken: str
+) -> None:
+    from tokenizers import AddedToken, normalizers, pre_tokenizers
+
+    store = prepare(make(), tmp_path, Silent())
+    tokenizer = load_tokenizer(store / "tokenizer")
+    backend = tokenizer.backend_tokenizer
+    if broken == "single_word":
+        backend.add_tokens([AddedToken("rare", single_word=True)])
+    elif broken == "no pattern":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        backend.normalizer = normalizers.NFC()
+        backend.add_tokens([AddedToken("e\u0301t\u00e9", normalized=True)])
+    tokenizer.save_pretrained(tmp_path / "changed")
+    job = make("tokenizer.train=null", f"tokenizer.path={tmp_path / 'changed'}")
+    assert Manifest.read(prepare(job, tmp_path, Silent()) / "manifest.json").engine == "tokenizers"
+    error = error_of(
+        make("tokenizer.train=null", f"tokenizer.path={tmp_path / 'changed'}", "tokenizer.engine=gigatoken"),
+        tmp_path / "x",
+    )
+    assert "tokenizer.engine gigatoken cannot be used: it does not " in str(error)
+
+
+def test_a_space_that_the_tokenizer_adds_is_no_byte_of_the_text(make: MakeJob, tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer = load_tokenizer(prepare(make(), tmp_path, Silent()) / "tokenizer")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.save_pretrained(tmp_path / "spaced")
+    # A special token that is spelled out has twelve bytes more than the table says: the sums are equal.
+    texts = ["hello world"] * 12 + ["<|endoftext|>a"]
+    assert sizes_of(encoding_of(tmp_path / "spaced"), texts) == [len(text) for text in texts]
+
+
+def test_large_vocabularies_take_four_bytes_and_gaps_do_no_harm(make: MakeJob, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[UNK]": 0, "word1": 1, "word2": 70_000}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
+    job = make("tokenizer.train=null", f"tokenizer.path={tmp_path / 'words'}", "data.append_eos=false")
+    store = prepare(job, tmp_path, Silent(), Effort(2, 20_000))
+    assert Manifest.read(store / "manifest.json").dtype == "uint32"
+    assert set(np.unique(blocks_of(store, "train"))) == {0, 1, 70_000}
+    with pytest.raises(DataError, match=r"4,294,967,297 tokens, and a store holds ids below 2\^32"):
+        token_dtype(2**32 + 1)
+
+
+def test_deduplication_that_leaves_nothing_says_so(make_job: MakeJob, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the same"}\n' * 30)
+    error = error_of(
+        make_job(f"data.path={tmp_path / 'a.jsonl'}", "data.deduplicate=true", "data.block_size=2"), tmp_path
+    )
+    assert "data.deduplicate leaves nothing of the train split" in str(error)
+    assert error.field == "data.deduplicate"

@@ -365,3 +365,34 @@ def test_a_broken_memory_of_digests_is_written_anew(tmp_path: Path, content: str
     (tmp_path / "digests.json").write_text(content)
     assert source_identity(data, tmp_path / "digests.json") == identity
     assert (tmp_path / "digests.json").read_text() == whole
+
+
+def test_numbers_and_nesting_that_no_type_holds(tmp_path: Path) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "n": 123456789012345678901234567890}\n')
+    assert load_records(text_of(path)).to_pylist() == [{"text": "a"}]
+    path.write_text(f'{{"text": "a", "n": {deep}}}\n')
+    assert str(error_of(text_of(path))).startswith(f"{path}:1: not a JSON record: it is nested too deeply")
+    path.write_text('{"text": "a", "id": 1}\n{"text": "a", "id": 123456789012345678901234567890}\n')
+    assert str(error_of(files(path, text="text", id="id"))).startswith(f"{path}")
+
+
+def test_a_large_cell_of_a_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a\n" * 10 + "x" * 6_000_000 + "\nb\n")
+    for size in (LARGE, 1000):
+        assert len(load_records(text_of(path), size)) == 12
+
+
+def test_a_flattened_column_of_parquet_is_cut_like_any_other(tmp_path: Path) -> None:
+    table = pa.table({"answers.text": pa.array([[f"{i} " * 25] for i in range(1000)])})
+    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    partitions = list(open_source(files(tmp_path / "a.parquet", id=None)).partitions(5_000))
+    assert len(partitions) > 10
+    assert len(load_records(files(tmp_path / "a.parquet", id=None), 5_000)) == 1000
+
+
+def test_parts_of_a_split_cannot_be_added_up(tmp_path: Path) -> None:
+    error = error_of(files(write_jsonl(tmp_path / "a.jsonl"), split="train[:2]+train[4:]"))
+    assert "data.split train[:2]+train[4:]: parts cannot be added up; files have one split" in str(error)
