@@ -120,7 +120,7 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     import gigatoken  # noqa: F401
 
     from clm_dist.job import load_job
-    from clm_dist.prepare import pipeline, tokens
+    from clm_dist.prepare import parts, pipeline, tokens
     from clm_dist.progress import Silent
     from clm_dist.shards import Manifest
 
@@ -139,7 +139,9 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     # Loading the tokenizer, once for each engine.
     setattr(pipeline, "load_tokenizer", timed(tokens.load_tokenizer))  # noqa: B010
     tokens.Encoding.of_tokenizer = timed(tokens.Encoding.of_tokenizer)  # type: ignore[method-assign]
-    tokens.build_engine = lru_cache(timed(tokens.build_engine.__wrapped__))
+    build_engine = lru_cache(timed(tokens.build_engine.__wrapped__))
+    for module in (tokens, parts):
+        setattr(module, "build_engine", build_engine)  # noqa: B010
     from transformers import AutoTokenizer  # noqa: F401
 
     config = load_job(job, [f"tokenizer.engine={arguments.one}"]).config

@@ -8,6 +8,7 @@ and of those that it predicts with `data.document_mask`.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -173,6 +174,9 @@ def _write_shard(store: Path, name: str, ids: Ids) -> Shard:
     with whole_file(store / name) as part:
         with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
             writer.write_batch(batch)
+        with part.open("rb+") as written:
+            # No power cut that a manifest outlives takes its shards.
+            os.fsync(written.fileno())
         return Shard(name, len(ids), file_sha256(part))
 
 

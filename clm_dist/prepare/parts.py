@@ -26,6 +26,7 @@ from clm_dist.config import DataConfig
 from clm_dist.prepare.documents import documents_of, held_out
 from clm_dist.prepare.files import Partition, read_partition
 from clm_dist.prepare.tokens import Encoding, build_engine, check_engine, completed, sample_of, token_sizes
+from clm_dist.run_dir import whole_file
 
 # Each partition holds the fast engine against the reference on a thousandth of its text.
 _CHECKED_SHARE = 1 / 1000
@@ -55,7 +56,7 @@ class PartStats:
 
 
 def encode_partition(partition: Partition, recipe: Recipe, most_records: int | None) -> pa.Buffer:
-    """The part of a partition, as its file holds it.
+    """The part of a partition, as its file holds it but for the checksum.
 
     Args:
         most_records: read no more than so many records.
@@ -102,8 +103,17 @@ def encode_partition(partition: Partition, recipe: Recipe, most_records: int | N
     for batch in (rows, records):
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
-    content = sink.getvalue()
-    return pa.py_buffer(b"".join([content, xxhash.xxh3_64_digest(content)]))
+    return sink.getvalue()
+
+
+def write_part(path: Path, content: pa.Buffer, dtype: np.dtype[Any]) -> "Part":
+    """Write what `encode_partition` gave as a part's file, whole; `dtype` is that of the ids."""
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(content)
+        file.write(xxhash.xxh3_64_digest(content))
+    part = Part.open(path, dtype)
+    assert part is not None
+    return part
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from clm_dist.prepare.gather import (
     token_stream,
 )
 from clm_dist.prepare.group import blocks_of
-from clm_dist.prepare.parts import PART_NAME, Part, Recipe, encode_partition, release_parts
+from clm_dist.prepare.parts import PART_NAME, Part, Recipe, encode_partition, release_parts, write_part
 from clm_dist.prepare.sources import Source, open_source, pinned, source_identity
 from clm_dist.prepare.tasks import ahead, in_order, open_pool
 from clm_dist.prepare.tokens import (
@@ -340,7 +340,7 @@ def _encode(
 
         for (index, partition), result in in_order(pool, chain(first, partitions), begin):
             if not isinstance(result, Part):
-                result = _write_part(path_of(index), result, encoding)
+                result = write_part(path_of(index), result, encoding.dtype)
                 display.log(index, partition, result)
             parts.append(result)
             num_records += result.stats.num_records
@@ -348,14 +348,6 @@ def _encode(
             if stop is not None and num_records >= stop:
                 break
     return parts
-
-
-def _write_part(path: Path, content: Any, encoding: Encoding) -> Part:
-    with whole_file(path) as unfinished:
-        unfinished.write_bytes(content)
-    part = Part.open(path, encoding.dtype)
-    assert part is not None
-    return part
 
 
 class _Display:

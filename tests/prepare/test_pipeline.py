@@ -14,7 +14,7 @@ import pytest
 from clm_dist.config import DataConfig, JobConfig
 from clm_dist.errors import ConfigError, DataError, ReadError
 from clm_dist.prepare import files, pipeline
-from clm_dist.prepare.parts import Part, Recipe, encode_partition
+from clm_dist.prepare.parts import Part, Recipe, encode_partition, write_part
 from clm_dist.prepare.pipeline import Effort, find_store, prepare
 from clm_dist.prepare.sources import open_source
 from clm_dist.prepare.tokens import (
@@ -555,10 +555,9 @@ def test_a_part_that_is_not_as_it_was_written_is_made_again(tmp_path: Path, make
     before = Manifest.read(store / "manifest.json")
     recipe = Recipe(job.data, encoding_of(store / "tokenizer", append_eos=True), "gigatoken", parallel=False)
     partition = next(open_source(job.data).partitions(20_000))
-    content = bytearray(encode_partition(partition, recipe, None).to_pybytes())
     path = tmp_path / "x.part.arrow"
-    path.write_bytes(content)
-    assert Part.open(path, np.dtype(np.uint16)) is not None
+    write_part(path, encode_partition(partition, recipe, None), np.dtype(np.uint16))
+    content = path.read_bytes()
     for place in (100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         assert Part.open(path, np.dtype(np.uint16)) is None
