@@ -115,6 +115,13 @@ def cluster() -> Iterator[Cluster]:
         yield started
 
 
+@pytest.fixture(autouse=True)
+def prepare_in_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests prepare in this process, where they can look, unless they ask for Ray; another test's may be there."""
+    if "cluster" not in request.fixturenames:
+        monkeypatch.setattr("clm_dist.prepare.tasks.ray_is_initialised", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data, a real model and a Hub server, which lie beside the repository where it is developed."""

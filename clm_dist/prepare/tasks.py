@@ -104,8 +104,7 @@ def open_pool(num_tasks: int | None, *, is_small: bool) -> Iterator[Pool]:
         num_tasks: how many at once; None takes as many as there are CPUs.
         is_small: whether starting Ray's worker processes would take longer than the work.
     """
-    # Importing Ray takes longer than most preparations.
-    initialised = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    initialised = ray_is_initialised()
     address = os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
         pool: Pool
@@ -121,6 +120,11 @@ def open_pool(num_tasks: int | None, *, is_small: bool) -> Iterator[Pool]:
             pool = RayTasks(num_tasks or max(1, int(ray.cluster_resources().get("CPU", 1))))
         stack.callback(pool.close)
         yield pool
+
+
+def ray_is_initialised() -> bool:
+    # Importing Ray takes longer than most preparations.
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def check_ray_address(address: str) -> None:

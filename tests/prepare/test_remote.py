@@ -14,7 +14,6 @@ import pytest
 
 from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.prepare import pipeline
 from clm_dist.prepare.pipeline import Effort, find_store, prepare
 from clm_dist.prepare.sources import source_identity
 from clm_dist.progress import Silent
@@ -48,10 +47,8 @@ def test_files_on_s3_are_read_like_files_here(bucket: Any, tmp_path: Path) -> No
 
 
 def test_a_store_from_s3_is_that_of_the_same_file_and_changes_with_it(
-    bucket: Any, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Any, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    # In threads: a Ray of other tests was started before there was a server to know of.
-    monkeypatch.setattr(pipeline, "_FEW_PARTITIONS", 10**6)
     bucket.pipe("texts/a.jsonl", JSONL)
     (tmp_path / "a.jsonl").write_bytes(JSONL)
     here = Manifest.read(prepare(make_job(f"data.path={tmp_path / 'a.jsonl'}"), tmp_path, Silent()) / "manifest.json")
