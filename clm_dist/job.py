@@ -22,8 +22,12 @@ from clm_dist.run_dir import local_path
 # What YAML and OmegaConf raise over a text that a person wrote: also for numbers of thousands of digits and nesting
 # of thousands of levels, and for a mapping merged into a list.
 _MALFORMED = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError)
-# Sections that decide where and how fast a run computes, what is kept and where it goes, not what it computes.
-_NOT_COMPUTED = ("checkpoint", "cluster", "hub", "tracking")
+# What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
+_NOT_COMPUTED: Mapping[str, Any] = {
+    **dict.fromkeys(("checkpoint", "cluster", "hub", "tracking"), True),
+    "tokenizer": {"engine"},
+    "data": {"streaming"},
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def fingerprint(value: Any) -> str:
 
 def differing_fields(old: JobConfig, new: JobConfig) -> list[str]:
     """Fields that change what a run computes and are not equal in two jobs."""
-    a, b = (dict(_leaves(job.model_dump(mode="json", exclude=set(_NOT_COMPUTED)))) for job in (old, new))
+    a, b = (dict(_leaves(job.model_dump(mode="json", exclude=_NOT_COMPUTED))) for job in (old, new))
     return sorted(field for field in a.keys() | b.keys() if a.get(field) != b.get(field))
 
 

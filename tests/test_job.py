@@ -244,6 +244,7 @@ def test_only_what_changes_the_computation_makes_jobs_differ(path: Path) -> None
     path.write_text(GOOD)
     job = load_job(path).config
     assert differing_fields(job, load_job(path, ["checkpoint.keep=5", "hub.push=end"]).config) == []
+    assert differing_fields(job, load_job(path, ["tokenizer.engine=tokenizers"]).config) == []
     assert differing_fields(job, load_job(path, ["train.epochs=9", "data.seed=1"]).config) == [
         "data.seed",
         "train.epochs",
