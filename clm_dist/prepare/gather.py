@@ -13,7 +13,7 @@ import pyarrow.compute
 from clm_dist.config import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.documents import Skip
-from clm_dist.prepare.parts import Part, binary_values, release_parts
+from clm_dist.prepare.parts import Part, binary_values
 from clm_dist.prepare.sources import Slice
 from clm_dist.prepare.tokens import Encoding
 from clm_dist.shards import Ids
@@ -25,8 +25,6 @@ Take = Callable[[Part, pa.Array], pa.Array]
 GUIDE_RECORDS = 1000
 """The batch of `datasets.map`, whose remainders the guide drops."""
 _CHUNK_TOKENS = 1 << 22
-# More of the parts does not stay in memory from one chunk to the next.
-_MOST_MAPPED_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,6 @@ class Corpus:
             place = np.empty_like(grouped)
             place[grouped] = np.arange(len(grouped))
             values = values.take(pa.array(place))
-        if int(self.num_tokens.sum(dtype=np.int64)) > _MOST_MAPPED_TOKENS:
-            release_parts()
         return binary_values(values, dtype)[0]
 
 

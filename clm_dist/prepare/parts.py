@@ -176,8 +176,8 @@ class Part:
         return _as_binary(encoding.token_bytes.take(ids).astype(np.uint32), ends)
 
 
-# The system maps 65,530 files for a process at most.
-@lru_cache(maxsize=1024)
+# What is mapped stays resident, and a document's page brings many others with it: 32 parts are half a gigabyte at most.
+@lru_cache(maxsize=32)
 def _mapped_columns(path: Path) -> tuple[pa.Array, pa.Array]:
     """The ids and the sizes of a part, mapped from its file."""
     rows, _ = _tables_of(pa.memory_map(str(path)).read_buffer())
@@ -185,7 +185,7 @@ def _mapped_columns(path: Path) -> tuple[pa.Array, pa.Array]:
 
 
 def release_parts() -> None:
-    """Let go of the memory that reading parts took; what is read again is mapped again."""
+    """Let go of the parts' files."""
     _mapped_columns.cache_clear()
 
 
