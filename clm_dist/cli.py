@@ -143,8 +143,12 @@ def prepare(
     job = load_job(job_file, overrides or ())
     effort = Effort(tasks, int(partition_mib * 2**20))
     directory, url = open_stores(stores, DEFAULT_STORES)
-    with _located(job), open_progress(err) as progress:
-        store = prepare(job.config, directory, progress, effort, url)
+    try:
+        with _located(job), open_progress(err) as progress:
+            store = prepare(job.config, directory, progress, effort, url)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on with the partitions that are left", style="red")
+        raise typer.Exit(EX_INTERRUPTED) from None
     if show is not None:
         from clm_dist.prepare.show import show_store
 

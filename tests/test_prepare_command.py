@@ -215,3 +215,17 @@ def test_calls_that_make_no_sense(
     said = prepare(*(str(write_job()) if argument == "JOB" else argument for argument in arguments))
     assert said.code == 2
     assert problem in said.err
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(
+    prepare: Prepare, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clm_dist.prepare.pipeline.write_part", interrupted)
+        said = prepare(write_job())
+    assert said.code == 130
+    assert "interrupted; the same command goes on with the partitions that are left" in said.err
+    assert prepare(write_job()).code == 0

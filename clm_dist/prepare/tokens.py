@@ -292,7 +292,7 @@ def choose_engine(wanted: str, encoding: Encoding, sample: pa.Array) -> str:
     try:
         engine = build_engine(Gigatoken.name, encoding.tokenizer_json)
         check_engine(engine, encoding, sample)
-        check_engine(engine, encoding, _hard_texts(encoding))
+        check_engine(engine, encoding, _hard_texts(encoding), "hard texts")
     except EngineError as error:
         if wanted == Gigatoken.name:
             raise ConfigError(
@@ -311,11 +311,11 @@ def _hard_texts(encoding: Encoding) -> pa.Array:
     return pa.array([*_HARD_TEXTS, *around], pa.large_string())
 
 
-def check_engine(engine: Engine, encoding: Encoding, sample: pa.Array) -> None:
-    """Raises EngineError where an engine gives other ids than the reference."""
+def check_engine(engine: Engine, encoding: Encoding, sample: pa.Array, what: str = "the data's own text") -> None:
+    """Raises EngineError where an engine gives other ids than the reference; `what` says what the sample is."""
     found, expected = engine.encode(sample), build_engine(Reference.name, encoding.tokenizer_json).encode(sample)
     if not (np.array_equal(found.ids, expected.ids) and np.array_equal(found.offsets, expected.offsets)):
-        raise EngineError(f"it gives other ids than {Reference.name} on the data's own text")
+        raise EngineError(f"it gives other ids than {Reference.name} on {what}")
 
 
 def sample_of(texts: pa.Array, num_bytes: int) -> pa.Array:
