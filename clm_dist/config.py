@@ -1,6 +1,5 @@
 """The job file's sections: one typed, frozen model each; unknown keys are refused."""
 
-import math
 import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -182,6 +181,15 @@ class BatchConfig(Section):
     micro_size: Count = 8
     """Blocks in one forward and backward pass on one device."""
 
+    @property
+    def num_micros(self) -> int:
+        """Micro-batches of a step; the last may be short."""
+        return -(-self.global_size // self.micro_size)
+
+    def passes_per_step(self, world_size: int) -> int:
+        """Forward and backward passes of each worker in a step (gradient accumulation)."""
+        return -(-self.num_micros // world_size)
+
 
 class TrainConfig(Section):
     """The optimizer and its schedule."""
@@ -214,6 +222,16 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: Seed = 42
     """Seed of the weights, the order of blocks and dropout."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """Where the loss or the gradient is not finite: end the run, leave the step out, or go back to the last
+    checkpoint's weights and leave out the steps since. No update is made in any case."""
+    on_spike: Literal["report", "skip"] = "report"
+    """Where the loss is far above that of the last 128 steps: say so, or leave the step out as well."""
+    max_failures: Annotated[int, Field(ge=0, le=_MOST)] = 3
+    """How often dead or hanging workers are replaced, from the last committed checkpoint, before the run fails."""
+    hang_timeout_s: Annotated[float, Field(ge=2)] | None = 600
+    """Seconds without any progress after which the worker that the others wait for is named and the workers are
+    replaced; longer than the longest pass, load or save. Null waits for ever."""
 
 
 class EvalConfig(Section):
@@ -230,15 +248,18 @@ class CheckpointConfig(Section):
 
     every: Every = "epoch"
     """`epoch`, or a number of steps."""
-    keep: Count = 2
-    """Committed checkpoints that are kept."""
+    keep: Annotated[int, Field(ge=2, le=_MOST)] = 2
+    """Newest checkpoints that are kept, two or more; the one with the best eval loss is kept besides."""
+    path: str | None = None
+    """Directory or URL (s3://, gs://, ...) under which the checkpoints of the run lie, by its name; null is the run
+    directory."""
 
 
 class ClusterConfig(Section):
     """Workers and what each of them gets."""
 
-    workers: Count = 1
-    """Ray Train workers, one device each."""
+    workers: Count | tuple[Count, Count] = 1
+    """Ray Train workers, one device each; `[2, 8]` takes as many as there are, and follows nodes that go and come."""
     strategy: Strategy = "ddp"
     """What is sharded over the workers: nothing, optimizer (zero1), gradients (zero2), weights (zero3, fsdp2)."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -247,8 +268,21 @@ class ClusterConfig(Section):
     """CPUs that Ray reserves for a worker; it computes with as many threads."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """GPUs of a worker, 0 or 1; `auto` takes one where the cluster has any."""
-    max_restarts: Annotated[int, Field(ge=0, le=_MOST)] = 3
-    """How often dead workers are replaced, from the last committed checkpoint, before the run fails."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _workers_are_a_range(self) -> Self:
+        if self.min_workers > self.max_workers:
+            problem = f"cluster.workers {list(self.workers)} is no range; the smaller number comes first"  # type: ignore[arg-type]
+            raise _wrong("cluster.workers", problem)
+        return self
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:
@@ -298,9 +332,13 @@ class JobConfig(Section):
                 "tokenizer needs path or train, because model.config has no tokenizer of its own",
                 "model.config",
             )
-        workers, micro, size = self.cluster.workers, self.batch.micro_size, self.batch.global_size
-        if size % (workers * micro):
-            problem = f"batch.global_size {_sizes_that_fit(size, workers, micro)}"
+        workers, micros = self.cluster.max_workers, self.batch.num_micros
+        if workers > micros:
+            size, micro = self.batch.global_size, self.batch.micro_size
+            advice = f"set batch.global_size to {workers * micro}"
+            if size >= workers:
+                advice += f", or batch.micro_size to {size // workers}"
+            problem = f"batch.global_size {size} is {micros} x {micro} blocks, too few for {workers} workers; {advice}"
             raise _wrong("batch.global_size", problem, "cluster.workers", "batch.micro_size")
         if self.train.precision == "fp16" and self.cluster.strategy == "fsdp2":
             raise _wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
@@ -310,22 +348,3 @@ class JobConfig(Section):
     def tokenizer_path(self) -> str | None:
         """Directory or Hub id of the tokenizer; None when it is to be trained."""
         return None if self.tokenizer.train else self.tokenizer.path or self.model.path
-
-    @property
-    def passes_per_step(self) -> int:
-        """Forward and backward passes of one worker in a step (gradient accumulation)."""
-        return self.batch.global_size // (self.cluster.workers * self.batch.micro_size)
-
-
-def _sizes_that_fit(size: int, workers: int, micro: int) -> str:
-    """What is wrong with a global batch, and what fits: `is 64, but 3 workers x 8 blocks take 24 at a time; ...`."""
-    at_a_time = workers * micro
-    below = size // at_a_time * at_a_time
-    sizes = " or ".join(str(s) for s in (below, below + at_a_time) if s)
-    advice = f"try {sizes}"
-    if size % workers == 0:
-        share = size // workers
-        divisors = (d for m in range(1, math.isqrt(share) + 1) if share % m == 0 for d in (m, share // m))
-        fitting = max(d for d in divisors if d <= micro)
-        advice += f", or batch.micro_size {fitting}"
-    return f"is {size}, but {workers} workers x {micro} blocks take {at_a_time} at a time; {advice}"

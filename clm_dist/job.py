@@ -24,7 +24,9 @@ from clm_dist.run_dir import local_path
 _MALFORMED = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError)
 # What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
 _NOT_COMPUTED: Mapping[str, Any] = {
-    **dict.fromkeys(("checkpoint", "cluster", "hub", "tracking"), True),
+    **dict.fromkeys(("cluster", "hub", "tracking"), True),
+    "checkpoint": {"every", "keep"},
+    "train": {"max_failures", "hang_timeout_s"},
     "tokenizer": {"engine"},
     "data": {"streaming"},
 }
@@ -219,7 +221,11 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
         data = data.model_copy(update={"path": paths[0] if isinstance(given, str) else paths})
     tokenizer = config.tokenizer.model_copy(update={"path": directory(config.tokenizer.path, "tokenizer.path")})
     model = config.model.model_copy(update={"path": directory(config.model.path, "model.path")})
-    return config.model_copy(update={"data": data, "tokenizer": tokenizer, "model": model})
+    checkpoint = config.checkpoint
+    if checkpoint.path is not None:
+        checkpoint = checkpoint.model_copy(update={"path": absolute(checkpoint.path, "checkpoint.path")})
+    update = {"data": data, "tokenizer": tokenizer, "model": model, "checkpoint": checkpoint}
+    return config.model_copy(update=update)
 
 
 def _describe(error: dict[str, Any]) -> tuple[tuple[str, ...], str]:

@@ -1,6 +1,7 @@
 """Figures of a language model and of its training; no torch."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,6 +42,28 @@ def model_flops_utilization(
     """Share of the devices' peak that training uses; None where the device's peak is not known."""
     peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
     return None if peak is None else tokens_per_s * flops_a_token / (peak * num_devices)
+
+
+SPIKE_WINDOW = 128
+_SPIKE_SIGMAS = 6.0
+_SPIKE_LEAST = 32
+
+
+def spike_limit(recent: Sequence[float]) -> float:
+    """The training loss above which a step stands out from those before it; infinite while there are few.
+
+    The median plus 6 standard deviations, these estimated as 1.4826 median absolute deviations, so that one spike does
+    not hide the next (the Hampel identifier; Davies and Gather 1993, "The identification of multiple outliers"). The
+    128 steps and the 6 are those of OLMo 2's rule (OLMo team 2025, "2 OLMo 2 Furious").
+
+    Args:
+        recent: losses of the last SPIKE_WINDOW steps, in any order.
+    """
+    if len(recent) < _SPIKE_LEAST:
+        return math.inf
+    median = statistics.median(recent)
+    deviation = statistics.median(abs(loss - median) for loss in recent)
+    return median + _SPIKE_SIGMAS * 1.4826 * deviation if deviation else math.inf
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def copy_store_here(url: str, store: Path) -> bool:
     """`fetch_store` for who holds the store's lock already."""
     if (store / _MANIFEST).exists():
         return True
-    with _reaching(url):
+    with reaching(f"--store {url}"):
         filesystem, root = fsspec.url_to_fs(url)
         filesystem.invalidate_cache()
         if not filesystem.exists(f"{root}/{_MANIFEST}"):
@@ -79,7 +79,7 @@ def _fetch(filesystem: fsspec.AbstractFileSystem, source: str, target: Path, sha
 
 def upload_store(store: Path, url: str) -> None:
     """Copy a store to a URL, unless it is there. Raises ConfigError where the URL cannot be written."""
-    with _reaching(url):
+    with reaching(f"--store {url}"):
         filesystem, root = fsspec.url_to_fs(url)
         filesystem.invalidate_cache()
         if filesystem.exists(f"{root}/{_MANIFEST}"):
@@ -90,12 +90,18 @@ def upload_store(store: Path, url: str) -> None:
 
 
 @contextlib.contextmanager
-def _reaching(url: str) -> Iterator[None]:
+def reaching(what: str, *, field: str | None = None) -> Iterator[None]:
+    """Turn what a storage raises into a ConfigError that says so.
+
+    Args:
+        what: the option or the field, and its URL.
+        field: dotted name of the job's field, if it is one.
+    """
     try:
         yield
     except ClmDistError:
         raise
     except Exception as error:  # each kind of storage raises errors of its own
         raise ConfigError(
-            f"--store {url}: {first_line(error)}; check the address, your network and your credentials"
+            f"{what}: {first_line(error)}; check the address, your network and your credentials", field=field
         ) from error

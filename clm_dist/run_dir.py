@@ -37,7 +37,13 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
+        """Where the checkpoints lie unless the job says otherwise."""
         return self.root / "checkpoints"
+
+    @property
+    def ray(self) -> Path:
+        """Ray Train's own storage of the run."""
+        return self.root / "ray"
 
     @property
     def result(self) -> Path:
@@ -70,6 +76,10 @@ class RunDir:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    def outlier(self, step: int) -> Path:
+        """The blocks of a step whose loss or gradient stood out, with their text."""
+        return self.root / "outliers" / f"step-{step:08d}.json"
 
     def exists(self) -> bool:
         return self.job.is_file()

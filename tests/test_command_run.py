@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from clm_dist.run_dir import RunDir, read_json, read_records
-from clm_dist.train.checkpoint import committed
 from tests.command import clm_dist
 from tests.conftest import ROOT, WriteJob
+from tests.runs import saved_steps
 from tests.train.test_strategy import losses_of
 
 TIMEOUT_S = 300
@@ -50,14 +50,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def wait_for_commit(process: subprocess.Popen[str], run: RunDir, after: int) -> None:
     """Until a checkpoint beyond a step is committed."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not any(int(path.name.split("-")[1]) > after for path in committed(run.checkpoints)):
+    while not any(step > after for step in saved_steps(run)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def last_commit(run: RunDir) -> int:
-    return int(committed(run.checkpoints)[-1].name.split("-")[1])
+    return saved_steps(run)[-1]
 
 
 def descendants(pid: int) -> list[int]:

@@ -166,24 +166,25 @@ def test_a_path_that_cannot_be(path: Path, field: str, value: str, reason: str) 
     assert re.fullmatch(rf"{path}:\d: {field} .* cannot be used as a path: {reason}; name another", said)
 
 
-def test_global_batch_that_workers_cannot_share_names_what_fits(path: Path) -> None:
-    text = GOOD + "batch: {global_size: 64}\n"
-    assert error_of(path, text, "cluster.workers=3") == (
-        f"{path}:4: batch.global_size is 64, but 3 workers x 8 blocks take 24 at a time; try 48 or 72"
+def test_a_global_batch_too_small_for_its_workers_names_what_fits(path: Path) -> None:
+    text = GOOD + "batch: {global_size: 17}\n"
+    assert error_of(path, text, "cluster.workers=4") == (
+        f"{path}:4: batch.global_size 17 is 3 x 8 blocks, too few for 4 workers; set batch.global_size to 32, or "
+        "batch.micro_size to 4"
     )
-    # Both pieces of advice must be right.
+    # Both pieces of advice must be right; and what is uneven but enough is no error.
     path.write_text(text)
-    load_job(path, ["cluster.workers=3", "batch.global_size=48"])
-    assert "try 16, or batch.micro_size 4" in error_of(path, GOOD, "cluster.workers=2")
-    path.write_text(GOOD)
-    load_job(path, ["cluster.workers=2", "batch.micro_size=4"])
-    # The advice is found at once also for numbers that are not meant.
-    assert "batch.micro_size 1" in error_of(path, GOOD, f"batch={{global_size: {2**31 - 1}, micro_size: {2**31 - 2}}}")
+    for advice in ("batch.global_size=32", "batch.micro_size=4", "cluster.workers=3", "cluster.workers=[1, 3]"):
+        load_job(path, ["cluster.workers=4", advice])
+    assert "too few for 9 workers; set" in error_of(path, text, "cluster.workers=[2, 9]")
+    assert error_of(path, text, "cluster.workers=[3, 2]").endswith("[3, 2] is no range; the smaller number comes first")
 
 
 def test_what_several_fields_have_a_part_in_is_shown_at_the_first_that_is_set(path: Path) -> None:
-    assert error_of(path, GOOD + "cluster: {workers: 100000000}\n").startswith(f"{path}:4: batch.global_size is 8, but")
-    assert error_of(path, GOOD, "cluster.workers=3").startswith("--set cluster.workers=3: batch.global_size is 8, but")
+    assert error_of(path, GOOD + "cluster: {workers: 100000000}\n").startswith(
+        f"{path}:4: batch.global_size 8 is 1 x 8"
+    )
+    assert error_of(path, GOOD, "cluster.workers=3").startswith("--set cluster.workers=3: batch.global_size 8 is 1 x 8")
     config = GOOD.replace("{path: gpt2}", "{config: {model_type: gpt2}}")
     assert error_of(path, config).startswith(f"{path}:3: tokenizer needs path or train")
     assert error_of(path, GOOD, "model.config.n_layer=3").startswith("--set model.config.n_layer=3: model needs either")

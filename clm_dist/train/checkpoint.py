@@ -1,106 +1,232 @@
-"""Checkpoints of a run: which are committed, which is the last, and what they say of themselves.
+"""What a rank writes of a checkpoint and reads from one: fragments of parameters, whoever trained them.
 
-A checkpoint is a directory to which every rank adds its share. It counts once `committed.json` is in it, which the
-driver writes when every rank's share is there; what has no such file is never resumed from.
+Every strategy keeps, for each parameter, fp32 weights and AdamW's two moments, flat and cut somewhere else. A fragment
+is one rank's piece of a parameter. Saved, it says which elements it has; so a rank that holds other pieces, because the
+number of workers or the strategy is another, copies the overlaps from the files that have them:
+
+    saved by 2     wte [0 ......... 511][512 ........ 999]
+    read by 3      wte [0 ... 340][341 ... 666][667 .. 999]      the second reads of both files
+
+Saving is in the background: weights and moments change in the optimizer's update only, so a thread copies them to host
+memory while the next passes run, and the next update waits for the copy, not for the disk.
 """
 
-import secrets
-import shutil
-from dataclasses import asdict, dataclass
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from clm_dist.config import JobConfig
-from clm_dist.errors import CheckpointError, ConfigError
-from clm_dist.run_dir import read_json, write_json
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
-FORMAT_VERSION = 1
-_MARKER = "committed.json"
-_STATE = "trainer_state.json"
+from clm_dist.checkpoints import Checkpoints, Marker, Share
+from clm_dist.errors import CheckpointError, first_line
+from clm_dist.run_dir import writing
+
+_WRITE_BYTES = 2**22
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
-class TrainerState:
-    """What a checkpoint was taken from; its weights and optimizer lie beside it."""
+class Fragment:
+    """The elements [start, start + n) of a flattened parameter that this rank holds."""
 
+    parameter: str
+    start: int
+    tensors: Mapping[str, Tensor]
+    """`weight`, `exp_avg`, `exp_avg_sq`, each (n,): views of what the optimizer changes."""
+    replicated: bool = False
+    """Whether every rank holds the same; then each saves a part."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + next(iter(self.tensors.values())).numel()
+
+    def part(self, rank: int, world_size: int) -> "Fragment":
+        """What a rank saves of it."""
+        if not self.replicated:
+            return self
+        size = self.stop - self.start
+        begin, end = size * rank // world_size, size * (rank + 1) // world_size
+        tensors = {kind: tensor[begin:end] for kind, tensor in self.tensors.items()}
+        return Fragment(self.parameter, self.start + begin, tensors)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How this rank's part of a save ended."""
+
+    name: str
     step: int
-    world_size: int
-    strategy: str
-    fingerprint: str
-    """Of the blocks that it was trained on."""
-    global_size: int
-    seed: int
-    """With the batch size it says which blocks the next step takes."""
-    format_version: int = FORMAT_VERSION
-
-    def write(self, directory: Path) -> None:
-        write_json(directory / _STATE, asdict(self))
+    share: Share | None
+    """None where it failed."""
+    error: str | None
+    seconds: float
+    """From the begin of the save until the file was on its storage."""
+    blocked: float
+    """Seconds of it in which training waited."""
 
 
-def checkpoint_name(step: int) -> str:
-    """A name that was never used: a killed save may have left a part of this step behind."""
-    return f"step-{step:08d}-{secrets.token_hex(4)}"
+class Saver:
+    """Writes this rank's file of a checkpoint in a thread. One save at a time."""
+
+    def __init__(self, checkpoints: Checkpoints, rank: int, world_size: int) -> None:
+        self._checkpoints = checkpoints
+        self._rank, self._world_size = rank, world_size
+        self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._host: dict[str, Tensor] = {}
+        self._blocked = 0.0
+        self._ended: Saved | None = None
+
+    def begin(self, name: str, step: int, fragments: Iterable[Fragment]) -> None:
+        """Start to save; `await_copy` must return before the fragments change."""
+        began = time.perf_counter()
+        parts = [fragment.part(self._rank, self._world_size) for fragment in fragments]
+        parts = [part for part in parts if part.start < part.stop]
+        self._copied.clear()
+        self._ended = None
+        self._thread = threading.Thread(target=self._save, args=(name, step, parts, began), daemon=True)
+        self._thread.start()
+        self._blocked = time.perf_counter() - began
+
+    def await_copy(self) -> None:
+        """Wait until what is to be saved may change."""
+        if self._thread is not None and not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self._blocked += time.perf_counter() - began
+
+    def is_written(self) -> bool:
+        """Whether a save has ended that was not taken yet."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def take(self, *, wait: bool = False) -> Saved | None:
+        """The save that has ended since; None while one runs, or where there was none.
+
+        Args:
+            wait: let training wait for the end of the one that runs.
+        """
+        if self._thread is None or not (wait or self.is_written()):
+            return None
+        began = time.perf_counter()
+        self._thread.join()
+        self._thread = None
+        assert self._ended is not None
+        waited = self._blocked + time.perf_counter() - began
+        return Saved(**vars(self._ended) | {"blocked": waited})
+
+    def _save(self, name: str, step: int, parts: list[Fragment], began: float) -> None:
+        share, problem = None, None
+        try:
+            tensors = self._copy(parts)
+            self._copied.set()
+            file = f"rank-{self._rank:05d}.safetensors"
+            with writing(Path(self._checkpoints.where(name))), self._checkpoints.writing(name, file) as path:
+                num_bytes, sha256 = write_safetensors(path, tensors)
+            share = Share(file, num_bytes, sha256, {part.parameter: (part.start, part.stop) for part in parts})
+        except Exception as error:  # whatever a storage raises: the driver decides what becomes of the run
+            problem = first_line(error)
+        finally:
+            self._copied.set()
+        self._ended = Saved(name, step, share, problem, time.perf_counter() - began, 0.0)
+
+    def _copy(self, parts: list[Fragment]) -> dict[str, Tensor]:
+        """The parts in host memory, which is kept for the next save: to get new memory takes as long as to fill it."""
+        for part in parts:
+            for kind, tensor in part.tensors.items():
+                key = f"{part.parameter}:{kind}"
+                if key not in self._host or self._host[key].shape != tensor.shape:
+                    self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                self._host[key].copy_(tensor.detach())
+        return self._host
 
 
-def commit(checkpoints: Path, name: str, keep: int) -> None:
-    """Mark a checkpoint as complete, and remove the older ones that are not kept."""
-    write_json(checkpoints / name / _MARKER, {"format_version": FORMAT_VERSION})
-    for directory in committed(checkpoints)[:-keep]:
-        # Without its marker a directory that is half removed is nothing, rather than broken.
-        (directory / _MARKER).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write tensors in host memory as a safetensors file; gives its size and sha256.
+
+    safetensors' own writer copies all of them, and lets no other thread of the process run meanwhile.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in _chunks(text, tensors.values()):
+            file.write(chunk)
+            digest.update(chunk)
+        return file.tell(), digest.hexdigest()
 
 
-def committed(checkpoints: Path) -> list[Path]:
-    """Directories of the committed checkpoints, the oldest first."""
-    return sorted(marker.parent for marker in checkpoints.glob(f"step-*/{_MARKER}"))
+def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Any]:
+    yield len(header).to_bytes(8, "little") + header
+    for tensor in tensors:
+        content = tensor.view(torch.uint8).numpy()
+        for start in range(0, len(content), _WRITE_BYTES):
+            yield content[start : start + _WRITE_BYTES].data
 
 
-def is_committed(directory: Path) -> bool:
-    return (directory / _MARKER).exists()
+@contextlib.contextmanager
+def fetched(
+    checkpoints: Checkpoints, name: str, marker: Marker, fragments: list[Fragment]
+) -> Iterator[dict[str, Path]]:
+    """The files of a checkpoint that these fragments need, on this machine and checked.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or a fragment is in none.
+    """
+    with contextlib.ExitStack() as stack:
+        needed = {share.file: share for fragment in fragments for share, _, _ in _overlaps(marker, fragment)}
+        yield {file: stack.enter_context(checkpoints.reading(name, share)) for file, share in needed.items()}
 
 
-def remove_uncommitted(checkpoints: Path) -> None:
-    """Clear what killed saves left behind. Only while no worker saves."""
-    for directory in checkpoints.glob("step-*"):
-        if not is_committed(directory):
-            shutil.rmtree(directory, ignore_errors=True)
+def load_fragments(files: Mapping[str, Path], marker: Marker, fragments: list[Fragment]) -> None:
+    """Copy a checkpoint's content into fragments, in place."""
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(path, "pt")) for file, path in files.items()}
+        with torch.no_grad():
+            for fragment in fragments:
+                for share, begin, end in _overlaps(marker, fragment):
+                    first = share.fragments[fragment.parameter][0]
+                    for kind, tensor in fragment.tensors.items():
+                        saved = opened[share.file].get_slice(f"{fragment.parameter}:{kind}")[
+                            begin - first : end - first
+                        ]
+                        tensor[begin - fragment.start : end - fragment.start].copy_(saved)
 
 
-def read_state(directory: Path, job: JobConfig, world_size: int, fingerprint: str) -> TrainerState:
-    """A checkpoint's state. Raises CheckpointError where this job cannot go on from it."""
-    try:
-        state = TrainerState(**read_json(directory / _STATE))
-    except (OSError, ConfigError, TypeError) as error:
-        raise CheckpointError(f"{directory} is no checkpoint that this version reads: {error}") from None
-    again = "or start again with --overwrite or another name"
-    if state.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} has format {state.format_version}, this version of clm-dist reads {FORMAT_VERSION}; "
-            f"resume with the version that wrote it, {again}"
-        )
-    if state.strategy != job.cluster.strategy:
-        raise CheckpointError(
-            f"{directory} was saved with cluster.strategy {state.strategy}, the job has {job.cluster.strategy}; resume "
-            f"with --set cluster.strategy={state.strategy}, {again}"
-        )
-    for field, saved, now in (
-        ("batch.global_size", state.global_size, job.batch.global_size),
-        ("train.seed", state.seed, job.train.seed),
-    ):
-        if saved != now:
-            raise CheckpointError(
-                f"{directory} was saved with {field} {saved}, the job has {now}: after {state.step} steps it would go "
-                f"on with other blocks than those it has not seen; resume with --set {field}={saved}, {again}"
-            )
-    if state.world_size != world_size and state.strategy.startswith("zero"):
-        raise CheckpointError(
-            f"{directory} was saved by {state.world_size} workers, and {state.strategy} cannot resume with "
-            f"{world_size} yet; resume with --set cluster.workers={state.world_size}, {again}"
-        )
-    if state.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{directory} was trained on the blocks {state.fingerprint}, the job's are {fingerprint}: the data or the "
-            "tokenizer changed since; restore them (a Hub data set: --resume --set data.revision=COMMIT, which is in "
-            f"the manifest.json of those blocks), {again}"
-        )
-    return state
+def _overlaps(marker: Marker, fragment: Fragment) -> list[tuple[Share, int, int]]:
+    """The files that hold a part of a fragment, and which elements of the parameter that is."""
+    found = []
+    reached = fragment.start
+    shares = [share for share in marker.shares if fragment.parameter in share.fragments]
+    for share in sorted(shares, key=lambda share: share.fragments[fragment.parameter]):
+        begin, end = share.fragments[fragment.parameter]
+        begin, end = max(begin, fragment.start), min(end, fragment.stop)
+        if begin < end:
+            if begin != reached:
+                break
+            found.append((share, begin, end))
+            reached = end
+    if reached != fragment.stop:
+        raise CheckpointError(f"the elements {reached} to {fragment.stop} of {fragment.parameter} are in no file")
+    return found

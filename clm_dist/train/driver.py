@@ -17,13 +17,13 @@ from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
+from clm_dist.checkpoints import Checkpoints, check_state
 from clm_dist.config import ClusterConfig, JobConfig
 from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, RunError, describe_os_error
 from clm_dist.job import differing_fields, job_text, read_saved_job
 from clm_dist.progress import Progress
 from clm_dist.run_dir import RunDir, make_dir, read_json, write_json, write_text
 from clm_dist.shards import Manifest
-from clm_dist.train.checkpoint import committed, read_state, remove_uncommitted
 from clm_dist.train.evaluate import num_eval_tokens
 from clm_dist.train.follow import Follower
 from clm_dist.train.loader import BatchOrder
@@ -83,17 +83,18 @@ def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]
     where = "this machine" if local else "the Ray cluster"
     num_gpus = sum(node.get("GPU", 0) for node in nodes)
     gpus_each = int(num_gpus > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+    workers = cluster.min_workers
     for kind, each in (("GPU", gpus_each), ("CPU", cluster.cpus_per_worker)):
         # A worker lies on one node.
-        fitting = sum(int(node.get(kind, 0) // each) for node in nodes) if each else cluster.workers
-        if fitting < cluster.workers:
+        fitting = sum(int(node.get(kind, 0) // each) for node in nodes) if each else workers
+        if fitting < workers:
             available = sum(node.get(kind, 0) for node in nodes)
             advice = [f"set cluster.workers to {fitting} or less"] if fitting else []
             if kind == "CPU" and available:
-                advice.append(f"set cluster.cpus_per_worker to {available / cluster.workers:.3g} or less")
+                advice.append(f"set cluster.cpus_per_worker to {available / workers:.3g} or less")
             spread = f" on {len(nodes)} nodes, which fit {fitting} workers" if len(nodes) > 1 else ""
             raise ConfigError(
-                f"cluster.workers {cluster.workers} x {each:g} {kind} need {cluster.workers * each:g}, {where} has "
+                f"cluster.workers {workers} x {each:g} {kind} need {workers * each:g}, {where} has "
                 f"{available:g}{spread}; " + " or ".join(advice or [f"use a cluster with {kind}s"]),
                 field="cluster.workers",
             )
@@ -110,7 +111,7 @@ def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: boo
     if overwrite:
         return run, False
     if not run.exists():
-        if committed(run.checkpoints):
+        if Checkpoints.of_run(job, run).committed():
             raise ConfigError(
                 f"{run.root} has checkpoints, but {run.job.name} is missing, so which job they are of is not known; "
                 "restore it, start again with --overwrite, or make another run with --set name=...",
@@ -182,6 +183,7 @@ def _train(
 ) -> dict[str, Any]:
     recorder = Recorder(
         run,
+        Checkpoints.of_run(job, run),
         num_parts=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
         num_tokens=num_eval_tokens(manifest, document_mask=job.data.document_mask),
         keep=job.checkpoint.keep,
@@ -213,12 +215,15 @@ def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
     check_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
-    if not overwrite and (checkpoints := committed(run.checkpoints)):
-        state = read_state(checkpoints[-1], job, job.cluster.workers, manifest.fingerprint)
+    checkpoints = Checkpoints.of_run(job, run)
+    if not overwrite and (names := checkpoints.committed()):
+        where = checkpoints.where(names[-1])
+        state = checkpoints.read(names[-1]).state
+        check_state(state, where, job, manifest.fingerprint)
         num_steps = BatchOrder.of_job(job, manifest.splits["train"].num_blocks).num_steps
         if state.step > num_steps:
             raise CheckpointError(
-                f"{checkpoints[-1]} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
+                f"{where} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
                 "or train.epochs, or start again with --overwrite or another name"
             )
 
@@ -241,17 +246,20 @@ def _only_driver(run: RunDir) -> Iterator[None]:
 
 
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
-    if overwrite and (run.exists() or run.checkpoints.exists()):
-        shutil.rmtree(run.root)
-    make_dir(run.checkpoints)
+    checkpoints = Checkpoints.of_run(job, run)
+    if overwrite:
+        checkpoints.remove_all()
+        shutil.rmtree(run.root, ignore_errors=True)
+    make_dir(run.ray)
+    checkpoints.check_access()
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
     write_text(run.job, job_text(job))
     run.stop.unlink(missing_ok=True)
-    # Ray's own list of checkpoints is written in place, so a kill can tear it; the markers say what is committed.
-    for snapshot in run.checkpoints.glob("*.json"):
+    # Ray would take a run of this name for one to go on with; the markers say where that is.
+    for snapshot in run.ray.glob("*.json"):
         snapshot.unlink()
-    remove_uncommitted(run.checkpoints)
+    checkpoints.remove_uncommitted()
 
 
 def _build_trainer(
@@ -276,10 +284,10 @@ def _build_trainer(
             resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
         ),
         run_config=RunConfig(
-            name=run.checkpoints.name,
+            name=run.ray.name,
             storage_path=str(run.root),
             failure_config=FailureConfig(
-                max_failures=job.cluster.max_restarts, controller_failure_limit=job.cluster.max_restarts
+                max_failures=job.train.max_failures, controller_failure_limit=job.train.max_failures
             ),
             callbacks=[_Receiver(recorder)],
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -294,7 +302,7 @@ class _Receiver(UserCallback):  # type: ignore[misc]  # ray.train has no types
         self._recorder = recorder
 
     def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Checkpoint | None) -> None:
-        self._recorder.receive(metrics, None if checkpoint is None else Path(checkpoint.path).name)
+        self._recorder.receive(metrics)
 
 
 def _fit(trainer: TorchTrainer, follower: Follower) -> dict[str, Any]:
@@ -336,7 +344,7 @@ def _cause(error: BaseException) -> BaseException:
     lines = str(cause).strip().splitlines() or [""]
     logger.debug("the cause of the failure", exc_info=error)
     return RunError(
-        f"{who} failed, and so did every restart (cluster.max_restarts): {type(cause).__name__}: {lines[0]}. The "
+        f"{who} failed, and so did every restart (train.max_failures): {type(cause).__name__}: {lines[0]}. The "
         "committed checkpoints are whole; the same command goes on from the last. The workers' logs lie in "
         f"{_log_dir()}"
     )

@@ -70,7 +70,8 @@ class BatchOrder:
     def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
         """This rank's passes of a step; every rank has equally many, in short batches too."""
         blocks = self.global_batch(step)
-        for number in range(self.global_size // (self.micro_size * world_size)):
+        num_micros = -(-self.global_size // self.micro_size)
+        for number in range(-(-num_micros // world_size)):
             index = number * world_size + rank
             own = blocks[index * self.micro_size : (index + 1) * self.micro_size]
             if len(own):

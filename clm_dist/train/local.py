@@ -1,6 +1,5 @@
 """The loop without Ray: in one plain process, or in processes that share a process group."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,24 +20,14 @@ def train_here(
     For more than one process the caller has created torch's process group.
     """
 
-    def report(message: Message, checkpoint: Path | None, name: str | None) -> None:
+    def report(message: Message) -> None:
         messages: Sequence[Message | None] = [message]
         if world_size > 1:
             gathered: list[Message | None] = [None] * world_size
             dist.all_gather_object(gathered, message)
             messages = gathered
-            if checkpoint is not None:
-                # Rank 0 chose the name for all.
-                names = [name]
-                dist.broadcast_object_list(names)
-                name = names[0]
-        if checkpoint is not None and name is not None:
-            shutil.copytree(checkpoint, run.checkpoints / name, dirs_exist_ok=True)
-            shutil.rmtree(checkpoint)
-            if world_size > 1:
-                dist.barrier()
         if rank == 0:
-            recorder.receive([m for m in messages if m is not None], name)
+            recorder.receive([m for m in messages if m is not None])
 
     session = Session(
         rank=rank,

@@ -1,11 +1,11 @@
 """The training loop. It knows nothing of Ray: what it reports goes through a callable."""
 
-import hashlib
+import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import time
+import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from clm_dist.checkpoints import Checkpoints, Marker, TrainerState, check_state, checkpoint_name
 from clm_dist.config import Every, JobConfig
-from clm_dist.errors import RunError
-from clm_dist.metrics import flops_per_token, model_flops_utilization
-from clm_dist.run_dir import RunDir, writing
+from clm_dist.errors import CheckpointError, RunError
+from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
+from clm_dist.run_dir import RunDir, make_dir, write_json
 from clm_dist.shards import Blocks, Manifest
-from clm_dist.train.checkpoint import TrainerState, checkpoint_name, committed, is_committed, read_state
+from clm_dist.train.checkpoint import Fragment, Saved, Saver, fetched, load_fragments
 from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.export import evaluate_export, export
@@ -29,16 +30,19 @@ from clm_dist.train.loader import BatchOrder, MicroBatch
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.record import Message, Record
-from clm_dist.train.strategy import Strategy, build_strategy, set_up_worker
+from clm_dist.train.strategy import REPORT_FAULT, Strategy, build_strategy, set_up_worker
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Message, Path | None, str | None], None]
-"""Send a message and, with it, this rank's share of a checkpoint and the checkpoint's name. Collective."""
+Report = Callable[[Message], None]
+"""Send a message to the recorder. Collective."""
 
 _REPORT_INTERVAL_S = 1.0
 _STOP_INTERVAL_S = 0.5
-_COMMIT_POLL_S = 0.02
+_COMMIT_POLL_S = 0.05
+# Rather a failed run than one that does nothing but leave out steps.
+_MOST_LEFT_OUT = 10
+_SHOWN_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Session:
     run: RunDir
     store: Path
     report: Report
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether this worker was told to save a checkpoint and end. Not collective."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ def train(job: JobConfig, session: Session) -> Outcome:
     """Train from the last committed checkpoint, or from the start, to the end of the job. Collective.
 
     Returns:
-        done, with the model in `final.unverified` and its evaluation reported; preempted, with a checkpoint, where
-        the run's stop file appeared; failed, where the loss is not finite or the ranks disagree. These end on every
-        rank alike, so they are returned. What one rank alone meets is raised, and Ray starts the workers again.
+        done, with the model in `final.unverified` and its evaluation reported; preempted, with a committed checkpoint,
+        where the run's stop file appeared or a rank was asked to stop; failed, where the loss is not finite, the ranks
+        disagree or checkpoints cannot be written. These end on every rank alike, so they are returned. What one rank
+        alone meets is raised, and Ray starts the workers again.
     """
     set_up_worker(
         rank=session.rank,
@@ -92,7 +99,9 @@ class _Loop:
         from transformers import AutoTokenizer
 
         self.job, self.session = job, session
-        self.reporter = _Reporter(session)
+        self.checkpoints = Checkpoints.of_run(job, session.run)
+        self.saver = Saver(self.checkpoints, session.rank, session.world_size)
+        self.reporter = _Reporter(session, self.saver)
         self.strategy = build_strategy(job, rank=session.rank, world_size=session.world_size, use_gpu=session.use_gpu)
         self.fingerprint = Manifest.read(session.store / "manifest.json").fingerprint
         self.blocks = Blocks(session.store, "train")
@@ -101,22 +110,21 @@ class _Loop:
         self.order = BatchOrder.of_job(job, len(self.blocks))
         self.learning_rate = build_schedule(job.train, self.order.num_steps)
 
-        model = load_model(job, AutoTokenizer.from_pretrained(session.store / "tokenizer"))
+        self.tokenizer = AutoTokenizer.from_pretrained(session.store / "tokenizer")
+        model = load_model(job, self.tokenizer)
         self.throughput = _Throughput.of_model(model, self.blocks.block_size, self.strategy)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
         self.step = 0
-        self.saving: str | None = None
-        run = hashlib.sha256(str(session.run.root).encode()).hexdigest()[:12]
-        self.share_prefix = f"clm-dist-{run}-{session.rank}-"
-        for left in Path(tempfile.gettempdir()).glob(f"{self.share_prefix}*"):
-            # By a worker of this run that was killed before its share was copied.
-            shutil.rmtree(left, ignore_errors=True)
+        self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.num_left_out = 0
+        self.saved_step = 0
+        self.num_failed_saves = 0
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
         strategy.check_gradients_are_shared(self._first_loss)
         self._check_documents_are_apart()
-        self.step = self._resume()
+        resumed = self._load_newest()
         self.reporter.add(
             kind="start",
             step=self.step,
@@ -129,6 +137,8 @@ class _Loop:
         )
         if self.step == 0:
             self._evaluate()
+            if job.train.on_nan == "rollback" and not resumed:
+                self._save()
         self.reporter.phase("Training", self.step)
 
         strategy.model.train()
@@ -138,7 +148,7 @@ class _Loop:
             last = self.step == order.num_steps
             if self._is_due(job.eval.every) or last:
                 self._evaluate()
-            if self._is_due(job.checkpoint.every) or last or stop:
+            if (self._is_due(job.checkpoint.every) or last or stop) and self.saved_step != self.step:
                 self._save()
             if job.hub.push == "epoch" and self._is_due("epoch") and not last:
                 target = self.session.run.exports / f"step-{self.step:08d}"
@@ -146,16 +156,19 @@ class _Loop:
                 self.reporter.add(kind="export", step=self.step, epoch=order.epoch(self.step), path=str(target))
                 self.reporter.send()
         if self.step < order.num_steps:
-            self.reporter.send()
+            if problem := self._conclude_save():
+                raise RunError(f"{problem}; the run stops without it, and the same command goes on from the one before")
             return Outcome("preempted", self.step)
 
         self.reporter.phase("Writing the model", self.step)
         unverified = self.session.run.root / "final.unverified"
         export(strategy, self.session.store / "tokenizer", unverified)
+        self.saver.await_copy()
         strategy.release()
         self.reporter.phase("Evaluating the written model", self.step)
         parts = evaluate_export(strategy, job, unverified, self.eval_split)
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
+        self._conclude_save()
         return Outcome("done", self.step)
 
     def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
@@ -202,35 +215,50 @@ class _Loop:
         # Ranks average their gradients; this makes the average the gradient of the mean over all tokens.
         scale = strategy.world_size / num_targets
         loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
+        block_losses: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
+        checksum = num_computed = 0
         for number, micro in enumerate(micros):
             reading = time.perf_counter()
-            ids_BT = torch.from_numpy(self.blocks[micro.blocks]).to(strategy.device)
+            ids = self.blocks[micro.blocks]
+            ids_BT = torch.from_numpy(ids).to(strategy.device)
             data_wait += time.perf_counter() - reading
             torch.manual_seed(_pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
                 losses = next_token_loss(block_logits(model, ids_BT, self.document_end), ids_BT, self.document_end)
                 strategy.backward(losses.sum() * (scale if micro.counts else 0.0))
             if micro.counts:
+                checksum += block_checksum(micro.blocks, ids)
+                num_computed += len(ids)
                 loss_sum += losses.detach().double().sum()
+                block_losses.append((micro.blocks, losses.detach().mean(dim=-1)))
 
-        wishes = self.reporter.wishes()
-        total, stops, reports = strategy.all_reduce([loss_sum.item(), *wishes])
+        total, all_computed, all_checksums, stops, reports = strategy.all_reduce(
+            [loss_sum.item(), num_computed, checksum, *self.reporter.wishes()]
+        )
+        if all_computed != len(batch):
+            raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {len(batch)}. {REPORT_FAULT}")
         loss = total / num_targets
-        if not np.isfinite(loss):
-            raise RunError(
-                f"the loss of step {self.step + 1} is {loss}; the weights are still those of step {self.step}. It was "
-                f"computed on blocks {', '.join(map(str, batch[:16]))}{', ...' if len(batch) > 16 else ''}. Lower "
-                "train.learning_rate, add train.warmup_steps or look at the data; the same command goes on from the "
-                "last checkpoint"
-            )
+        limit = spike_limit(self.recent_losses)
+        finite, spike = bool(np.isfinite(loss)), loss > limit
+        skip_spike = spike and job.train.on_spike == "skip"
+        # A save that began after the last step may still copy what this update changes.
+        self.saver.await_copy()
         rate = self.learning_rate(self.step)
-        grad_norm = strategy.step(rate)
-        if not np.isfinite(grad_norm) and job.train.precision != "fp16":
-            raise RunError(
-                f"the gradient of step {self.step + 1} is not finite (loss {loss:.4f}); lower train.learning_rate or "
-                "add train.warmup_steps; the same command goes on from the last checkpoint"
-            )
+        grad_norm = strategy.step(rate, drop=not finite or skip_spike)
+        finite = finite and (bool(np.isfinite(grad_norm)) or job.train.precision == "fp16")
+        if np.isfinite(loss):
+            self.recent_losses.append(loss)
+        if not finite:
+            self._handle_non_finite(loss, grad_norm, batch, block_losses)
+            return stops > 0
         self.step += 1
+        if spike:
+            action = job.train.on_spike
+            self._record_outlier("spike", loss, grad_norm, batch, block_losses, limit=limit, action=action)
+        if skip_spike:
+            return stops > 0
+        if job.train.on_nan == "skip":
+            self.num_left_out = 0
         seconds = time.perf_counter() - began
         tokens = len(batch) * self.blocks.block_size
         self.reporter.add(
@@ -245,10 +273,84 @@ class _Loop:
             tokens_per_s=tokens / seconds,
             mfu=self.throughput.utilization(tokens / seconds),
             data_wait=data_wait,
+            blocks=int(all_checksums),
         )
         if reports:
             self.reporter.send()
         return stops > 0
+
+    def _handle_non_finite(
+        self,
+        loss: float,
+        grad_norm: float,
+        batch: npt.NDArray[np.int64],
+        block_losses: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
+    ) -> None:
+        """Do what the job says after a step whose loss or gradient is not finite; no weight has changed. Collective."""
+        action = self.job.train.on_nan
+        what = f"the loss of step {self.step + 1} is {loss}"
+        if np.isfinite(loss):
+            what = f"the gradient of step {self.step + 1} is not finite (loss {loss:.4f})"
+        self.step += 1
+        self.num_left_out += 1
+        blocks = self._record_outlier("nonfinite", loss, grad_norm, batch, block_losses, action=action)
+        shown = ", ".join(map(str, blocks[:_SHOWN_BLOCKS])) + (", ..." if len(blocks) > _SHOWN_BLOCKS else "")
+        file = self.session.run.outlier(self.step)
+        advice = (
+            f"It was computed on blocks {shown}, whose text is in {file}. Lower train.learning_rate, add "
+            "train.warmup_steps or look at the data"
+        )
+        if action == "stop":
+            self.step -= 1
+            raise RunError(
+                f"{what}; the weights are still those of step {self.step}. {advice}; the same command goes on from the "
+                "last checkpoint, and train.on_nan=skip or rollback goes on by itself"
+            )
+        if self.num_left_out > _MOST_LEFT_OUT:
+            raise RunError(
+                f"{what}, and so were {_MOST_LEFT_OUT} before it, left out with train.on_nan={action}. {advice}"
+            )
+        if action == "rollback":
+            left_out = self.step
+            self._conclude_save()
+            if not self._load_newest():
+                raise RunError(f"{what}, and there is no checkpoint to go back to. {advice}")
+            self.reporter.add(kind="rollback", step=left_out, to=self.step)
+            # The weights of then, the blocks from now on: what is between is left out.
+            self.step = left_out
+            # On disk at once, or a restart would train those blocks after all.
+            self._save(regular=False)
+        self.reporter.send()
+
+    def _record_outlier(
+        self,
+        kind: str,
+        loss: float,
+        grad_norm: float,
+        batch: npt.NDArray[np.int64],
+        block_losses: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
+        **record: Any,
+    ) -> list[int]:
+        """Write down the blocks of a step that stands out, the worst first, with their text; gives them. Collective.
+
+        Those of a loss that is not finite are the blocks whose own loss is not.
+        """
+        own = [(int(b), float(v)) for blocks, values in block_losses for b, v in zip(blocks, values, strict=True)]
+        gathered: list[list[tuple[int, float]]] = [own] * self.strategy.world_size
+        if self.strategy.world_size > 1:
+            dist.all_gather_object(gathered, own)
+        losses = dict(pair for pairs in gathered for pair in pairs)
+        broken = [int(block) for block in batch if not np.isfinite(losses[int(block)])]
+        blocks = broken or sorted(losses, key=lambda block: -losses[block])
+        if self.strategy.rank == 0:
+            texts = self.tokenizer.batch_decode([self.blocks[np.array([block])][0] for block in blocks])
+            rows = [{"block": b, "loss": _json(losses[b]), "text": t} for b, t in zip(blocks, texts, strict=True)]
+            figures = {"step": self.step, "loss": _json(loss), "grad_norm": _json(grad_norm)}
+            file = self.session.run.outlier(self.step)
+            make_dir(file.parent)
+            write_json(file, {"kind": kind, **figures, "blocks": rows})
+            self.reporter.add(kind=kind, **figures, blocks=blocks[:_SHOWN_BLOCKS], **record)
+        return blocks
 
     def _is_due(self, every: Every) -> bool:
         return self.step % (self.order.steps_per_epoch if every == "epoch" else every) == 0
@@ -267,60 +369,143 @@ class _Loop:
         )
         self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), parts)
 
-    def _save(self) -> None:
-        self._await_commit()
-        name = checkpoint_name(self.step)
-        # On a local disk; the report copies it into the run directory, in the background under Ray.
-        share = Path(tempfile.gettempdir()) / f"{self.share_prefix}{name}"
-        with writing(share):
-            share.mkdir()
-            self.strategy.save(share)
-            if self.strategy.rank == 0:
-                self._state().write(share)
-        self.reporter.add(kind="checkpoint", step=self.step)
-        self.reporter.send(share, name)
-        self.saving = name
+    def _save(self, *, regular: bool = True) -> None:
+        """Begin to save; the copy and the writing go on while training does. Collective.
+
+        Args:
+            regular: because it was due, so the run has come forward.
+        """
+        self._conclude_save()
+        if regular and self.job.train.on_nan == "rollback":
+            self.num_left_out = 0
+        names = [checkpoint_name(self.step)]
+        if self.strategy.world_size > 1:
+            dist.broadcast_object_list(names)
+        self.saved_step = self.step
+        self.reporter.state = self._state()
+        self.saver.begin(names[0], self.step, self.strategy.fragments())
 
     def _state(self) -> TrainerState:
         job = self.job
         return TrainerState(
             step=self.step,
+            num_updates=self.strategy.num_updates,
             world_size=self.strategy.world_size,
             strategy=job.cluster.strategy,
             fingerprint=self.fingerprint,
             global_size=job.batch.global_size,
             seed=job.train.seed,
+            scaler=self.strategy.scaler_state(),
+            recent_losses=tuple(self.recent_losses),
+            num_left_out=self.num_left_out,
         )
 
-    def _await_commit(self) -> None:
-        """Wait for the save in flight: a second one could fill the disk before the first has its marker."""
-        while self.strategy.rank == 0 and self.saving and not is_committed(self.session.run.checkpoints / self.saving):
-            time.sleep(_COMMIT_POLL_S)
+    def _conclude_save(self) -> str | None:
+        """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
 
-    def _resume(self) -> int:
-        """Load the last committed checkpoint; gives the steps that are done. Collective."""
-        found: list[Path | None] = [None]
+        Raises:
+            RunError: the one before it failed as well.
+        """
+        saved = self.reporter.conclude_save()
+        if saved is None:
+            return None
+        error = saved.error
+        if self.strategy.world_size > 1:
+            errors: list[str | None] = [None] * self.strategy.world_size
+            dist.all_gather_object(errors, error)
+            error = next((f"worker {rank}: {error}" for rank, error in enumerate(errors) if error), None)
+        if error is None:
+            self.num_failed_saves = 0
+            while self.strategy.rank == 0 and not self.checkpoints.is_committed(saved.name):
+                time.sleep(_COMMIT_POLL_S)
+            self.strategy.barrier()
+            return None
+        self.num_failed_saves += 1
+        problem = f"the checkpoint of step {saved.step} could not be written: {error}"
+        if self.num_failed_saves > 1:
+            raise RunError(f"{problem}, and neither could the one before it. What was committed is whole")
+        return problem
+
+    def _load_newest(self) -> bool:
+        """Take weights, optimizer and step of the newest checkpoint that is whole; false where there is none.
+        Collective.
+
+        Raises:
+            CheckpointError: the job cannot go on from it, or there are some and none is whole.
+        """
+        found: list[list[tuple[str, Marker]]] = [[]]
         if self.strategy.rank == 0:
-            found[0] = next(reversed(committed(self.session.run.checkpoints)), None)
+            found[0] = [(name, self.checkpoints.read(name)) for name in reversed(self.checkpoints.committed())]
         # Other nodes may not see the newest marker yet.
         dist.broadcast_object_list(found)
-        if found[0] is None:
-            return 0
-        state = read_state(found[0], self.job, self.strategy.world_size, self.fingerprint)
-        self.strategy.load(found[0])
-        return state.step
+        fragments = self.strategy.fragments()
+        for name, marker in found[0]:
+            check_state(marker.state, self.checkpoints.where(name), self.job, self.fingerprint)
+            if self._load(name, marker, fragments):
+                return True
+        if found[0]:
+            raise CheckpointError(
+                f"none of the {len(found[0])} checkpoints in {self.checkpoints.root} is whole; restore them, or start "
+                "again with --overwrite or another name"
+            )
+        return False
+
+    def _load(self, name: str, marker: Marker, fragments: list[Fragment]) -> bool:
+        """Load a checkpoint; false, and nothing is changed, where a file of it is not as it was written. Collective."""
+        problem = None
+        with contextlib.ExitStack() as stack:
+            try:
+                files = stack.enter_context(fetched(self.checkpoints, name, marker, fragments))
+            except CheckpointError as error:
+                problem = str(error)
+            problems: list[str | None] = [problem]
+            if self.strategy.world_size > 1:
+                problems = [None] * self.strategy.world_size
+                dist.all_gather_object(problems, problem)
+            if problem := next((p for p in problems if p), None):
+                self.reporter.add(kind="damaged", step=marker.state.step, error=problem)
+                return False
+            load_fragments(files, marker, fragments)
+        state = marker.state
+        self.strategy.apply_fragments(state.num_updates, state.scaler)
+        self.step = state.step
+        self.recent_losses.clear()
+        self.recent_losses.extend(state.recent_losses)
+        self.num_left_out = max(self.num_left_out, state.num_left_out)
+        return True
+
+
+def block_checksum(numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> int:
+    """What stands for blocks and their tokens: the sum of a CRC-32 of each, so that ranks' shares add up in any order.
+
+    Args:
+        numbers: of the blocks, (B,).
+        ids: their tokens, (B, T).
+    """
+    return sum(zlib.crc32(row.tobytes(), int(number) & 0xFFFFFFFF) for number, row in zip(numbers, ids, strict=True))
+
+
+def _json(value: float) -> float | str:
+    """A number as JSON can hold it."""
+    return value if np.isfinite(value) else str(value)
 
 
 def _pass_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of a pass's dropout: the same whichever rank computes it, and after a resume."""
-    return int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # The 1 keeps it apart from the keys of the order: a SeedSequence takes trailing zeros for nothing.
+    return int(np.random.SeedSequence((1, seed, step, micro_batch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass
 class _Reporter:
-    """Gathers rank 0's records and sends them where every rank sends."""
+    """Gathers rank 0's records and sends them where every rank sends, with the save that has ended since."""
 
     session: Session
+    saver: Saver
+    state: TrainerState | None = None
+    """Of the save that was begun last."""
+    saved: Saved | None = None
+    """The save that ended last and that the loop does not know of yet."""
     records: list[Record] = field(default_factory=list)
     sent: float = field(default_factory=time.monotonic)
     looked: float = 0.0
@@ -335,27 +520,38 @@ class _Reporter:
         self.send()
 
     def wishes(self) -> tuple[float, float]:
-        """Whether this rank wants the run to stop, and to report now; rank 0 decides for all."""
+        """Whether this rank wants the run to stop, and to report now; one that wants it decides for all."""
         now = time.monotonic()
-        if self.session.rank != 0:
-            return 0.0, 0.0
-        stop = False
-        if now - self.looked >= _STOP_INTERVAL_S:
+        stop = self.session.asked_to_stop()
+        if self.session.rank == 0 and now - self.looked >= _STOP_INTERVAL_S:
             self.looked = now
-            stop = self.session.run.stop.exists()
-        return float(stop), float(now - self.sent >= _REPORT_INTERVAL_S)
+            stop = stop or self.session.run.stop.exists()
+        report = self.saver.is_written() or (self.session.rank == 0 and now - self.sent >= _REPORT_INTERVAL_S)
+        return float(stop), float(report)
 
-    def send(self, checkpoint: Path | None = None, name: str | None = None) -> None:
+    def send(self) -> None:
         """Collective."""
-        self._report({}, checkpoint, name)
+        self._report({})
 
     def send_evaluation(self, kind: str, step: int, epoch: float, parts: list[Any]) -> None:
         """Collective."""
         rows = [(part.index, part.loss_sum, part.num_tokens, part.num_bytes) for part in parts]
         self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "parts": rows}})
 
-    def _report(self, message: Message, checkpoint: Path | None = None, name: str | None = None) -> None:
-        self.session.report({"records": self.records, **message}, checkpoint, name)
+    def conclude_save(self) -> Saved | None:
+        """Wait for the end of the save that was begun, and send it; None where there was none since. Collective."""
+        self._report({}, wait=True)
+        saved, self.saved = self.saved, None
+        return saved
+
+    def _report(self, message: Message, *, wait: bool = False) -> None:
+        if saved := self.saver.take(wait=wait):
+            self.saved = saved
+            message["saved"] = saved
+            if self.session.rank == 0 and self.state is not None:
+                message["state"] = self.state
+        message["records"] = self.records
+        self.session.report(message)
         self.records = []
         self.sent = time.monotonic()
 

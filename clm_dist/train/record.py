@@ -1,9 +1,9 @@
 """What workers report, and how the driver turns it into the run's metrics and commits.
 
 Every rank sends a message at the same points of the run. Rank 0's has the records of the steps since; in an
-evaluation each has the micro-batches that the rank ran. The driver's side, `Recorder`, is the only one that adds
-losses up, writes metrics.jsonl and commits checkpoints. Messages arrive in order, so what a checkpoint's marker
-promises is on disk before the marker.
+evaluation each has the micro-batches that the rank ran, and after a save how that ended. The driver's side, `Recorder`,
+is the only one that adds losses up, writes metrics.jsonl and commits checkpoints. Messages arrive in order, and a
+checkpoint is committed when every rank has said that its file is on the storage.
 """
 
 import json
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
 from clm_dist.errors import RunError
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.run_dir import RunDir, read_records, write_text, writing
-from clm_dist.train.checkpoint import commit
+from clm_dist.train.checkpoint import Saved
 
 Record = dict[str, Any]
 
@@ -35,34 +36,80 @@ class Message(TypedDict, total=False):
 
     records: list[Record]
     evaluation: EvalMessage
+    saved: Saved
+    """How this rank's part of a save ended."""
+    state: TrainerState
+    """Of the checkpoint in `saved`; rank 0's message has it."""
 
 
 class Recorder:
     """Writes metrics.jsonl and commits checkpoints.
 
     Args:
+        checkpoints: where the run's checkpoints lie.
         num_parts: micro-batches of the eval split.
         num_tokens: predicted tokens of the eval split.
         keep: committed checkpoints that are kept.
     """
 
-    def __init__(self, run: RunDir, *, num_parts: int, num_tokens: int, keep: int, tensorboard: bool = False) -> None:
-        self._run, self._keep = run, keep
+    def __init__(
+        self,
+        run: RunDir,
+        checkpoints: Checkpoints,
+        *,
+        num_parts: int,
+        num_tokens: int,
+        keep: int,
+        tensorboard: bool = False,
+    ) -> None:
+        self._run, self._checkpoints, self._keep = run, checkpoints, keep
         self._num_parts, self._num_tokens = num_parts, num_tokens
         self._tensorboard = tensorboard
         self._writer: Any = None
+        self._eval_losses: dict[int, float] = {}
+        self._saved: dict[str, dict[int, Saved]] = {}
+        self._states: dict[str, TrainerState] = {}
 
-    def receive(self, messages: Sequence[Message], checkpoint: str | None = None) -> Evaluation | None:
-        """Take what the ranks sent at one point, rank 0 first, and the checkpoint that is now complete."""
+    def receive(self, messages: Sequence[Message]) -> Evaluation | None:
+        """Take what the ranks sent at one point, rank 0 first."""
         records = messages[0].get("records", [])
         evaluation = self._evaluation(messages)
         if evaluation:
             kind = messages[0]["evaluation"]["kind"]
             records = [*records, {"kind": kind, **evaluation.as_dict()}]
+            if kind == "eval":
+                self._eval_losses[evaluation.step] = evaluation.loss
+        if any(record["kind"] == "start" for record in records):
+            # Of workers that died.
+            self._saved, self._states = {}, {}
         self._append(records)
-        if checkpoint is not None:
-            commit(self._run.checkpoints, checkpoint, self._keep)
+        for rank, message in enumerate(messages):
+            if "saved" in message:
+                self._saved.setdefault(message["saved"].name, {})[rank] = message["saved"]
+            if "state" in message:
+                self._states[message["saved"].name] = message["state"]
+        for name in [name for name, saved in self._saved.items() if len(saved) == len(messages)]:
+            self._conclude_save(name, self._saved.pop(name), self._states.pop(name))
         return evaluation
+
+    def _conclude_save(self, name: str, saved: dict[int, Saved], state: TrainerState) -> None:
+        """Commit a checkpoint that every rank has written, or remove one that a rank could not write."""
+        record: Record = {"kind": "checkpoint", "step": state.step, "name": name}
+        written = [saved[rank].share for rank in sorted(saved)]
+        shares = tuple(share for share in written if share is not None)
+        if len(shares) == len(saved):
+            marker = Marker(state, shares, self._eval_losses.get(state.step))
+            self._checkpoints.commit(name, marker, self._keep)
+            record |= {
+                "bytes": marker.num_bytes,
+                "seconds": max(one.seconds for one in saved.values()),
+                "blocked": max(one.blocked for one in saved.values()),
+            }
+        else:
+            self._checkpoints.remove(name)
+            rank, error = next((rank, one.error) for rank, one in sorted(saved.items()) if one.error)
+            record["error"] = f"worker {rank}: {error}"
+        self._append([record])
 
     def _evaluation(self, messages: Sequence[Message]) -> Evaluation | None:
         shares = [message["evaluation"] for message in messages if "evaluation" in message]

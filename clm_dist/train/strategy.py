@@ -1,8 +1,9 @@
 """How weights, gradients and optimizer live on the ranks: DDP, DeepSpeed ZeRO 1 to 3, FSDP2, behind one interface.
 
-Everything that differs between them is in this file. Two promises hold for each: the gradient of a step is the mean
-over the ranks of what each of them passed to `backward`, and the norm that `step` returns is that of the whole
-gradient, the same on every rank. `check_gradients_are_shared` tries the first before any step is trained.
+Everything that differs between them is in this file. Three promises hold for each: the gradient of a step is the mean
+over the ranks of what each of them passed to `backward`, the norm that `step` returns is that of the whole gradient,
+the same on every rank, and `fragments` are all that changes in training, so that a checkpoint of one strategy and
+number of workers loads into any other. `check_gradients_are_shared` tries the first before any step is trained.
 """
 
 import contextlib
@@ -11,8 +12,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import CheckpointError, RunError
+from clm_dist.errors import RunError
+from clm_dist.train.checkpoint import Fragment
 from clm_dist.train.model import autocast
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_REPORT_FAULT = (
+REPORT_FAULT = (
     "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
 )
 
@@ -96,24 +97,69 @@ class Strategy(ABC):
         loss.backward()  # type: ignore[no-untyped-call]
 
     @abstractmethod
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
         """Clip, update the weights, forget the gradient; gives the gradient's 2-norm before clipping.
 
-        With a norm that is not finite nothing is updated, but ZeRO, which only then knows it, has updated in fp32 and
-        bf16.
+        Args:
+            drop: update nothing. Nor is anything updated where the norm is not finite.
         """
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of rank 0; anything on the others."""
 
-    @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write this rank's share of model and optimizer."""
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of weights, optimizer and buffers: views, which change with the next `step`."""
+        model = self.plain_model
+        saved = model.state_dict().keys()
+        buffers = [
+            Fragment(name, 0, {"buffer": buffer.view(-1)}, replicated=True)
+            for name, buffer in model.named_buffers()
+            if name in saved
+        ]
+        return [*self._parameter_fragments(), *buffers]
 
     @abstractmethod
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote. Raises CheckpointError where it was written for another number of workers."""
+    def _parameter_fragments(self) -> Iterable[Fragment]: ...
+
+    def apply_fragments(self, num_updates: int, scaler: Mapping[str, float]) -> None:
+        """Compute from now on with what was written into the fragments.
+
+        Args:
+            num_updates: that the optimizer had made.
+            scaler: what `scaler_state` gave.
+        """
+        for state in self._adam.state.values():
+            state["step"].fill_(num_updates)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that the optimizer made. Not collective."""
+        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+
+    def scaler_state(self) -> dict[str, float]:
+        """State of the loss scaler; empty where there is none. Not collective."""
+        return {}
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer itself."""
+        return self.optimizer
+
+    def _adam_fragment(self, name: str, start: int, parameter: Any, part: slice, **options: Any) -> Fragment:
+        """A part of a parameter of the optimizer, with its moments: zeros before the first update, as AdamW begins.
+
+        Args:
+            name: the model's parameter, of which the part begins at the element `start`.
+        """
+        state = self._adam.state[parameter]
+        if not state:
+            device = parameter.device
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors = {"weight": parameter, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        flat = {kind: _local(tensor.detach()).view(-1)[part] for kind, tensor in tensors.items()}
+        return Fragment(name, start, flat, **options)
 
     @property
     def plain_model(self) -> nn.Module:
@@ -147,8 +193,8 @@ class Strategy(ABC):
             dist.barrier()
 
     @abstractmethod
-    def forget_gradient(self) -> float:
-        """The 2-norm of the gradient as the optimizer would see it; it is dropped, and nothing is updated."""
+    def gradient_norm(self) -> float:
+        """The 2-norm of the gradient as the optimizer would see it, which is forgotten."""
 
     def check_gradients_are_shared(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
         """Raise RunError unless the mean over the ranks is taken of what each passes to `backward`.
@@ -161,14 +207,14 @@ class Strategy(ABC):
         """
         if self.world_size == 1:
             return
-        passes = min(2, self._job.passes_per_step)
+        passes = min(2, self._job.batch.passes_per_step(self.world_size))
 
         def norm(scale: float) -> float:
             for number in range(passes):
                 with self.one_pass(last=number == passes - 1) as model:
                     # An accumulated pass must not be lost, nor one that adds nothing change it.
                     self.backward(loss_of(model) * (scale if number == 0 else 0.0))
-            return self.forget_gradient()
+            return self.gradient_norm()
 
         of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
         finite = math.isfinite(of_one + of_all)
@@ -180,7 +226,7 @@ class Strategy(ABC):
         if num_finite:
             raise RunError(
                 f"the ranks do not share their gradients: one rank's gradient has norm {of_one:.6g}, and {of_all:.6g} "
-                f"when all {self.world_size} ranks have it. Nothing was trained. {_REPORT_FAULT}"
+                f"when all {self.world_size} ranks have it. Nothing was trained. {REPORT_FAULT}"
             )
         if self._job.train.precision != "fp16":
             raise RunError(
@@ -228,12 +274,16 @@ class DataParallel(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
         self._set_learning_rate(learning_rate)
         limit = float("inf") if self._max_norm is None else self._max_norm
+        scaler = self.accelerator.scaler
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
         self._check_norm(norm)
-        if math.isfinite(norm) or self.accelerator.scaler is not None:
+        if drop:
+            if scaler is not None:
+                scaler.update()
+        elif math.isfinite(norm) or scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -248,10 +298,10 @@ class DataParallel(Strategy):
         if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
             raise RunError(
                 f"the ranks do not share their gradients any more: this rank's gradient norm is {norm:.6g}, the mean "
-                f"of {self.world_size} ranks {mean:.6g}; nothing was saved since. {_REPORT_FAULT}"
+                f"of {self.world_size} ranks {mean:.6g}; nothing was saved since. {REPORT_FAULT}"
             )
 
-    def forget_gradient(self) -> float:
+    def gradient_norm(self) -> float:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad()
         return float(norm)
@@ -262,26 +312,29 @@ class DataParallel(Strategy):
     def full_weights(self) -> dict[str, Tensor]:
         return {name: weight.cpu() for name, weight in self.plain_model.state_dict().items()}
 
-    def save(self, directory: Path) -> None:
-        if self.rank == 0:
-            state: dict[str, Any] = {
-                "model": self.plain_model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            torch.save(state, directory / "state.pt")
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        adam: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]  # Accelerate wraps it
+        return adam
 
-    def load(self, directory: Path) -> None:
-        state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-        self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+    def _parameter_fragments(self) -> Iterable[Fragment]:
+        for name, parameter in self.plain_model.named_parameters():
+            if parameter.requires_grad:
+                yield self._adam_fragment(name, 0, parameter, slice(None), replicated=True)
+
+    def apply_fragments(self, num_updates: int, scaler: Mapping[str, float]) -> None:
+        super().apply_fragments(num_updates, scaler)
+        if self.accelerator.scaler is not None and scaler:
+            self.accelerator.scaler.load_state_dict(dict(scaler))
+
+    def scaler_state(self) -> dict[str, float]:
+        return {} if self.accelerator.scaler is None else dict(self.accelerator.scaler.state_dict())
 
 
 class Zero(Strategy):
     """DeepSpeed ZeRO 1, 2 and 3, through Accelerate (Rajbhandari et al. 2020)."""
+
+    _drop = False
 
     @property
     def _stage(self) -> int:
@@ -313,10 +366,11 @@ class Zero(Strategy):
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         return {
             "train_micro_batch_size_per_gpu": job.batch.micro_size,
-            "gradient_accumulation_steps": job.passes_per_step,
+            "gradient_accumulation_steps": job.batch.passes_per_step(self.world_size),
             "gradient_clipping": job.train.max_grad_norm or 0.0,
             "zero_optimization": zero,
-            "bf16": {"enabled": job.train.precision == "bf16"},
+            # Without the check a gradient that is not finite would be applied.
+            "bf16": {"enabled": job.train.precision == "bf16", "check_grad_overflow": True},
             "fp16": {"enabled": job.train.precision == "fp16"},
             "zero_allow_untested_optimizer": True,
             # DeepSpeed's own CPU Adam would be compiled at first use.
@@ -326,6 +380,14 @@ class Zero(Strategy):
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.optimizer = make_optimizer(model)
+        update = self.optimizer.step
+
+        def step() -> None:
+            if not self._drop:
+                update()
+
+        # The engine forgets a gradient in its own step only, and calls the optimizer's there.
+        self.optimizer.step = step  # type: ignore[method-assign, assignment]
         # DeepSpeed's engine is the model and steps the optimizer.
         self.model, _ = self.accelerator.prepare(model, self.optimizer)
 
@@ -337,31 +399,63 @@ class Zero(Strategy):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
         self._set_learning_rate(learning_rate)
+        self._drop = drop
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def forget_gradient(self) -> float:
-        # The engine forgets a gradient by a step only; at rate 0 it changes no weight.
-        norm = self.step(0.0)
-        for state in self._engine.optimizer.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
-        return norm
+    def gradient_norm(self) -> float:
+        return self.step(0.0, drop=True)
 
     def full_weights(self) -> dict[str, Tensor]:
         weights = self.accelerator.get_state_dict(self.model)
         return {name: weight.cpu() for name, weight in (weights or {}).items()}
 
-    def save(self, directory: Path) -> None:
-        self._engine.save_checkpoint(str(directory), tag="zero")
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        adam: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return adam
 
-    def load(self, directory: Path) -> None:
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag="zero")
-        if loaded is None:
-            raise CheckpointError(f"{directory} holds no DeepSpeed checkpoint")
+    def _parameter_fragments(self) -> Iterable[Fragment]:
+        zero = self._engine.optimizer
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self._stage == 3:
+                # Every rank has an equal part, so the end of the last parts is filling.
+                group, begin, size = zero.grad_position[zero.get_param_id(parameter)]
+                start = min(self.rank * size, parameter.ds_numel)
+                size = min(size, parameter.ds_numel - start)
+                flat = zero.fp32_partitioned_groups_flat[group]
+            else:
+                # All parameters of a group lie one after the other, and every rank has an equal part of that.
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                start, begin = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                size = mapping.hp_fragment_address.numel
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            yield self._adam_fragment(name, start, flat, slice(begin, begin + size))
+
+    def apply_fragments(self, num_updates: int, scaler: Mapping[str, float]) -> None:
+        super().apply_fragments(num_updates, scaler)
+        zero = self._engine.optimizer
+        for key, value in scaler.items():
+            setattr(zero.loss_scaler, key, value)
+        # What passes compute with is a copy of the optimizer's weights; these are the ends of DeepSpeed's own steps.
+        if self._stage == 3:
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero._post_step(set())
+        else:
+            zero.update_lp_params()
+
+    def scaler_state(self) -> dict[str, float]:
+        if self._job.train.precision != "fp16":
+            return {}
+        return {key: v for key, v in vars(self._engine.optimizer.loss_scaler).items() if isinstance(v, int | float)}
 
     def release(self) -> None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -398,19 +492,21 @@ class FullyShard(Strategy):
             bf16=self._job.train.precision == "bf16",
             offload=self._job.cluster.offload == "all",
         )
+        # Named here: after an evaluation some modules show whole weights in the place of shards.
+        self._shards = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.model)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
         self._set_learning_rate(learning_rate)
         limit = float("inf") if self._max_norm is None else self._max_norm
         sharded_norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = float(sharded_norm.full_tensor())
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not drop:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
-    def forget_gradient(self) -> float:
+    def gradient_norm(self) -> float:
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad()
         return float(norm.full_tensor())
@@ -426,20 +522,22 @@ class FullyShard(Strategy):
         weights: Any = get_model_state_dict(self.model, options=options)
         return dict(weights)
 
-    def save(self, directory: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-        from torch.distributed.checkpoint.state_dict_saver import save
+    def _parameter_fragments(self) -> Iterable[Fragment]:
+        for name, parameter in self._shards.items():
+            # Rows, as torch.chunk deals them out.
+            rows, row_size = parameter.shape[0], math.prod(parameter.shape[1:])
+            first = min(self.rank * -(-rows // self.world_size), rows)
+            yield self._adam_fragment(name, first * row_size, parameter, slice(None))
 
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        save({"model": model, "optimizer": optimizer}, checkpoint_id=directory / "dcp")
+    def release(self) -> None:
+        del self._shards
+        super().release()
 
-    def load(self, directory: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load
 
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        load({"model": model, "optimizer": optimizer}, checkpoint_id=directory / "dcp")
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+def _local(tensor: Any) -> Tensor:
+    """This rank's shard of a tensor, or the tensor where it is not sharded."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def shard(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import ray.train
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import CheckpointUploadMode
 
 from clm_dist.job import read_saved_job
 from clm_dist.remote import fetch_store
@@ -34,14 +34,8 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
         fetch_store(config["store_url"], Path(config["store"]))
     context = ray.train.get_context()
 
-    def report(message: Message, checkpoint: Path | None, name: str | None) -> None:
-        ray.train.report(
-            dict(message),
-            checkpoint=None if checkpoint is None else Checkpoint.from_directory(checkpoint),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=checkpoint is not None,
-        )
+    def report(message: Message) -> None:
+        ray.train.report(dict(message), checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
     session = Session(
         rank=context.get_world_rank(),

@@ -222,7 +222,7 @@ def test_whatever_changes_the_blocks_changes_the_store(make: MakeJob, tmp_path: 
     assert len(set(identities)) == len(changes) + 1
     assert identity("data.split_method=hash") != identity("data.split_method=hash", "data.id=null")
     # Only the hash split reads the id.
-    unrelated = ("data.id=null", "train.learning_rate=1", "batch.global_size=4", "cluster.max_restarts=0", "name=other")
+    unrelated = ("data.id=null", "train.learning_rate=1", "batch.global_size=4", "train.max_failures=0", "name=other")
     assert identity(*unrelated) == identities[0]
 
 

@@ -7,12 +7,13 @@ import pytest
 from clm_dist.run_dir import RunDir, write_text
 from clm_dist.train.follow import Follower
 from clm_dist.train.record import Recorder
+from tests.runs import checkpoints_of
 from tests.train.test_driver import Notes
 
 
 def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, notes, exported = RunDir(tmp_path), Notes(), list[int]()
-    recorder = Recorder(run, num_parts=1, num_tokens=4, keep=1)
+    recorder = Recorder(run, checkpoints_of(run), num_parts=1, num_tokens=4, keep=2)
     follower = Follower(run, notes, lambda path, step: exported.append(step))
     evaluation = {"kind": "eval", "step": 0, "epoch": 0.0, "parts": [(0, 4.0, 4, 8)]}
     start = {"kind": "start", "num_steps": 9}

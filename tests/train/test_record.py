@@ -1,15 +1,16 @@
 """What the driver makes of the workers' messages."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from clm_dist.errors import CheckpointError, RunError
+from clm_dist.checkpoints import Share, TrainerState, checkpoint_name
+from clm_dist.errors import RunError
 from clm_dist.run_dir import RunDir, read_records
-from clm_dist.train.checkpoint import TrainerState, checkpoint_name, commit, committed, read_state, remove_uncommitted
+from clm_dist.train.checkpoint import Saved
 from clm_dist.train.record import Message, Recorder
-from tests.conftest import MakeJob
+from tests.runs import checkpoints_of, saved_steps
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def recorder(run: RunDir, keep: int = 2) -> Recorder:
-    return Recorder(run, num_parts=3, num_tokens=30, keep=keep)
+    return Recorder(run, checkpoints_of(run), num_parts=3, num_tokens=30, keep=keep)
 
 
 def shares(*by_rank: list[int], loss: float = 10.0) -> list[Message]:
@@ -67,65 +68,65 @@ def test_steps_that_are_trained_again_are_recorded_once(run: RunDir) -> None:
     assert [record["kind"] for record in read_records(run.metrics)] == ["start"] * 3
 
 
-def share(run: RunDir, step: int) -> str:
-    """A checkpoint's directory with every share in it, before it is committed."""
-    name = checkpoint_name(step)
+STATE = TrainerState(4, 4, 2, "ddp", "blocks", global_size=8, seed=42)
+
+
+def saves(name: str, *errors: str | None, step: int = 4) -> list[Message]:
+    """What the ranks send after a save; each with its error, or with its file written."""
+    messages: list[Message] = []
+    for rank, error in enumerate(errors):
+        share = Share(f"rank-{rank}", 10, "0" * 64, {"w": (0, 4)}) if error is None else None
+        messages.append({"saved": Saved(name, step, share, error, 2.0 + rank, 0.1)})
+    messages[0]["state"] = dataclasses.replace(STATE, step=step)
+    return messages
+
+
+def test_a_checkpoint_is_committed_when_the_last_rank_has_written_its_file(run: RunDir) -> None:
+    name = checkpoint_name(4)
+    first, second = saves(name, None, None)
     (run.checkpoints / name).mkdir()
-    TrainerState(step, 2, "ddp", "blocks", global_size=8, seed=42).write(run.checkpoints / name)
-    return name
+    driver = recorder(run)
+    driver.receive(shares([0, 2], [1]))
+    driver.receive([first, {}])
+    assert saved_steps(run) == []
+    driver.receive([{}, second])
+    assert saved_steps(run) == [4]
+    marker = checkpoints_of(run).read(name)
+    assert (marker.state, marker.eval_loss, marker.num_bytes) == (STATE, 1.0, 20)
+    assert read_records(run.metrics)[-1] == {
+        "kind": "checkpoint",
+        "step": 4,
+        "name": name,
+        "bytes": 20,
+        "seconds": 3.0,
+        "blocked": 0.1,
+    }
 
 
-def test_a_checkpoint_counts_from_its_commit_and_the_last_ones_are_kept(run: RunDir) -> None:
-    torn = share(run, 40)
-    assert committed(run.checkpoints) == []
-    for step in (10, 20, 30):
-        recorder(run).receive(records_of(step), share(run, step))
-    assert [path.name[:13] for path in committed(run.checkpoints)] == ["step-00000020", "step-00000030"]
-    # What is not committed is not removed while workers may still write it.
-    assert (run.checkpoints / torn).exists()
-    remove_uncommitted(run.checkpoints)
-    assert sorted(path.name[:13] for path in run.checkpoints.iterdir()) == ["step-00000020", "step-00000030"]
+def test_a_checkpoint_that_a_rank_could_not_write_is_removed_and_said(run: RunDir) -> None:
+    name = checkpoint_name(4)
+    (run.checkpoints / name).mkdir()
+    recorder(run).receive(saves(name, None, "no space left"))
+    assert not (run.checkpoints / name).exists()
+    assert read_records(run.metrics)[-1]["error"] == "worker 1: no space left"
 
 
-def test_a_name_is_never_used_twice() -> None:
-    assert checkpoint_name(5) != checkpoint_name(5)
+def test_what_dead_workers_wrote_completes_no_checkpoint(run: RunDir) -> None:
+    name = checkpoint_name(4)
+    first, second = saves(name, None, None)
+    (run.checkpoints / name).mkdir()
+    driver = recorder(run)
+    driver.receive([first, {}])
+    driver.receive([{"records": [{"kind": "start", "step": 0}]}, {}])
+    driver.receive([{}, second])
+    assert saved_steps(run) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "settings", "message"),
-    [
-        ({}, ("cluster.strategy=zero2",), "saved with cluster.strategy ddp, the job has zero2; resume with --set"),
-        ({"strategy": "zero3", "world_size": 4}, ("cluster.strategy=zero3",), "saved by 4 workers, and zero3 cannot"),
-        ({"fingerprint": "other"}, (), "trained on the blocks other, the job's are blocks"),
-        (
-            {},
-            ("batch.global_size=16",),
-            "saved with batch.global_size 8, the job has 16: after 10 steps it would go on",
-        ),
-        ({}, ("train.seed=1",), "saved with train.seed 42, the job has 1: after 10 steps it would go on with other"),
-        ({"format_version": 9}, (), "has format 9, this version of clm-dist reads 1"),
-        ({"unknown": 1}, (), "is no checkpoint that this version reads"),
-    ],
-)
-def test_a_checkpoint_that_the_job_cannot_go_on_from_says_why(
-    run: RunDir, make_job: MakeJob, change: dict[str, Any], settings: tuple[str, ...], message: str
-) -> None:
-    import json
-
-    name = share(run, 10)
-    commit(run.checkpoints, name, keep=1)
-    file = run.checkpoints / name / "trainer_state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(CheckpointError, match=message):
-        read_state(run.checkpoints / name, make_job(*settings), 2, "blocks")
-
-
-def test_a_checkpoint_with_a_torn_state_is_none(run: RunDir, make_job: MakeJob) -> None:
-    name = share(run, 10)
-    (run.checkpoints / name / "trainer_state.json").write_text('{"step": 1')
-    with pytest.raises(CheckpointError, match="is no checkpoint that this version reads"):
-        read_state(run.checkpoints / name, make_job(), 2, "blocks")
-
-
-def test_ddp_goes_on_with_another_number_of_workers(run: RunDir, make_job: MakeJob) -> None:
-    assert read_state(run.checkpoints / share(run, 10), make_job(), 7, "blocks").step == 10
+def test_a_save_has_the_eval_loss_of_its_own_step(run: RunDir) -> None:
+    driver = recorder(run)
+    driver.receive(shares([0, 2], [1]))
+    for step in (4, 6):
+        name = checkpoint_name(step)
+        (run.checkpoints / name).mkdir()
+        driver.receive(saves(name, None, None, step=step))
+    assert [m.eval_loss for m in checkpoints_of(run).readable().values()] == [1.0, None]

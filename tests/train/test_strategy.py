@@ -1,6 +1,7 @@
 """Every strategy computes what one plain process computes, and none can train without sharing gradients."""
 
 import contextlib
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,12 +14,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.metrics import Part, combine
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Blocks
-from clm_dist.train.checkpoint import committed
+from clm_dist.train.checkpoint import Fragment
 from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loader import BatchOrder
@@ -28,6 +30,7 @@ from clm_dist.train.model import load_model
 from clm_dist.train.record import Recorder
 from clm_dist.train.strategy import DataParallel
 from tests.conftest import MakeJob
+from tests.runs import checkpoints_of, saved_steps
 from tests.workers import forget_accelerate, run_workers
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -37,10 +40,16 @@ SETTINGS = ("train.max_steps=20", "train.epochs=9", "checkpoint.every=1000")
 
 
 def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_size: int = 1) -> Outcome:
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.root.mkdir(parents=True, exist_ok=True)
     document_end = document_end_of(store) if job.data.document_mask else None
     split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
-    recorder = Recorder(run, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2)
+    recorder = Recorder(
+        run,
+        Checkpoints.of_run(job, run),
+        num_parts=split.num_parts,
+        num_tokens=split.num_tokens,
+        keep=job.checkpoint.keep,
+    )
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
     forget_accelerate()
     return outcome
@@ -100,7 +109,7 @@ def test_loss_curve_is_that_of_one_plain_process(
     cluster = (f"cluster.workers={world_size}", f"cluster.strategy={strategy}")
     # Accumulation 1 and 4.
     jobs = [make_job(*SETTINGS, *cluster, f"batch.micro_size={8 // (world_size * passes)}") for passes in (1, 4)]
-    assert [job.passes_per_step for job in jobs] == [1, 4]
+    assert [job.batch.passes_per_step(world_size) for job in jobs] == [1, 4]
     runs = [tmp_path / "1", tmp_path / "4"]
     if "plain" not in reference:
         reference["plain"] = plain_losses(jobs[0], few_blocks)
@@ -181,30 +190,82 @@ def train_and_resume(rank: int, world_size: int, job: JobConfig, whole: Path, cu
     assert train_one(job, RunDir(cut), store, rank, world_size).status == "done"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_resume_with_another_number_of_workers_keeps_the_loss_curve(
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resumes_with_other_numbers_of_workers_change_nothing(
     strategy: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
 ) -> None:
-    settings = (*SETTINGS, "train.max_steps=8", "checkpoint.every=4", "batch.micro_size=4")
-    two, one = (make_job(*settings, f"cluster.strategy={strategy}", f"cluster.workers={n}") for n in (2, 1))
-    run_workers(train_and_resume, 2, two, tmp_path / "whole", tmp_path / "unused", few_blocks)
-    cut = RunDir(tmp_path / "cut")
-    leave_only(RunDir(tmp_path / "whole"), step=4, target=cut)
-    (outcome,) = run_workers(train_one_here, 1, one, cut, few_blocks)
-    assert outcome.status == "done"
-    starts = [r["step"] for r in read_records(cut.metrics) if r["kind"] == "start"]
-    assert starts == [0, 4]
-    np.testing.assert_allclose(losses_of(cut.root), losses_of(tmp_path / "whole"), rtol=1e-5)
+    """2 -> 1 -> 3 -> 2 workers, three steps each, against 2 workers that nobody stopped; the last part sharded anew."""
+    settings = (*SETTINGS, "train.max_steps=12", "checkpoint.every=3", "checkpoint.keep=9", "batch.global_size=6")
+    job = make_job(*settings, "batch.micro_size=2", f"cluster.strategy={strategy}", "cluster.workers=2")
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    run_workers(train_one_here, 2, job, whole, few_blocks)
+    leave_only(whole, step=3, target=cut)
+    for step, world_size in ((3, 1), (6, 3), (9, 2)):
+        forget_after(cut, step)
+        job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": world_size})})
+        assert run_workers(train_one_here, world_size, job, cut, few_blocks)[0].status == "done"
+    starts = [(r["step"], r["workers"]) for r in read_records(cut.metrics) if r["kind"] == "start"]
+    assert starts == [(0, 2), (3, 1), (6, 3), (9, 2)]
+    np.testing.assert_allclose(losses_of(cut.root), losses_of(whole.root), rtol=1e-5)
+    blocks = [[r["blocks"] for r in read_records(run.metrics) if r["kind"] == "step"] for run in (cut, whole)]
+    assert blocks[0] == blocks[1]
+    assert len(set(blocks[0])) == 12
+
+
+def test_resumes_with_other_strategies_change_nothing(make_job: MakeJob, few_blocks: Path, tmp_path: Path) -> None:
+    settings = (*SETTINGS, "train.max_steps=15", "checkpoint.every=3", "checkpoint.keep=9", "batch.micro_size=4")
+    jobs = [make_job(*settings, "cluster.workers=2", f"cluster.strategy={strategy}") for strategy in STRATEGIES]
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    run_workers(train_one_here, 2, jobs[0], whole, few_blocks)
+    leave_only(whole, step=3, target=cut)
+    for step, job in zip((3, 6, 9, 12), jobs[1:], strict=True):
+        forget_after(cut, step)
+        assert run_workers(train_one_here, 2, job, cut, few_blocks)[0].status == "done"
+    assert [r["strategy"] for r in read_records(cut.metrics) if r["kind"] == "start"] == list(STRATEGIES)
+    np.testing.assert_allclose(losses_of(cut.root), losses_of(whole.root), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
+def test_the_comparison_of_loss_curves_sees_a_part_that_was_not_loaded(
+    kind: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    job = make_job(*SETTINGS, "train.max_steps=12", "checkpoint.every=6", "checkpoint.keep=9")
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    run_workers(train_one_here, 1, job, whole, few_blocks)
+    leave_only(whole, step=6, target=cut)
+    run_workers(train_without, 1, kind, job, cut, few_blocks)
+    assert max(abs(a / b - 1) for a, b in zip(losses_of(cut.root), losses_of(whole.root), strict=True)) > 1e-4
+
+
+def train_without(rank: int, world_size: int, kind: str, job: JobConfig, run: RunDir, store: Path) -> Outcome:
+    """Train with a strategy that forgets to show a part of what it holds; so the part is not loaded."""
+    fragments = DataParallel.fragments
+
+    def some(self: DataParallel) -> list[Fragment]:
+        return [
+            dataclasses.replace(f, tensors={k: t for k, t in f.tensors.items() if k != kind}) for f in fragments(self)
+        ]
+
+    DataParallel.fragments = some  # type: ignore[method-assign, assignment]
+    return train_one(job, run, store, rank, world_size)
 
 
 def train_one_here(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> Outcome:
     return train_one(job, run, store, rank, world_size)
 
 
+def forget_after(run: RunDir, step: int) -> None:
+    """Make the checkpoint of a step the last."""
+    checkpoints = checkpoints_of(run)
+    for name, marker in checkpoints.readable().items():
+        if marker.state.step > step:
+            checkpoints.remove(name)
+
+
 def leave_only(source: RunDir, *, step: int, target: RunDir) -> None:
     """A run as it was when its checkpoint of a step was the last."""
-    (checkpoint,) = (path for path in committed(source.checkpoints) if path.name.startswith(f"step-{step:08d}"))
-    shutil.copytree(checkpoint, target.checkpoints / checkpoint.name)
+    (name,) = (name for name in checkpoints_of(source).committed() if name.startswith(f"step-{step:08d}"))
+    shutil.copytree(source.checkpoints / name, target.checkpoints / name)
     shutil.copy(source.metrics, target.metrics)
 
 
@@ -368,4 +429,4 @@ def test_a_run_whose_ranks_do_not_share_gradients_is_impossible(
     for status, said in run_workers(sabotaged, 2, kind, job, tmp_path / "run", few_blocks):
         assert message in said
         assert status in ("failed", "raised")
-    assert not committed(tmp_path / "run" / "checkpoints")
+    assert not saved_steps(RunDir(tmp_path / "run"))

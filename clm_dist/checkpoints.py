@@ -1,0 +1,288 @@
+"""Checkpoints of a run: where they lie, which of them count, and what they say of themselves; no torch.
+
+    step-00000020-1f2e3d4c/rank-00000.safetensors    what each rank wrote
+                           rank-00001.safetensors
+                           committed.json            the marker
+
+A checkpoint counts once its marker is there, which the driver writes when the file of every rank is; what has none is
+never resumed from. The marker names each file with its size, its sha256 and the parts of parameters in it, so that any
+number of workers finds what it needs. A directory's name is never used twice.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import CheckpointError
+from clm_dist.remote import reaching
+from clm_dist.run_dir import RunDir, make_dir, write_json
+from clm_dist.shards import file_sha256
+
+FORMAT_VERSION = 2
+_MARKER = "committed.json"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank wrote of a checkpoint."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+    fragments: Mapping[str, tuple[int, int]]
+    """Of each parameter the first element that is in the file, and the one after the last; parameters are flat."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint was taken from; its weights and optimizer lie beside it."""
+
+    step: int
+    num_updates: int
+    """Updates that the optimizer made; fewer than steps where steps were left out."""
+    world_size: int
+    strategy: str
+    fingerprint: str
+    """Of the blocks that it was trained on."""
+    global_size: int
+    seed: int
+    """With the batch size it says which blocks the next step takes."""
+    scaler: Mapping[str, float] = field(default_factory=dict)
+    """State of the loss scaler, in fp16."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the last steps, from which the next loss may stand out."""
+    num_left_out: int = 0
+    """Steps without an update in a row, the last among them."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The content of a committed checkpoint's marker."""
+
+    state: TrainerState
+    shares: tuple[Share, ...]
+    eval_loss: float | None = None
+    """Nats a token, where the eval split was evaluated at this step."""
+    time: float = 0.0
+    """Of the commit, seconds since the epoch."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(share.num_bytes for share in self.shares)
+
+
+def checkpoint_name(step: int) -> str:
+    """A name that was never used: a killed save may have left a part of this step behind."""
+    return f"step-{step:08d}-{secrets.token_hex(4)}"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a directory or at a URL of any storage that fsspec knows.
+
+    What a storage raises beside the errors of this class is left as it is, but for `check_access`.
+
+    Raises:
+        ConfigError: no storage of the URL's kind is known.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        # Another process writes here too, so nothing that was listed is remembered.
+        with self._reaching():
+            self._files, self._path = fsspec.url_to_fs(self.root, use_listings_cache=False)
+        self._local = Path(self._path) if "file" in _protocols(self._files) else None
+
+    @classmethod
+    def of_run(cls, job: JobConfig, run: RunDir) -> "Checkpoints":
+        path = job.checkpoint.path
+        return cls(str(run.checkpoints.absolute()) if path is None else f"{path.rstrip('/')}/{job.name}")
+
+    def check_access(self) -> None:
+        """Raise ConfigError where nothing can be written here."""
+        if self._local:
+            make_dir(self._local)
+            return
+        with self._reaching():
+            probe = f"{self._path}/.write-{secrets.token_hex(4)}"
+            self._files.makedirs(self._path, exist_ok=True)
+            self._files.pipe_file(probe, b"")
+            self._files.rm_file(probe)
+
+    def _reaching(self) -> contextlib.AbstractContextManager[None]:
+        return reaching(f"checkpoint.path {self.root}", field="checkpoint.path")
+
+    def where(self, name: str) -> str:
+        """Where a checkpoint lies, for people."""
+        return f"{self.root}/{name}"
+
+    def committed(self) -> list[str]:
+        """Names of the committed checkpoints, the oldest first."""
+        return sorted(name for name, files in self._directories().items() if _MARKER in files)
+
+    def is_committed(self, name: str) -> bool:
+        return bool(self._files.exists(f"{self._path}/{name}/{_MARKER}"))
+
+    def read(self, name: str) -> Marker:
+        """A checkpoint's marker. Raises CheckpointError where this version does not read it."""
+        try:
+            content = json.loads(self._files.cat_file(f"{self._path}/{name}/{_MARKER}"))
+            version = content["format_version"]
+            if version == FORMAT_VERSION:
+                shares = tuple(
+                    Share(**share | {"fragments": {p: (a, b) for p, (a, b) in share["fragments"].items()}})
+                    for share in content["shares"]
+                )
+                losses = tuple(content["state"]["recent_losses"])
+                state = TrainerState(**content["state"] | {"recent_losses": losses})
+                return Marker(**content | {"state": state, "shares": shares})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.where(name)}/{_MARKER} is damaged ({error}); remove this directory to go on from the "
+                "checkpoint before it"
+            ) from None
+        raise CheckpointError(
+            f"{self.where(name)} has format {version}, this version of clm-dist reads {FORMAT_VERSION}; go on with the "
+            "version that wrote it, or start again with --overwrite or another name"
+        )
+
+    @contextlib.contextmanager
+    def writing(self, name: str, file: str) -> Iterator[Path]:
+        """Where to write a file of a checkpoint that is not committed; on its storage when this returns."""
+        if self._local:
+            directory = self._local / name
+            directory.mkdir(parents=True, exist_ok=True)
+            yield directory / file
+            for path in (directory / file, directory, self._local):
+                _sync(path)
+            return
+        with tempfile.TemporaryDirectory(prefix="clm-dist-") as temporary:
+            yield Path(temporary) / file
+            self._files.makedirs(f"{self._path}/{name}", exist_ok=True)
+            self._files.put_file(str(Path(temporary) / file), f"{self._path}/{name}/{file}")
+
+    @contextlib.contextmanager
+    def reading(self, name: str, share: Share) -> Iterator[Path]:
+        """A rank's file of a checkpoint on this machine. Raises CheckpointError where it is not as it was written."""
+        with contextlib.ExitStack() as stack:
+            if self._local:
+                path = self._local / name / share.file
+            else:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clm-dist-"))) / share.file
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.get_file(f"{self._path}/{name}/{share.file}", str(path))
+            if not path.exists() or path.stat().st_size != share.num_bytes or file_sha256(path) != share.sha256:
+                problem = "is missing" if not path.exists() else "is not as it was written"
+                raise CheckpointError(f"{self.where(name)}/{share.file} {problem}")
+            yield path
+
+    def commit(self, name: str, marker: Marker, keep: int) -> None:
+        """Mark a checkpoint as complete, then remove those that are no longer kept: what stays is the newest `keep`
+        and the one with the lowest eval loss."""
+        content = asdict(marker) | {"time": time.time()}
+        if self._local:
+            write_json(self._local / name / _MARKER, content)
+        else:
+            self._files.pipe_file(f"{self._path}/{name}/{_MARKER}", json.dumps(content).encode())
+        markers = self.readable()
+        kept = {*list(markers)[-keep:], best_of(markers)}
+        for old in markers.keys() - kept:
+            self.remove(old)
+
+    def readable(self) -> dict[str, Marker]:
+        """The committed checkpoints that this version reads, the oldest first."""
+        markers = {}
+        for name in self.committed():
+            with contextlib.suppress(CheckpointError):
+                markers[name] = self.read(name)
+        return markers
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, whatever there is of it."""
+        # Without its marker a directory that is half removed is nothing, rather than broken.
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(f"{self._path}/{name}/{_MARKER}")
+        if self._local:
+            shutil.rmtree(self._local / name, ignore_errors=True)
+        else:
+            # Not as a whole: that would read brackets in the path as a pattern.
+            for path in self._files.find(f"{self._path}/{name}"):
+                self._files.rm_file(path)
+            with contextlib.suppress(OSError):
+                self._files.rmdir(f"{self._path}/{name}")
+
+    def remove_uncommitted(self) -> None:
+        """Clear what killed saves left behind. Only while no worker saves."""
+        for name, files in self._directories().items():
+            if _MARKER not in files:
+                self.remove(name)
+
+    def remove_all(self) -> None:
+        for name in self._directories():
+            self.remove(name)
+
+    def _directories(self) -> dict[str, set[str]]:
+        """Directories of checkpoints, and the files in each."""
+        found: dict[str, set[str]] = {}
+        if not self._files.exists(self._path):
+            return found
+        for path in self._files.find(self._path, maxdepth=2, withdirs=True):
+            inside = str(path)[len(self._path) :].strip("/").split("/")
+            if inside[0].startswith("step-"):
+                found.setdefault(inside[0], set()).update(inside[1:])
+        return found
+
+
+def best_of(markers: Mapping[str, Marker]) -> str | None:
+    """The checkpoint with the lowest eval loss, the newest of equal ones; None where none was evaluated."""
+    losses = {name: marker.eval_loss for name, marker in markers.items() if marker.eval_loss is not None}
+    return min(sorted(losses, reverse=True), key=lambda name: losses[name], default=None)
+
+
+def check_state(state: TrainerState, where: str, job: JobConfig, fingerprint: str) -> None:
+    """Raise CheckpointError where a job cannot go on from a checkpoint's state.
+
+    Args:
+        where: the checkpoint, for people.
+        fingerprint: of the job's blocks.
+    """
+    again = "or start again with --overwrite or another name"
+    for name, saved, now in (
+        ("batch.global_size", state.global_size, job.batch.global_size),
+        ("train.seed", state.seed, job.train.seed),
+    ):
+        if saved != now:
+            raise CheckpointError(
+                f"{where} was saved with {name} {saved}, the job has {now}: after {state.step} steps it would go "
+                f"on with other blocks than those it has not seen; resume with --set {name}={saved}, {again}"
+            )
+    if state.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{where} was trained on the blocks {state.fingerprint}, the job's are {fingerprint}: the data or the "
+            "tokenizer changed since; restore them (a Hub data set: --resume --set data.revision=COMMIT, which is in "
+            f"the manifest.json of those blocks), {again}"
+        )
+
+
+def _protocols(files: Any) -> tuple[str, ...]:
+    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
