@@ -200,7 +200,7 @@ def measure(
 
 def evaluate_rank(job: JobConfig, split: EvalSplit, store: Path, rank: int) -> list[Part]:
     """This rank's micro-batches, evaluated as the training loop does before its first step. Collective."""
-    world_size = job.cluster.workers
+    world_size = job.cluster.max_workers
     set_up_worker(rank=rank, world_size=world_size, use_gpu=False, num_threads=1)
     strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=False)
     model = load_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))

@@ -28,6 +28,7 @@ import torch
 from processes import environment, forget_accelerate, markdown, run_processes
 from transformers import AutoTokenizer
 
+from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import JobConfig
 from clm_dist.job import load_job
 from clm_dist.metrics import combine
@@ -71,12 +72,14 @@ class Split:
     @property
     def passes(self) -> int:
         """Accumulation: passes of one worker in a step."""
-        return -(-GLOBAL_SIZE // (self.workers * self.micro_size))
+        num_micros = -(-GLOBAL_SIZE // self.micro_size)
+        return -(-num_micros // self.workers)
 
 
-SPLITS = [Split(1, 12), Split(1, 6), Split(1, 4), Split(1, 3), Split(1, 2), Split(1, 1)]
-SPLITS += [Split(2, 6), Split(2, 3), Split(2, 1), Split(3, 4), Split(3, 2), Split(4, 3)]
-SHORT_SPLITS = [Split(1, 12), Split(1, 4), Split(2, 3), Split(3, 2)]
+# Five blocks do not divide the batch, and in three of them a worker has nothing to do in the last pass.
+SPLITS = [Split(1, 12), Split(1, 6), Split(1, 5), Split(1, 4), Split(1, 1), Split(2, 6)]
+SPLITS += [Split(2, 4), Split(2, 1), Split(3, 4), Split(3, 3), Split(3, 2), Split(4, 3)]
+SHORT_SPLITS = [Split(1, 12), Split(1, 5), Split(2, 4), Split(3, 2)]
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,10 @@ def train_several(rank: int, world_size: int, jobs: Sequence[JobConfig], runs: S
     """One process trains several jobs, because each start of processes costs seconds. Collective."""
     for job, root in zip(jobs, runs, strict=True):
         run = RunDir(root)
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.root.mkdir(parents=True, exist_ok=True)
         split = EvalSplit.of_store(store, job.eval.micro_size)
-        recorder = Recorder(run, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=1)
+        checkpoints = Checkpoints.of_run(job, run)
+        recorder = Recorder(run, checkpoints, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2)
         outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
         forget_accelerate()
         assert outcome.status == "done", outcome.error
