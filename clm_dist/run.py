@@ -42,6 +42,7 @@ def run_job(
         from clm_dist.prepare import pipeline
         from clm_dist.report.table import read_result
         from clm_dist.train import driver
+        from clm_dist.train.cluster import start_ray
         from clm_dist.train.model import check_model
 
         directory, done = driver.find_run(config, runs, resume=resume, overwrite=overwrite)
@@ -57,7 +58,7 @@ def run_job(
             if store is None and only_train:
                 raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")
-            with driver.start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
+            with start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
                 store = pipeline.prepare(config, stores, progress, url=url)
 
                 def push_epoch(path: Path, step: int) -> None:

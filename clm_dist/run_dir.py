@@ -74,6 +74,21 @@ class RunDir:
         return self.root / "stop"
 
     @property
+    def save(self) -> Path:
+        """Once this file is there, the workers save a checkpoint, remove it and go on."""
+        return self.root / "save"
+
+    @property
+    def beats(self) -> Path:
+        """What each worker does, while workers run."""
+        return self.root / "beats"
+
+    @property
+    def hang(self) -> Path:
+        """Why the driver ends workers that hang, until that is recorded."""
+        return self.root / "hang.txt"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

@@ -24,7 +24,7 @@ from clm_dist.job import job_text, load_job
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, write_json
 from clm_dist.shards import Manifest
-from clm_dist.train.driver import Cluster, start_ray
+from clm_dist.train.cluster import Cluster, start_ray
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_GPT2 = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.job import job_text
-from clm_dist.train.driver import Cluster
+from clm_dist.train.cluster import Cluster
 from tests.command import Said, clm_dist
 from tests.conftest import MakeJob, WriteJob
 

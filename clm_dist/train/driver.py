@@ -2,103 +2,51 @@
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
 from filelock import FileLock, Timeout
-from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
 from clm_dist.checkpoints import Checkpoints, check_state
-from clm_dist.config import ClusterConfig, JobConfig
+from clm_dist.config import JobConfig
 from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, RunError, describe_os_error
 from clm_dist.job import differing_fields, job_text, read_saved_job
 from clm_dist.progress import Progress
-from clm_dist.run_dir import RunDir, make_dir, read_json, write_json, write_text
+from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
 from clm_dist.shards import Manifest
+from clm_dist.train.callbacks import Group, Receiver, Signals, reason_of
+from clm_dist.train.cluster import (
+    Cluster,
+    alive_nodes,
+    draining_nodes,
+    kill_worker,
+    log_dir,
+    tell_of_other_nodes,
+    this_node,
+)
 from clm_dist.train.evaluate import num_eval_tokens
 from clm_dist.train.follow import Follower
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.model import check_model
 from clm_dist.train.record import Recorder
 from clm_dist.train.result import accept_export, build_result
+from clm_dist.train.watch import Watch
 from clm_dist.train.worker import WorkerConfig, train_worker
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The Ray that the run uses."""
-
-    num_gpus_per_worker: int
-
-
-@contextlib.contextmanager
-def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
-    """The Ray of RAY_ADDRESS, or one of this process's own that ends with it; a running one is used as it is.
-
-    Raises:
-        ConfigError: it has fewer CPUs or GPUs than the job's workers take.
-    """
-    for name, value in {
-        # Reports reach the driver within this time; Ray's own 2 s would hold up short runs.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    own = not ray.is_initialized()
-    if own:
-        address = os.environ.get("RAY_ADDRESS")
-        # "local" starts a Ray; nothing at all would join one that happens to run here.
-        options = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield Cluster(_check_resources(cluster, nodes, local=own and "RAY_ADDRESS" not in os.environ))
-    finally:
-        if own:
-            ray.shutdown()
-
-
-def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], *, local: bool) -> int:
-    """GPUs of a worker. Raises ConfigError where the workers would wait for resources that never come.
-
-    Args:
-        nodes: what each node has, `{"CPU": 8.0, "GPU": 1.0}`.
-    """
-    where = "this machine" if local else "the Ray cluster"
-    num_gpus = sum(node.get("GPU", 0) for node in nodes)
-    gpus_each = int(num_gpus > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
-    workers = cluster.min_workers
-    for kind, each in (("GPU", gpus_each), ("CPU", cluster.cpus_per_worker)):
-        # A worker lies on one node.
-        fitting = sum(int(node.get(kind, 0) // each) for node in nodes) if each else workers
-        if fitting < workers:
-            available = sum(node.get(kind, 0) for node in nodes)
-            advice = [f"set cluster.workers to {fitting} or less"] if fitting else []
-            if kind == "CPU" and available:
-                advice.append(f"set cluster.cpus_per_worker to {available / workers:.3g} or less")
-            spread = f" on {len(nodes)} nodes, which fit {fitting} workers" if len(nodes) > 1 else ""
-            raise ConfigError(
-                f"cluster.workers {workers} x {each:g} {kind} need {workers * each:g}, {where} has "
-                f"{available:g}{spread}; " + " or ".join(advice or [f"use a cluster with {kind}s"]),
-                field="cluster.workers",
-            )
-    return gpus_each
+_NODES_INTERVAL_S = 1.0
+# How often Ray Train looks for nodes to grow onto, with elastic workers.
+_RESIZE_INTERVAL_S = 10.0
 
 
 def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[RunDir, bool]:
@@ -181,29 +129,39 @@ def _train(
     progress: Progress,
     on_export: Callable[[Path, int], None],
 ) -> dict[str, Any]:
+    checkpoints = Checkpoints.of_run(job, run)
     recorder = Recorder(
         run,
-        Checkpoints.of_run(job, run),
+        checkpoints,
         num_parts=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
         num_tokens=num_eval_tokens(manifest, document_mask=job.data.document_mask),
         keep=job.checkpoint.keep,
         tensorboard="tensorboard" in job.tracking,
     )
-    trainer = _build_trainer(job, run, store, store_url, cluster, recorder)
+    callbacks = [Receiver(recorder), Signals(), Group(run, checkpoints, elastic=_is_elastic(job))]
+    trainer = _build_trainer(job, run, store, store_url, cluster, callbacks)
     follower = Follower(run, progress, on_export)
+    watch = _Watch(job, run, progress)
+    num_failures = len(_failures(run))
     progress.start("Starting workers")
     try:
         with _stop_on_signals(run, progress):
-            outcome = _fit(trainer, follower)
+            outcome = _fit(trainer, follower, watch)
         if outcome["status"] == "failed":
             raise RunError(outcome["error"])
         if outcome["status"] == "done":
             accept_export(job, run)
+    except _WorkersFailedError as failed:
+        error = _with_first_death(failed, _failures(run)[num_failures:])
+        write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
+        raise error from failed
     except ClmDistError as error:
         write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
         raise
     finally:
-        run.stop.unlink(missing_ok=True)
+        for file in (run.stop, run.save, run.hang):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(run.beats, ignore_errors=True)
     result = build_result(job, run, manifest, outcome["status"])
     write_json(run.result, result)
     return result
@@ -255,7 +213,8 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
     write_text(run.job, job_text(job))
-    run.stop.unlink(missing_ok=True)
+    for file in (run.stop, run.save, run.hang):
+        file.unlink(missing_ok=True)
     # Ray would take a run of this name for one to go on with; the markers say where that is.
     for snapshot in run.ray.glob("*.json"):
         snapshot.unlink()
@@ -263,7 +222,7 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
 
 
 def _build_trainer(
-    job: JobConfig, run: RunDir, store: Path, store_url: str | None, cluster: Cluster, recorder: Recorder
+    job: JobConfig, run: RunDir, store: Path, store_url: str | None, cluster: Cluster, callbacks: list[Any]
 ) -> TorchTrainer:
     config: WorkerConfig = {
         "run": str(run.root),
@@ -282,6 +241,7 @@ def _build_trainer(
             num_workers=job.cluster.workers,
             use_gpu=cluster.num_gpus_per_worker > 0,
             resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(
             name=run.ray.name,
@@ -289,23 +249,49 @@ def _build_trainer(
             failure_config=FailureConfig(
                 max_failures=job.train.max_failures, controller_failure_limit=job.train.max_failures
             ),
-            callbacks=[_Receiver(recorder)],
+            callbacks=callbacks,
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 
 
-class _Receiver(UserCallback):  # type: ignore[misc]  # ray.train has no types
-    """Hands what every rank reported to the recorder; runs in Ray Train's controller, on the driver's node."""
+class _Watch:
+    """What the driver looks after while workers train: nodes that are drained or come and go, workers that hang."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, job: JobConfig, run: RunDir, progress: Progress) -> None:
+        self._run, self._progress = run, progress
+        self._elastic = _is_elastic(job)
+        self._watch = Watch(run.beats, job.train.hang_timeout_s)
+        self._alive = alive_nodes()
+        self._drained: set[str] = set()
+        self._looked = 0.0
 
-    def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Checkpoint | None) -> None:
-        self._recorder.receive(metrics)
+    def look(self) -> None:
+        if hang := self._watch.look():
+            write_text(self._run.hang, hang.reason)
+            self._progress.note(f"{hang.reason}. It is ended, and the workers start again from the last checkpoint")
+            for beat in hang.beats:
+                kill_worker(beat.node, beat.pid)
+        if time.monotonic() - self._looked < _NODES_INTERVAL_S:
+            return
+        self._looked = time.monotonic()
+        alive = alive_nodes()
+        if self._elastic and alive != self._alive:
+            tell_of_other_nodes()
+        self._alive = alive
+        new = draining_nodes() & (self._watch.nodes() | {this_node()}) - self._drained
+        self._drained |= new
+        for node in new:
+            then = "going on with the other nodes" if self._elastic else "then stopping"
+            self._progress.note(f"Ray drains the node {node[:8]} (preempted?): saving a checkpoint, {then}")
+            (self._run.save if self._elastic else self._run.stop).touch()
 
 
-def _fit(trainer: TorchTrainer, follower: Follower) -> dict[str, Any]:
+def _is_elastic(job: JobConfig) -> bool:
+    return job.cluster.min_workers < job.cluster.max_workers
+
+
+def _fit(trainer: TorchTrainer, follower: Follower, watch: _Watch) -> dict[str, Any]:
     """Run the trainer in a thread, so that signals and the display stay with this one."""
     ended: dict[str, Any] = {}
 
@@ -320,10 +306,16 @@ def _fit(trainer: TorchTrainer, follower: Follower) -> dict[str, Any]:
     while thread.is_alive():
         thread.join(_POLL_S)
         follower.look()
+        if thread.is_alive():
+            watch.look()
     if "error" in ended:
         raise _cause(ended["error"]) from ended["error"]
     value: dict[str, Any] = ended["value"]
     return value
+
+
+class _WorkersFailedError(RunError):
+    """Workers failed more often than they may; why they did the last time."""
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -339,22 +331,28 @@ def _cause(error: BaseException) -> BaseException:
             return described
     if not causes:
         return error
-    rank, cause = next(iter(causes.items()))
-    who = "the driver" if rank == -1 else f"worker {rank}"
-    lines = str(cause).strip().splitlines() or [""]
-    logger.debug("the cause of the failure", exc_info=error)
+    rank, reason = reason_of(failures)
+    return _WorkersFailedError(f"{'the driver' if rank == -1 else f'worker {rank}'}: {reason}")
+
+
+def _failures(run: RunDir) -> list[dict[str, Any]]:
+    """The records of workers' deaths."""
+    return [record for record in read_records(run.metrics) if record["kind"] == "failure"]
+
+
+def _with_first_death(failed: _WorkersFailedError, failures: list[dict[str, Any]]) -> RunError:
+    """The error that a person reads: what came first is the reason, what came last may be its consequence."""
+    reason, times = str(failed), ""
+    if failures:
+        first = failures[0]
+        reason = f"worker {first['worker']} after step {first['step']}: {first['error']}"
+        if len(failures) > 1:
+            steps = ", ".join(str(failure["step"]) for failure in failures[1:])
+            times = f" (the first of {len(failures)} failures; the others were after step {steps})"
     return RunError(
-        f"{who} failed, and so did every restart (train.max_failures): {type(cause).__name__}: {lines[0]}. The "
-        "committed checkpoints are whole; the same command goes on from the last. The workers' logs lie in "
-        f"{_log_dir()}"
+        f"workers failed more often than train.max_failures allows. {reason}{times}. The committed checkpoints are "
+        f"whole; the same command goes on from the last. The workers' logs lie in {log_dir()}"
     )
-
-
-def _log_dir() -> str:
-    try:
-        return f"{ray._private.worker._global_node.get_session_dir_path()}/logs"
-    except AttributeError:
-        return "Ray's session directory on the nodes"
 
 
 @contextlib.contextmanager

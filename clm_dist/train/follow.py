@@ -53,6 +53,24 @@ class Follower:
                 progress.note(f"Resuming from the checkpoint of step {record['step']}")
             elif self._num_starts > 1:
                 progress.note("Starting again from step 0: no checkpoint was committed yet")
+        elif record["kind"] == "failure":
+            progress.note(f"Worker {record['worker']} failed after step {record['step']}: {record['error']}")
+        elif record["kind"] == "damaged":
+            progress.note(f"{record['error']}; trying the checkpoint before it")
+        elif record["kind"] == "checkpoint" and "error" in record:
+            progress.note(
+                f"The checkpoint of step {record['step']} could not be written, {record['error']}; training goes on, "
+                "and what was committed is whole"
+            )
+        elif record["kind"] in ("nonfinite", "spike"):
+            what = "is far above those before it" if record["kind"] == "spike" else "or its gradient is not finite"
+            blocks = ", ".join(map(str, record["blocks"][:4]))
+            progress.note(
+                f"The loss of step {record['step']} {what} ({record['loss']}; blocks {blocks}, their text is in "
+                f"{self._run.outlier(record['step'])}): {record['action']}"
+            )
+        elif record["kind"] == "rollback":
+            progress.note(f"Back to the weights of step {record['to']}; the steps up to {record['step']} are left out")
         elif record["kind"] == "phase":
             training = record["phase"] == "Training"
             progress.start(

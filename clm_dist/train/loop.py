@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.record import Message, Record
 from clm_dist.train.strategy import REPORT_FAULT, Strategy, build_strategy, set_up_worker
+from clm_dist.train.watch import Heart
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Session:
     report: Report
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether this worker was told to save a checkpoint and end. Not collective."""
+    node: str = ""
+    """Of Ray, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ class Outcome:
     status: Literal["done", "preempted", "failed"]
     step: int
     error: str | None = None
+
+
+class Wish(NamedTuple):
+    """What a rank wants of all."""
+
+    stop: bool = False
+    """A checkpoint, and the end of the run."""
+    save: bool = False
+    """A checkpoint now."""
+    report: bool = False
 
 
 def train(job: JobConfig, session: Session) -> Outcome:
@@ -84,24 +97,29 @@ def train(job: JobConfig, session: Session) -> Outcome:
         use_gpu=session.use_gpu,
         num_threads=session.num_threads,
     )
-    loop = _Loop(job, session)
+    heart = Heart(session.run.beats, session.rank, session.node, job.train.hang_timeout_s)
     try:
-        return loop.run()
-    except RunError as error:
-        loop.reporter.send()
-        return Outcome("failed", loop.step, str(error))
+        loop = _Loop(job, session, heart)
+        try:
+            return loop.run()
+        except RunError as error:
+            loop.reporter.send()
+            return Outcome("failed", loop.step, str(error))
+    finally:
+        heart.stop()
 
 
 class _Loop:
     """The state of a run on one rank, and its story from the first step to the last."""
 
-    def __init__(self, job: JobConfig, session: Session) -> None:
+    def __init__(self, job: JobConfig, session: Session, heart: Heart) -> None:
         from transformers import AutoTokenizer
 
         self.job, self.session = job, session
         self.checkpoints = Checkpoints.of_run(job, session.run)
         self.saver = Saver(self.checkpoints, session.rank, session.world_size)
-        self.reporter = _Reporter(session, self.saver)
+        self.reporter = _Reporter(session, self.saver, heart)
+        self.heart = heart
         self.strategy = build_strategy(job, rank=session.rank, world_size=session.world_size, use_gpu=session.use_gpu)
         self.fingerprint = Manifest.read(session.store / "manifest.json").fingerprint
         self.blocks = Blocks(session.store, "train")
@@ -142,14 +160,18 @@ class _Loop:
         self.reporter.phase("Training", self.step)
 
         strategy.model.train()
-        stop = False
-        while self.step < order.num_steps and not stop:
-            stop = self._train_step()
+        wish = Wish()
+        while self.step < order.num_steps and not wish.stop:
+            wish = self._train_step()
             last = self.step == order.num_steps
             if self._is_due(job.eval.every) or last:
                 self._evaluate()
-            if (self._is_due(job.checkpoint.every) or last or stop) and self.saved_step != self.step:
+            due = self._is_due(job.checkpoint.every) or last or wish.stop or wish.save
+            if due and self.saved_step != self.step:
                 self._save()
+            if wish.save:
+                self._conclude_save()
+                self.session.run.save.unlink(missing_ok=True)
             if job.hub.push == "epoch" and self._is_due("epoch") and not last:
                 target = self.session.run.exports / f"step-{self.step:08d}"
                 export(strategy, self.session.store / "tokenizer", target)
@@ -203,8 +225,8 @@ class _Loop:
         own = (num_predicted(self.blocks[micro.blocks], self.document_end) for micro in micros if micro.counts)
         return int(self.strategy.all_reduce([float(sum(own))])[0])
 
-    def _train_step(self) -> bool:
-        """One optimizer step; true when the run is asked to stop."""
+    def _train_step(self) -> Wish:
+        """One optimizer step; gives what is asked of the run. Collective."""
         job, strategy = self.job, self.strategy
         began = time.perf_counter()
         data_wait = 0.0
@@ -222,6 +244,7 @@ class _Loop:
             ids = self.blocks[micro.blocks]
             ids_BT = torch.from_numpy(ids).to(strategy.device)
             data_wait += time.perf_counter() - reading
+            self.heart.at(self.step, f"pass {number + 1} of {len(micros)}")
             torch.manual_seed(_pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
                 losses = next_token_loss(block_logits(model, ids_BT, self.document_end), ids_BT, self.document_end)
@@ -232,11 +255,12 @@ class _Loop:
                 loss_sum += losses.detach().double().sum()
                 block_losses.append((micro.blocks, losses.detach().mean(dim=-1)))
 
-        total, all_computed, all_checksums, stops, reports = strategy.all_reduce(
+        total, all_computed, all_checksums, *wishes = strategy.all_reduce(
             [loss_sum.item(), num_computed, checksum, *self.reporter.wishes()]
         )
         if all_computed != len(batch):
             raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {len(batch)}. {REPORT_FAULT}")
+        wish = Wish(*(value > 0 for value in wishes))
         loss = total / num_targets
         limit = spike_limit(self.recent_losses)
         finite, spike = bool(np.isfinite(loss)), loss > limit
@@ -250,13 +274,13 @@ class _Loop:
             self.recent_losses.append(loss)
         if not finite:
             self._handle_non_finite(loss, grad_norm, batch, block_losses)
-            return stops > 0
+            return wish
         self.step += 1
         if spike:
             action = job.train.on_spike
             self._record_outlier("spike", loss, grad_norm, batch, block_losses, limit=limit, action=action)
         if skip_spike:
-            return stops > 0
+            return wish
         if job.train.on_nan == "skip":
             self.num_left_out = 0
         seconds = time.perf_counter() - began
@@ -275,9 +299,9 @@ class _Loop:
             data_wait=data_wait,
             blocks=int(all_checksums),
         )
-        if reports:
+        if wish.report:
             self.reporter.send()
-        return stops > 0
+        return wish
 
     def _handle_non_finite(
         self,
@@ -366,6 +390,7 @@ class _Loop:
             world_size=strategy.world_size,
             in_step=strategy.sharded,
             autocast=strategy.autocast,
+            on_part=lambda done: self.heart.at(self.step, f"evaluating, pass {done} done"),
         )
         self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), parts)
 
@@ -502,6 +527,7 @@ class _Reporter:
 
     session: Session
     saver: Saver
+    heart: Heart
     state: TrainerState | None = None
     """Of the save that was begun last."""
     saved: Saved | None = None
@@ -516,18 +542,19 @@ class _Reporter:
 
     def phase(self, name: str, step: int) -> None:
         """Say what begins now. Collective."""
+        self.heart.at(step, name[0].lower() + name[1:])
         self.add(kind="phase", step=step, phase=name)
         self.send()
 
-    def wishes(self) -> tuple[float, float]:
-        """Whether this rank wants the run to stop, and to report now; one that wants it decides for all."""
+    def wishes(self) -> Wish:
+        """What this rank wants; one that wants it decides for all."""
         now = time.monotonic()
-        stop = self.session.asked_to_stop()
+        stop, save = self.session.asked_to_stop(), False
         if self.session.rank == 0 and now - self.looked >= _STOP_INTERVAL_S:
             self.looked = now
-            stop = stop or self.session.run.stop.exists()
+            stop, save = stop or self.session.run.stop.exists(), self.session.run.save.exists()
         report = self.saver.is_written() or (self.session.rank == 0 and now - self.sent >= _REPORT_INTERVAL_S)
-        return float(stop), float(report)
+        return Wish(stop, save, report)
 
     def send(self) -> None:
         """Collective."""

@@ -8,6 +8,7 @@ checkpoint is committed when every rank has said that its file is on the storage
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -92,6 +93,15 @@ class Recorder:
             self._conclude_save(name, self._saved.pop(name), self._states.pop(name))
         return evaluation
 
+    def receive_failure(self, rank: int, reason: str) -> None:
+        """Take why workers are started again; the rank is the first that failed."""
+        if self._run.hang.exists():
+            reason = self._run.hang.read_text(encoding="utf-8")
+            self._run.hang.unlink()
+        records = read_records(self._run.metrics)
+        step = next((record["step"] for record in reversed(records) if record["kind"] == "step"), 0)
+        self._append([{"kind": "failure", "step": step, "worker": rank, "error": reason, "time": time.time()}])
+
     def _conclude_save(self, name: str, saved: dict[int, Saved], state: TrainerState) -> None:
         """Commit a checkpoint that every rank has written, or remove one that a rank could not write."""
         record: Record = {"kind": "checkpoint", "step": state.step, "name": name}
@@ -160,4 +170,5 @@ def surviving_records(metrics: Path, step: int) -> list[Record]:
     """A metrics file's records without those of steps that are trained again after a start from a step."""
     if not metrics.exists():
         return []
-    return [r for r in read_records(metrics) if r["kind"] == "start" or (r["step"] <= step and step > 0)]
+    always = ("start", "failure")
+    return [r for r in read_records(metrics) if r["kind"] in always or (r["step"] <= step and step > 0)]

@@ -5,12 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any, TypedDict
 
+import ray
 import ray.train
 from ray.train import CheckpointUploadMode
 
 from clm_dist.job import read_saved_job
 from clm_dist.remote import fetch_store
 from clm_dist.run_dir import RunDir
+from clm_dist.train import signals
 from clm_dist.train.loop import Session, train
 from clm_dist.train.record import Message
 
@@ -45,6 +47,8 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
         run=run,
         store=Path(config["store"]),
         report=report,
+        asked_to_stop=signals.asked_to_stop,
+        node=ray.get_runtime_context().get_node_id(),
     )
     return dataclasses.asdict(train(read_saved_job(run.job), session))
 

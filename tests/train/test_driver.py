@@ -18,7 +18,7 @@ from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train import driver
-from clm_dist.train.driver import Cluster
+from clm_dist.train.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
 from tests.test_run_dir import mounted
@@ -158,11 +158,11 @@ def test_workers_must_fit_on_nodes() -> None:
     cluster = ClusterConfig(workers=3, cpus_per_worker=2)
     nodes = [{"CPU": 3.0}, {"CPU": 3.0, "memory": 1.0}]
     with pytest.raises(ConfigError, match=r"has 6 on 2 nodes, which fit 2 workers; set cluster.workers to 2 or less"):
-        driver._check_resources(cluster, nodes, local=False)
-    assert driver._check_resources(cluster, [*nodes, {"CPU": 2.0}], local=False) == 0
-    assert driver._check_resources(ClusterConfig(workers=2), [{"CPU": 8.0, "GPU": 2.0}, {}], local=False) == 1
+        _check_resources(cluster, nodes, local=False)
+    assert _check_resources(cluster, [*nodes, {"CPU": 2.0}], local=False) == 0
+    assert _check_resources(ClusterConfig(workers=2), [{"CPU": 8.0, "GPU": 2.0}, {}], local=False) == 1
     with pytest.raises(ConfigError, match=r"need 3, the Ray cluster has 0; use a cluster with CPUs"):
-        driver._check_resources(ClusterConfig(workers=3), [{}], local=False)
+        _check_resources(ClusterConfig(workers=3), [{}], local=False)
 
 
 def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:

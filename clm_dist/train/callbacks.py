@@ -1,0 +1,106 @@
+"""What Ray Train calls: in its controller, on the driver's node, and in each worker before training."""
+
+import logging
+import shutil
+import time
+from typing import Any
+
+from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
+
+from clm_dist.checkpoints import Checkpoints
+from clm_dist.errors import ClmDistError, first_line
+from clm_dist.run_dir import RunDir
+from clm_dist.train import signals
+from clm_dist.train.cluster import tell_of_other_nodes
+from clm_dist.train.record import Recorder
+
+logger = logging.getLogger(__name__)
+
+_SAVE_TIMEOUT_S = 60.0
+_CACHE_S = 1.0
+
+
+class Receiver(UserCallback):  # type: ignore[misc]  # ray.train has no types
+    """Hands what the ranks report, and why they died, to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
+        self._recorder.receive(metrics)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._recorder.receive_failure(*reason_of(worker_exceptions))
+
+
+class Signals(WorkerCallback):  # type: ignore[misc]
+    """Lets SIGTERM and SIGUSR1 to a worker ask for a checkpoint. Called in a worker's main thread, which alone may."""
+
+    def after_init_train_context(self) -> None:
+        signals.install()
+
+    def before_worker_shutdown(self) -> None:
+        signals.uninstall()
+
+
+class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Sees groups of workers begin and end; with elastic workers it saves before a group that is well is replaced."""
+
+    def __init__(self, run: RunDir, checkpoints: Checkpoints, *, elastic: bool) -> None:
+        self._run, self._checkpoints, self._elastic = run, checkpoints, elastic
+        self._running: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        # Of workers that are gone; their silence means nothing.
+        shutil.rmtree(self._run.beats, ignore_errors=True)
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._running = worker_group
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._running = None
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._running = None
+        if self._elastic:
+            # Ray Train keeps what it knows of the nodes for this time.
+            time.sleep(_CACHE_S)
+            tell_of_other_nodes()
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Ray Train ends a group at once to start another: what it has done since the last commit would be lost."""
+        if self._running is None or not self._elastic:
+            return
+        before = self._checkpoints.committed()[-1:]
+        self._run.save.touch()
+        deadline = time.monotonic() + _SAVE_TIMEOUT_S
+        while self._checkpoints.committed()[-1:] == before and time.monotonic() < deadline:
+            # The controller waits here, and reports come with its own polls.
+            status = self._running.poll_status(timeout=0.2)
+            if status.errors or status.finished:
+                break
+        self._run.save.unlink(missing_ok=True)
+
+
+def reason_of(failures: dict[int, Exception]) -> tuple[int, str]:
+    """The rank whose failure is the cause of the others', and what happened to it.
+
+    When a process ends, those that wait for it fail in their collectives; a worker whose error is one of ours knows
+    best.
+    """
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
+
+    def is_consequence(cause: Exception) -> int:
+        if isinstance(cause, ClmDistError):
+            return 0
+        if hasattr(cause, "health_check_failure"):
+            return 1
+        lost = type(cause).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError")
+        return 3 if lost and "onnection" in str(cause) else 2
+
+    rank = min(causes, key=lambda rank: (is_consequence(causes[rank]), rank))
+    cause = causes[rank]
+    if hasattr(cause, "health_check_failure"):
+        return rank, "its process ended (killed, out of memory, or its node is gone)"
+    return rank, f"{type(cause).__name__}: {first_line(cause)}"
