@@ -129,7 +129,7 @@ class Checkpoints:
 
     def committed(self) -> list[str]:
         """Names of the committed checkpoints, the oldest first."""
-        return sorted(name for name, files in self._directories().items() if _MARKER in files)
+        return sorted(name for name, files in self.directories().items() if _MARKER in files)
 
     def is_committed(self, name: str) -> bool:
         return bool(self._files.exists(f"{self._path}/{name}/{_MARKER}"))
@@ -224,15 +224,15 @@ class Checkpoints:
 
     def remove_uncommitted(self) -> None:
         """Clear what killed saves left behind. Only while no worker saves."""
-        for name, files in self._directories().items():
+        for name, files in self.directories().items():
             if _MARKER not in files:
                 self.remove(name)
 
     def remove_all(self) -> None:
-        for name in self._directories():
+        for name in self.directories():
             self.remove(name)
 
-    def _directories(self) -> dict[str, set[str]]:
+    def directories(self) -> dict[str, set[str]]:
         """Directories of checkpoints, and the files in each."""
         found: dict[str, set[str]] = {}
         if not self._files.exists(self._path):

@@ -56,16 +56,20 @@ WriteJob = Callable[..., Path]
 MakeJob = Callable[..., JobConfig]
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_corpus(directory: Path) -> Path:
     """45 records of 100 to 145 characters of Python's language reference: about 100 blocks of 32 tokens."""
     from pydoc_data.topics import topics
 
     text = " ".join(" ".join(topics.values()).split())
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path = directory / "corpus.jsonl"
     records = [{"topic": f"t{i}", "text": text[200 * i : 200 * i + 100 + i]} for i in range(45)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -60,10 +60,10 @@ def test_a_checkpoint_counts_from_its_commit(make: MakeCheckpoints) -> None:
     assert marker.time > 1.7e9
     # What is not committed is not removed while workers may still write it.
     make().remove_uncommitted()
-    assert torn not in make()._directories()
+    assert torn not in make().directories()
     assert len(make().committed()) == 3
     make().remove_all()
-    assert make()._directories() == {}
+    assert make().directories() == {}
 
 
 def test_a_file_is_checked_before_it_is_read(make: MakeCheckpoints, tmp_path: Path) -> None:

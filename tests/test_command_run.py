@@ -14,6 +14,7 @@ import pytest
 from clm_dist.run_dir import RunDir, read_json, read_records
 from tests.command import clm_dist
 from tests.conftest import ROOT, WriteJob
+from tests.processes import descendants, running
 from tests.runs import saved_steps
 from tests.train.test_strategy import losses_of
 
@@ -58,36 +59,6 @@ def wait_for_commit(process: subprocess.Popen[str], run: RunDir, after: int) -> 
 
 def last_commit(run: RunDir) -> int:
     return saved_steps(run)[-1]
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, waiting = [], [pid]
-    while waiting:
-        new = children.get(waiting.pop(), [])
-        found += new
-        waiting += new
-    return found
-
-
-def running(pids: list[int]) -> list[int]:
-    """Those of some processes that have not ended."""
-    alive = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            alive.append(pid)
-    return alive
 
 
 def writes_runs(pid: int) -> bool:

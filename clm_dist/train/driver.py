@@ -209,6 +209,8 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
         checkpoints.remove_all()
         shutil.rmtree(run.root, ignore_errors=True)
     make_dir(run.ray)
+    # Of a driver that was killed, like the files below: they would be taken for this one's.
+    shutil.rmtree(run.beats, ignore_errors=True)
     checkpoints.check_access()
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
