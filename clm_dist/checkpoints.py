@@ -91,7 +91,7 @@ def checkpoint_name(step: int) -> str:
 class Checkpoints:
     """The checkpoints of one run, in a directory or at a URL of any storage that fsspec knows.
 
-    What a storage raises beside the errors of this class is left as it is, but for `check_access`.
+    What a storage raises beside the errors of this class is left as it is, but for `check_access` and in `reaching`.
 
     Raises:
         ConfigError: no storage of the URL's kind is known.
@@ -100,7 +100,7 @@ class Checkpoints:
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         # Another process writes here too, so nothing that was listed is remembered.
-        with self._reaching():
+        with self.reaching():
             self._files, self._path = fsspec.url_to_fs(self.root, use_listings_cache=False)
         self._local = Path(self._path) if "file" in _protocols(self._files) else None
 
@@ -114,13 +114,14 @@ class Checkpoints:
         if self._local:
             make_dir(self._local)
             return
-        with self._reaching():
+        with self.reaching():
             probe = f"{self._path}/.write-{secrets.token_hex(4)}"
             self._files.makedirs(self._path, exist_ok=True)
             self._files.pipe_file(probe, b"")
             self._files.rm_file(probe)
 
-    def _reaching(self) -> contextlib.AbstractContextManager[None]:
+    def reaching(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what the storage raises into a ConfigError that says so."""
         return reaching(f"checkpoint.path {self.root}", field="checkpoint.path")
 
     def where(self, name: str) -> str:

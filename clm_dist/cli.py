@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from clm_dist import __version__
+from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import ModelConfig, TokenizerConfig
 from clm_dist.errors import ClmDistError, ConfigError
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
@@ -329,6 +330,11 @@ def report(
     directory = RunDir(run_dirs[0])
     write_page(directory, results[0])
     out.print(table.result_table(results[0]))
+    checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
+    with checkpoints.reaching():
+        saved = table.checkpoint_table(checkpoints)
+    if saved is not None:
+        out.print(saved)
     out.print(f"report: {directory.report}", soft_wrap=True)
 
 

@@ -1,5 +1,6 @@
 """A run's result as a table for the terminal, and several runs' results side by side."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from rich import box
 from rich.table import Table
 
+from clm_dist.checkpoints import Checkpoints, best_of
 from clm_dist.errors import ConfigError
 from clm_dist.run_dir import RunDir, damaged, read_json
 
@@ -102,6 +104,35 @@ def result_table(result: Result) -> Table:
         table.add_column(column, justify="left" if column == "evaluation" else "right")
     for cells in rows(result):
         table.add_row(*cells)
+    return table
+
+
+def checkpoint_table(checkpoints: Checkpoints) -> Table | None:
+    """The committed checkpoints of a run, the newest last; None where there is none."""
+    names = checkpoints.committed()
+    if not names:
+        return None
+    table = Table(title=f"Checkpoints in {checkpoints.root}", box=box.SIMPLE_HEAVY, title_justify="left")
+    for column in ("checkpoint", "step", "saved", "MiB", "workers", "strategy", "eval loss", ""):
+        table.add_column(column, justify="left" if column in ("checkpoint", "strategy", "") else "right")
+    markers = checkpoints.readable()
+    best = best_of(markers)
+    for name in names:
+        if name not in markers:
+            table.add_row(name, *[""] * 6, "of another version, or damaged")
+            continue
+        marker = markers[name]
+        notes = ["resumed from"] * (name == names[-1]) + ["best"] * (name == best)
+        table.add_row(
+            name,
+            str(marker.state.step),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(marker.time)),
+            f"{marker.num_bytes / 2**20:,.1f}",
+            str(marker.state.world_size),
+            marker.state.strategy,
+            show(marker.eval_loss, ".4f"),
+            ", ".join(notes),
+        )
     return table
 
 

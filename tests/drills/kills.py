@@ -66,9 +66,10 @@ class Drill:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints.of_run(load_job(self.job).config, self.run)
 
-    def launch(self) -> None:
+    def launch(self, *settings: str) -> None:
         command = [sys.executable, "-m", "clm_dist", "run", str(self.job), "--runs", str(self.run.root.parent)]
         command += ["--store", str(self.directory / "store")]
+        command += [word for setting in settings for word in ("--set", setting)]
         shutil.rmtree(self.run.beats, ignore_errors=True)
         with (self.directory / "log.txt").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd=ROOT)

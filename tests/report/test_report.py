@@ -12,9 +12,19 @@ from rich.console import Console
 from clm_dist.job import load_job, read_saved_job
 from clm_dist.report.card import render_card
 from clm_dist.report.page import render_page
-from clm_dist.report.table import COLUMNS, change, comparability, comparison_table, read_result, result_table, rows
+from clm_dist.report.table import (
+    COLUMNS,
+    change,
+    checkpoint_table,
+    comparability,
+    comparison_table,
+    read_result,
+    result_table,
+    rows,
+)
 from clm_dist.run_dir import RunDir, read_records, write_json
 from tests.command import clm_dist
+from tests.runs import checkpoints_of
 
 
 @pytest.fixture
@@ -169,3 +179,21 @@ def test_a_push_with_a_damaged_hub_json(
         assert said.err.startswith(f"error: {run.hub} is damaged: ")
         assert "remove it, and the command that wrote it writes it again" in said.err
         assert run.hub.read_text() == text
+
+
+def test_the_checkpoints_are_listed_with_the_best_and_what_cannot_be_read(run: RunDir) -> None:
+    checkpoints = checkpoints_of(run)
+    text = printed(checkpoint_table(checkpoints))
+    names = checkpoints.committed()
+    assert [int(name.split("-")[1]) for name in names] == [22, 24]
+    for name in names:
+        assert name in text
+    (line,) = (line for line in text.splitlines() if names[-1] in line)
+    best = checkpoints.read(names[-1])
+    assert f"{best.eval_loss:.4f}" in line
+    assert f"{best.num_bytes / 2**20:,.1f}" in line
+    assert "resumed from, best" in line
+    (run.checkpoints / names[0] / "committed.json").write_text('{"format_version": 1}')
+    assert "of another version, or damaged" in printed(checkpoint_table(checkpoints))
+    checkpoints.remove_all()
+    assert checkpoint_table(checkpoints) is None

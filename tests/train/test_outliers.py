@@ -21,7 +21,7 @@ from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
-from tests.train.test_strategy import STRATEGIES, leave_only, losses_of, train_one
+from tests.train.test_strategy import SOME_SLOW, leave_only, losses_of, train_one
 from tests.workers import run_workers
 
 SETTINGS = ("train.max_steps=8", "train.epochs=9", "cluster.workers=2", "batch.micro_size=2", "checkpoint.every=2")
@@ -90,7 +90,7 @@ def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SOME_SLOW)
 def test_a_step_that_is_not_finite_can_be_left_out(
     strategy: str, make_job: MakeJob, store: Path, tmp_path: Path
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_run_that_only_leaves_out_steps_ends(make_job: MakeJob, store: Path, t
         assert "and so were 10 before it, left out with train.on_nan=" in outcome.error
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_loss_that_stands_out_is_reported_and_skipped_if_asked(
     strategy: str, make_job: MakeJob, store: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,8 @@ from tests.runs import checkpoints_of, saved_steps
 from tests.workers import forget_accelerate, run_workers
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+SOME_SLOW = [pytest.param(name, marks=() if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
+"""All of them, of which a quick run of the tests takes two."""
 STEPS = 20
 # An epoch has fewer than 20 steps, so its last, short batch is among them.
 SETTINGS = ("train.max_steps=20", "train.epochs=9", "checkpoint.every=1000")
@@ -190,7 +192,7 @@ def train_and_resume(rank: int, world_size: int, job: JobConfig, whole: Path, cu
     assert train_one(job, RunDir(cut), store, rank, world_size).status == "done"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SOME_SLOW)
 def test_resumes_with_other_numbers_of_workers_change_nothing(
     strategy: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
 ) -> None:

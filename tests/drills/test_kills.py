@@ -1,0 +1,24 @@
+"""The short forms of the drills that kill a run or change its number of workers; their modules are the long ones."""
+
+import pytest
+
+from tests.drills import kills, other_workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "storage"), [("ddp", "directory"), ("zero3", "s3")])
+def test_four_kills_change_no_bit(strategy: str, storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if storage == "s3":
+        pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    code = kills.main(["--strategies", strategy, "--kills", "4", "--storage", storage])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed.count(f"| {strategy} | ") == 4
+
+
+@pytest.mark.slow
+def test_other_numbers_of_workers_change_no_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    code = other_workers.main(["--strategies", "zero2"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert "| zero2 | 2 from 0, 1 from " in printed
