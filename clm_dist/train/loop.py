@@ -464,9 +464,13 @@ class _Loop:
         # Other nodes may not see the newest marker yet.
         dist.broadcast_object_list(found)
         fragments = self.strategy.fragments()
-        for name, marker in found[0]:
+        for number, (name, marker) in enumerate(found[0]):
             check_state(marker.state, self.checkpoints.where(name), self.job, self.fingerprint)
             if self._load(name, marker, fragments):
+                if self.strategy.rank == 0:
+                    # The damaged ones would be kept as the newest, in the place of whole ones.
+                    for damaged, _ in found[0][:number]:
+                        self.checkpoints.remove(damaged)
                 return True
         if found[0]:
             raise CheckpointError(

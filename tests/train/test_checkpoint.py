@@ -1,0 +1,204 @@
+"""Fragments: any cut of the parameters is read from any other, and a save does not see what comes after it."""
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import clm_dist.train.checkpoint
+from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
+from clm_dist.config import JobConfig
+from clm_dist.errors import CheckpointError
+from clm_dist.run_dir import RunDir, read_records
+from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments, write_safetensors
+from tests.conftest import MakeJob
+from tests.runs import checkpoints_of, saved_steps
+from tests.train.test_strategy import losses_of, train_one
+from tests.workers import forget_accelerate
+
+SIZES = {"wte": 1000, "bias": 3, "one": 1, "scale": 64}
+STATE = TrainerState(1, 1, 1, "ddp", "blocks", global_size=8, seed=42)
+
+
+def content(name: str) -> dict[str, Tensor]:
+    """A parameter of which every element is another."""
+    start = 10_000 * list(SIZES).index(name)
+    weight = torch.arange(start, start + SIZES[name], dtype=torch.float32)
+    return {"weight": weight, "exp_avg": -weight}
+
+
+def cut(rng: np.random.Generator, num_ranks: int) -> list[list[Fragment]]:
+    """The parameters, cut at random places; some ranks have nothing of some."""
+    ranks: list[list[Fragment]] = [[] for _ in range(num_ranks)]
+    for name, size in SIZES.items():
+        places = np.sort(rng.integers(0, size + 1, num_ranks - 1))
+        bounds = [0, *map(int, places), size]
+        for rank, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            if begin < end:
+                parts = {kind: tensor[begin:end].clone() for kind, tensor in content(name).items()}
+                ranks[rank].append(Fragment(name, begin, parts))
+    return ranks
+
+
+def save(checkpoints: Checkpoints, ranks: list[list[Fragment]]) -> tuple[str, Marker]:
+    shares = []
+    for rank, fragments in enumerate(ranks):
+        saver = Saver(checkpoints, rank, len(ranks))
+        saver.begin("step-1", 1, fragments)
+        saved = saver.take(wait=True)
+        assert saved
+        assert saved.share, saved.error
+        shares.append(saved.share)
+    marker = Marker(STATE, tuple(shares))
+    checkpoints.commit("step-1", marker, 2)
+    return "step-1", checkpoints.read("step-1")
+
+
+def load(checkpoints: Checkpoints, name: str, marker: Marker, fragments: list[Fragment]) -> None:
+    with fetched(checkpoints, name, marker, fragments) as files:
+        load_fragments(files, marker, fragments)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_cut_is_read_from_any_other(seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    checkpoints = Checkpoints(str(tmp_path))
+    name, marker = save(checkpoints, cut(rng, int(rng.integers(1, 6))))
+    for fragments in cut(rng, int(rng.integers(1, 6))):
+        empty = [
+            Fragment(f.parameter, f.start, {k: torch.full_like(t, torch.nan) for k, t in f.tensors.items()})
+            for f in fragments
+        ]
+        load(checkpoints, name, marker, empty)
+        for fragment in empty:
+            for kind, tensor in fragment.tensors.items():
+                assert torch.equal(tensor, content(fragment.parameter)[kind][fragment.start : fragment.stop])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_what_all_ranks_hold_is_saved_once(num_ranks: int, tmp_path: Path) -> None:
+    whole = [Fragment(name, 0, content(name), replicated=True) for name in SIZES]
+    name, marker = save(Checkpoints(str(tmp_path)), [whole] * num_ranks)
+    saved = sum(end - begin for share in marker.shares for begin, end in share.fragments.values())
+    assert saved == sum(SIZES.values())
+    again = [Fragment(f.parameter, 0, {k: torch.zeros_like(t) for k, t in f.tensors.items()}) for f in whole]
+    load(Checkpoints(str(tmp_path)), name, marker, again)
+    assert all(torch.equal(f.tensors["weight"], content(f.parameter)["weight"]) for f in again)
+
+
+def test_a_part_that_no_file_has_is_an_error(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    halves = [[Fragment("wte", 0, {"weight": torch.zeros(400)})], [Fragment("wte", 500, {"weight": torch.zeros(500)})]]
+    name, marker = save(checkpoints, halves)
+    for start, size in ((0, 1000), (450, 10), (0, 401), (999, 2)):
+        with pytest.raises(CheckpointError, match=r"the elements \d+ to \d+ of wte are in no file"):
+            load(checkpoints, name, marker, [Fragment("wte", start, {"weight": torch.zeros(size)})])
+    with pytest.raises(CheckpointError, match=r"of other are in no file"):
+        load(checkpoints, name, marker, [Fragment("other", 0, {"weight": torch.zeros(1)})])
+
+
+def test_a_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(5_000_000, dtype=torch.float32),
+        "ü": torch.tensor([1.5, -2], dtype=torch.bfloat16),
+        "b": torch.tensor([True, False]),
+        "c": torch.tensor([1, 2, 3]),
+    }
+    num_bytes, _ = write_safetensors(tmp_path / "x.safetensors", tensors)
+    assert (tmp_path / "x.safetensors").stat().st_size == num_bytes
+    read = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_save_is_of_the_moment_at_which_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that waits for the copy changes nothing in the file, though that is written later."""
+    write = write_safetensors
+
+    def write_late(path: Path, tensors: Any) -> tuple[int, str]:
+        time.sleep(0.5)
+        return write(path, tensors)
+
+    monkeypatch.setattr(clm_dist.train.checkpoint, "write_safetensors", write_late)
+    weight = torch.zeros(1000)
+    saver = Saver(Checkpoints(str(tmp_path)), 0, 1)
+    for step in (1, 2):
+        saver.begin(f"step-{step}", step, [Fragment("w", 0, {"weight": weight})])
+        saver.await_copy()
+        assert not saver.is_written()
+        assert saver.take() is None
+        weight += 1
+        saved = saver.take(wait=True)
+        assert saved
+        assert saved.seconds > 0.5
+        # The training thread waited in `take` only.
+        assert saved.blocked > 0.3
+    assert [float(load_file(path)["w:weight"][7]) for path in sorted(tmp_path.rglob("*.safetensors"))] == [0, 1]
+
+
+def test_a_save_that_fails_says_why(tmp_path: Path) -> None:
+    saver = Saver(Checkpoints(str(tmp_path / "x")), 0, 1)
+    (tmp_path / "x").write_text("a file where the directory should be")
+    saver.begin("step-1", 1, [Fragment("w", 0, {"weight": torch.zeros(3)})])
+    saved = saver.take(wait=True)
+    assert saved
+    assert saved.share is None
+    assert "cannot write" in str(saved.error)
+
+
+Train = Callable[..., RunDir]
+
+
+@pytest.fixture
+def trained(make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path) -> Train:
+    """Trains the tiny job to a step in this process; the same run goes on."""
+
+    def train(*settings: str, name: str = "run") -> RunDir:
+        job = make_job("checkpoint.every=2", "checkpoint.keep=9", "train.max_steps=8", *settings)
+        run = RunDir(tmp_path / name)
+        assert train_one(job, run, prepared(job)).status == "done"
+        forget_accelerate()
+        return run
+
+    return train
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(trained: Train) -> None:
+    run = trained()
+    whole = losses_of(run.root)
+    names = checkpoints_of(run).committed()
+    for name, step in zip(names[2:], (6, 8), strict=True):
+        assert f"-{step:08d}-" in name
+        file = run.checkpoints / name / "rank-00000.safetensors"
+        damaged = bytearray(file.read_bytes())
+        damaged[-1] ^= 1
+        file.write_bytes(damaged)
+    assert losses_of(trained().root) == whole
+    starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    assert starts == [0, 4]
+    assert saved_steps(run) == [2, 4, 6, 8]
+    assert not {names[2], names[3]} & set(checkpoints_of(run).committed())
+
+
+def test_a_save_that_fails_once_is_said_and_the_run_goes_on(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, calls = write_safetensors, []
+
+    def fail_second(path: Path, tensors: Any) -> tuple[int, str]:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(clm_dist.train.checkpoint, "write_safetensors", fail_second)
+    run = trained()
+    assert saved_steps(run) == [2, 6, 8]
+    failed = [r for r in read_records(run.metrics) if r["kind"] == "checkpoint" and "error" in r]
+    assert [record["step"] for record in failed] == [4]
+    assert "no space left while writing" in failed[0]["error"]
+    assert len(list(run.checkpoints.iterdir())) == 3
