@@ -1,6 +1,7 @@
 """The trained model as a plain Hugging Face directory, and the proof that it is the model that was trained."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
     strategy.barrier()
 
 
-def evaluate_export(strategy: Strategy, job: JobConfig, directory: Path, split: EvalSplit) -> list[Part]:
+def evaluate_export(
+    strategy: Strategy, job: JobConfig, directory: Path, split: EvalSplit, on_part: Callable[[int], None]
+) -> list[Part]:
     """This rank's micro-batches of the eval split, by the model as it was written. Collective.
 
     The strategy must have released the trained model. Where its weights were sharded, these are too, so that a device
@@ -52,4 +55,5 @@ def evaluate_export(strategy: Strategy, job: JobConfig, directory: Path, split: 
         world_size=strategy.world_size,
         in_step=strategy.sharded,
         autocast=strategy.autocast,
+        on_part=on_part,
     )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from clm_dist.checkpoints import Checkpoints, Marker, TrainerState, check_state, checkpoint_name
 from clm_dist.config import Every, JobConfig
-from clm_dist.errors import CheckpointError, RunError
+from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
 from clm_dist.run_dir import RunDir, make_dir, write_json
 from clm_dist.shards import Blocks, Manifest
@@ -103,7 +103,9 @@ def train(job: JobConfig, session: Session) -> Outcome:
         try:
             return loop.run()
         except RunError as error:
-            loop.reporter.send()
+            with contextlib.suppress(RunError):
+                # What was saved until then is worth its commit.
+                loop.conclude_save()
             return Outcome("failed", loop.step, str(error))
     finally:
         heart.stop()
@@ -170,7 +172,7 @@ class _Loop:
             if due and self.saved_step != self.step:
                 self._save()
             if wish.save:
-                self._conclude_save()
+                self.conclude_save()
                 self.session.run.save.unlink(missing_ok=True)
             if job.hub.push == "epoch" and self._is_due("epoch") and not last:
                 target = self.session.run.exports / f"step-{self.step:08d}"
@@ -178,7 +180,7 @@ class _Loop:
                 self.reporter.add(kind="export", step=self.step, epoch=order.epoch(self.step), path=str(target))
                 self.reporter.send()
         if self.step < order.num_steps:
-            if problem := self._conclude_save():
+            if problem := self.conclude_save():
                 raise RunError(f"{problem}; the run stops without it, and the same command goes on from the one before")
             return Outcome("preempted", self.step)
 
@@ -188,9 +190,9 @@ class _Loop:
         self.saver.await_copy()
         strategy.release()
         self.reporter.phase("Evaluating the written model", self.step)
-        parts = evaluate_export(strategy, job, unverified, self.eval_split)
+        parts = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
-        self._conclude_save()
+        self.conclude_save()
         return Outcome("done", self.step)
 
     def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
@@ -336,7 +338,7 @@ class _Loop:
             )
         if action == "rollback":
             left_out = self.step
-            self._conclude_save()
+            self.conclude_save()
             if not self._load_newest():
                 raise RunError(f"{what}, and there is no checkpoint to go back to. {advice}")
             self.reporter.add(kind="rollback", step=left_out, to=self.step)
@@ -371,8 +373,10 @@ class _Loop:
             rows = [{"block": b, "loss": _json(losses[b]), "text": t} for b, t in zip(blocks, texts, strict=True)]
             figures = {"step": self.step, "loss": _json(loss), "grad_norm": _json(grad_norm)}
             file = self.session.run.outlier(self.step)
-            make_dir(file.parent)
-            write_json(file, {"kind": kind, **figures, "blocks": rows})
+            # On a full disk the numbers of the blocks, below, must do.
+            with contextlib.suppress(ConfigError):
+                make_dir(file.parent)
+                write_json(file, {"kind": kind, **figures, "blocks": rows})
             self.reporter.add(kind=kind, **figures, blocks=blocks[:_SHOWN_BLOCKS], **record)
         return blocks
 
@@ -390,9 +394,12 @@ class _Loop:
             world_size=strategy.world_size,
             in_step=strategy.sharded,
             autocast=strategy.autocast,
-            on_part=lambda done: self.heart.at(self.step, f"evaluating, pass {done} done"),
+            on_part=self._evaluating,
         )
         self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), parts)
+
+    def _evaluating(self, num_done: int) -> None:
+        self.heart.at(self.step, f"evaluating, {num_done} passes done")
 
     def _save(self, *, regular: bool = True) -> None:
         """Begin to save; the copy and the writing go on while training does. Collective.
@@ -400,7 +407,7 @@ class _Loop:
         Args:
             regular: because it was due, so the run has come forward.
         """
-        self._conclude_save()
+        self.conclude_save()
         if regular and self.job.train.on_nan == "rollback":
             self.num_left_out = 0
         names = [checkpoint_name(self.step)]
@@ -425,7 +432,7 @@ class _Loop:
             num_left_out=self.num_left_out,
         )
 
-    def _conclude_save(self) -> str | None:
+    def conclude_save(self) -> str | None:
         """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
 
         Raises:

@@ -78,6 +78,7 @@ class Heart:
     def stop(self) -> None:
         self._ended.set()
         self._thread.join()
+        self._file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         count = 0

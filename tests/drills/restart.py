@@ -3,8 +3,8 @@
     python -m tests.drills.restart [--kills 3] [--strategy ddp]
 
 A worker of a run that trains (the tiny job, two workers, `clm-dist run`) is killed with SIGKILL. Printed are the
-seconds from its death until Ray Train has noticed it, until the training function runs in new processes (Ray's start of two
-actors, their imports, the process group), until the checkpoint is loaded (model, tokenizer, DeepSpeed's or FSDP's
+seconds from its death until Ray Train has noticed it, until the training function runs in new processes (Ray's start of
+two actors, their imports, the process group), until the checkpoint is loaded (model, tokenizer, DeepSpeed's or FSDP's
 setting up, the check of shared gradients), and until the next step is finished. Exits 1 where one takes 20 s or more.
 """
 
