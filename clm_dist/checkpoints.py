@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -159,19 +159,15 @@ class Checkpoints:
         )
 
     @contextlib.contextmanager
-    def writing(self, name: str, file: str) -> Iterator[Path]:
-        """Where to write a file of a checkpoint that is not committed; on its storage when this returns."""
+    def writing(self, name: str, file: str) -> Iterator[BinaryIO]:
+        """A file of a checkpoint that is not committed, to write; it is on its storage when this returns."""
+        path = f"{self._path}/{name}/{file}"
+        self._files.makedirs(f"{self._path}/{name}", exist_ok=True)
+        with self._files.open(path, "wb") as opened:
+            yield opened
         if self._local:
-            directory = self._local / name
-            directory.mkdir(parents=True, exist_ok=True)
-            yield directory / file
-            for path in (directory / file, directory, self._local):
-                _sync(path)
-            return
-        with tempfile.TemporaryDirectory(prefix="clm-dist-") as temporary:
-            yield Path(temporary) / file
-            self._files.makedirs(f"{self._path}/{name}", exist_ok=True)
-            self._files.put_file(str(Path(temporary) / file), f"{self._path}/{name}/{file}")
+            for written in (self._local / name / file, self._local / name, self._local):
+                _sync(written)
 
     @contextlib.contextmanager
     def reading(self, name: str, share: Share) -> Iterator[Path]:
@@ -180,7 +176,7 @@ class Checkpoints:
             if self._local:
                 path = self._local / name / share.file
             else:
-                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clm-dist-"))) / share.file
+                path = stack.enter_context(_scratch_dir()) / share.file
                 with contextlib.suppress(FileNotFoundError):
                     self._files.get_file(f"{self._path}/{name}/{share.file}", str(path))
             if not path.exists() or path.stat().st_size != share.num_bytes or file_sha256(path) != share.sha256:
@@ -278,6 +274,17 @@ def check_state(state: TrainerState, where: str, job: JobConfig, fingerprint: st
 
 def _protocols(files: Any) -> tuple[str, ...]:
     return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
+
+
+@contextlib.contextmanager
+def _scratch_dir() -> Iterator[Path]:
+    """A directory for files that were fetched. What killed processes left of theirs is removed."""
+    prefix = "clm-dist-fetched-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if not Path(f"/proc/{left.name.removeprefix(prefix).partition('-')[0]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as directory:
+        yield Path(directory)
 
 
 def _sync(path: Path) -> None:

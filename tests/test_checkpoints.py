@@ -40,8 +40,8 @@ def save(checkpoints: Checkpoints, step: int, *, eval_loss: float | None = None,
 def write(checkpoints: Checkpoints, step: int) -> str:
     """A checkpoint before its commit."""
     name = checkpoint_name(step)
-    with checkpoints.writing(name, "rank-00000.safetensors") as path:
-        path.write_text("content")
+    with checkpoints.writing(name, "rank-00000.safetensors") as file:
+        file.write(b"content")
     return name
 
 

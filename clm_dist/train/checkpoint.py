@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -137,8 +137,8 @@ class Saver:
             tensors = self._copy(parts)
             self._copied.set()
             file = f"rank-{self._rank:05d}.safetensors"
-            with writing(Path(self._checkpoints.where(name))), self._checkpoints.writing(name, file) as path:
-                num_bytes, sha256 = write_safetensors(path, tensors)
+            with writing(Path(self._checkpoints.where(name))), self._checkpoints.writing(name, file) as opened:
+                num_bytes, sha256 = write_safetensors(opened, tensors)
             share = Share(file, num_bytes, sha256, {part.parameter: (part.start, part.stop) for part in parts})
         except Exception as error:  # whatever a storage raises: the driver decides what becomes of the run
             problem = first_line(error)
@@ -157,8 +157,8 @@ class Saver:
         return self._host
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write tensors in host memory as a safetensors file; gives its size and sha256.
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write tensors in host memory in the format of safetensors; gives size and sha256.
 
     safetensors' own writer copies all of them, and lets no other thread of the process run meanwhile.
     """
@@ -169,12 +169,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in _chunks(text, tensors.values()):
-            file.write(chunk)
-            digest.update(chunk)
-        return file.tell(), digest.hexdigest()
+    digest, num_bytes = hashlib.sha256(), 0
+    for chunk in _chunks(text, tensors.values()):
+        file.write(chunk)
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return num_bytes, digest.hexdigest()
 
 
 def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[Any]:

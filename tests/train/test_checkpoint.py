@@ -111,7 +111,8 @@ def test_a_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
         "b": torch.tensor([True, False]),
         "c": torch.tensor([1, 2, 3]),
     }
-    num_bytes, _ = write_safetensors(tmp_path / "x.safetensors", tensors)
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        num_bytes, _ = write_safetensors(file, tensors)
     assert (tmp_path / "x.safetensors").stat().st_size == num_bytes
     read = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
@@ -121,9 +122,9 @@ def test_a_save_is_of_the_moment_at_which_it_began(tmp_path: Path, monkeypatch: 
     """An update that waits for the copy changes nothing in the file, though that is written later."""
     write = write_safetensors
 
-    def write_late(path: Path, tensors: Any) -> tuple[int, str]:
+    def write_late(file: Any, tensors: Any) -> tuple[int, str]:
         time.sleep(0.5)
-        return write(path, tensors)
+        return write(file, tensors)
 
     monkeypatch.setattr(clm_dist.train.checkpoint, "write_safetensors", write_late)
     weight = torch.zeros(1000)
@@ -189,11 +190,11 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(trained: Train
 def test_a_save_that_fails_once_is_said_and_the_run_goes_on(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     write, calls = write_safetensors, []
 
-    def fail_second(path: Path, tensors: Any) -> tuple[int, str]:
-        calls.append(path)
+    def fail_second(file: Any, tensors: Any) -> tuple[int, str]:
+        calls.append(file)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        return write(path, tensors)
+        return write(file, tensors)
 
     monkeypatch.setattr(clm_dist.train.checkpoint, "write_safetensors", fail_second)
     run = trained()

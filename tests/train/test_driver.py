@@ -201,3 +201,17 @@ def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed
         (share,) = checkpoints_of(run).read(name).shares
         with checkpoints_of(run).reading(name, share) as path:
             assert load_file(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_driver_asks_the_workers_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    run, notes = RunDir(tmp_path), Notes()
+    before = signal.getsignal(number)
+    with driver._stop_on_signals(run, notes):
+        os.kill(os.getpid(), number)
+        assert run.stop.exists()
+        assert f"{number.name}: saving a checkpoint, then stopping." in notes.notes[0]
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
