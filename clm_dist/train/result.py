@@ -56,7 +56,8 @@ def build_result(
             "seconds": seconds,
             "tokens_per_s": tokens / seconds if seconds else None,
         },
-        "workers": job.cluster.workers,
+        # Elastic workers are as many as there were when it ended.
+        "workers": starts[-1]["workers"] if starts else job.cluster.max_workers,
         "strategy": job.cluster.strategy,
         "restarts": max(0, len(starts) - 1),
         "data": manifest.fingerprint,

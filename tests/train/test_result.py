@@ -1,0 +1,25 @@
+"""The content of result.json."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from clm_dist.config import JobConfig
+from clm_dist.run_dir import RunDir, read_records
+from clm_dist.shards import Manifest
+from clm_dist.train.result import build_result
+from tests.conftest import MakeJob
+
+
+def test_elastic_workers_are_as_many_as_started_last(
+    run: RunDir, make_job: MakeJob, prepared: Callable[[JobConfig], Path]
+) -> None:
+    job = make_job("cluster.workers=[1,2]")
+    manifest = Manifest.read(prepared(job) / "manifest.json")
+    start = next(record for record in read_records(run.metrics) if record["kind"] == "start")
+    for workers in (2, 1):
+        with run.metrics.open("a") as file:
+            file.write(json.dumps(start | {"workers": workers}) + "\n")
+        assert build_result(job, run, manifest, "done")["workers"] == workers
+    run.metrics.unlink()
+    assert build_result(job, run, manifest, "failed", "no Ray")["workers"] == 2
