@@ -1,0 +1,56 @@
+"""Nodes that are drained, lost and come back: what the run does, what it loses, and that no number changes."""
+
+from pathlib import Path
+
+import pytest
+
+from clm_dist.run_dir import read_json
+from tests.drills import nodes
+from tests.drills.nodes import NUM_STEPS, Command, compare
+from tests.runs import saved_steps
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Two workers, with dropout."""
+    return nodes.untouched(tmp_path_factory.mktemp("untouched") / "fixed", *nodes.FIXED)
+
+
+@pytest.fixture(scope="module")
+def untouched_elastic(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Two workers, without dropout."""
+    return nodes.untouched(tmp_path_factory.mktemp("untouched") / "elastic", *nodes.UNTOUCHED_ELASTIC)
+
+
+@pytest.mark.slow
+def test_a_drained_node_ends_a_run_with_a_checkpoint_and_the_same_command_goes_on(
+    untouched: Command, tmp_path: Path
+) -> None:
+    seen = nodes.drain(tmp_path / "drain", grace_s=20)
+    assert seen.codes == (75, 0)
+    assert seen.times["drain to exit"] < 20
+    (_, (resumed, _)) = seen.command.starts()
+    # What was on disk is not lost, nor any step after that: the checkpoint is that of the last.
+    assert seen.step <= resumed < NUM_STEPS
+    assert f"Resuming from the checkpoint of step {resumed}" in seen.command.said()
+    assert compare(seen.command, untouched).same_weights
+
+
+@pytest.mark.slow
+def test_elastic_workers_shrink_when_a_node_is_lost_and_grow_when_one_comes(
+    untouched_elastic: Command, tmp_path: Path
+) -> None:
+    seen = nodes.shrink_and_grow(tmp_path / "elastic")
+    assert seen.codes == (0,)
+    starts = seen.command.starts()
+    assert [workers for _, workers in starts] == [2, 1, 2]
+    lost, grown = starts[1][0], starts[2][0]
+    assert lost % 50 == 0
+    # Before it grows it saves, wherever it is.
+    assert lost < grown < NUM_STEPS
+    found = compare(seen.command, untouched_elastic)
+    assert found.same_blocks
+    assert found.loss_deviation < 1e-5
+    result = read_json(seen.command.run.result)
+    assert (result["workers"], result["restarts"]) == (2, 2)
+    assert saved_steps(seen.command.run)[-1] == NUM_STEPS
