@@ -11,6 +11,7 @@ number of workers finds what it needs. A directory's name is never used twice.
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -24,13 +25,16 @@ from typing import Any, BinaryIO
 import fsspec
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import CheckpointError
+from clm_dist.errors import CheckpointError, first_line
 from clm_dist.remote import reaching
-from clm_dist.run_dir import RunDir, make_dir, write_json
+from clm_dist.run_dir import RunDir, make_dir, write_json, writing
 from clm_dist.shards import file_sha256
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 _MARKER = "committed.json"
+_SET_ASIDE = "damaged.json"
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,16 @@ class TrainerState:
     global_size: int
     seed: int
     """With the batch size it says which blocks the next step takes."""
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of every parameter and buffer of the model."""
     scaler: Mapping[str, float] = field(default_factory=dict)
     """State of the loss scaler, in fp16."""
     recent_losses: tuple[float, ...] = ()
     """Of the last steps, from which the next loss may stand out."""
     num_left_out: int = 0
     """Steps without an update in a row, the last among them."""
+    owes_evaluation: bool = False
+    """Whether the run was stopped before it had evaluated at this step, as it should."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class Marker:
     @property
     def num_bytes(self) -> int:
         return sum(share.num_bytes for share in self.shares)
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written; the one before it may be."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -124,6 +136,10 @@ class Checkpoints:
         """Turns what the storage raises into a ConfigError that says so."""
         return reaching(f"checkpoint.path {self.root}", field="checkpoint.path")
 
+    def saving(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Turns what the storage raises in a save into an error that a person understands."""
+        return writing(self._local / name) if self._local else self.reaching()
+
     def where(self, name: str) -> str:
         """Where a checkpoint lies, for people."""
         return f"{self.root}/{name}"
@@ -136,7 +152,12 @@ class Checkpoints:
         return bool(self._files.exists(f"{self._path}/{name}/{_MARKER}"))
 
     def read(self, name: str) -> Marker:
-        """A checkpoint's marker. Raises CheckpointError where this version does not read it."""
+        """A checkpoint's marker.
+
+        Raises:
+            DamagedError: it is not as it was written.
+            CheckpointError: this version does not read it.
+        """
         try:
             content = json.loads(self._files.cat_file(f"{self._path}/{name}/{_MARKER}"))
             version = content["format_version"]
@@ -145,14 +166,12 @@ class Checkpoints:
                     Share(**share | {"fragments": {p: (a, b) for p, (a, b) in share["fragments"].items()}})
                     for share in content["shares"]
                 )
+                parameters = {name: tuple(shape) for name, shape in content["state"]["parameters"].items()}
                 losses = tuple(content["state"]["recent_losses"])
-                state = TrainerState(**content["state"] | {"recent_losses": losses})
+                state = TrainerState(**content["state"] | {"recent_losses": losses, "parameters": parameters})
                 return Marker(**content | {"state": state, "shares": shares})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.where(name)}/{_MARKER} is damaged ({error}); remove this directory to go on from the "
-                "checkpoint before it"
-            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{self.where(name)}/{_MARKER} is damaged ({first_line(error)})") from None
         raise CheckpointError(
             f"{self.where(name)} has format {version}, this version of clm-dist reads {FORMAT_VERSION}; go on with the "
             "version that wrote it, or start again with --overwrite or another name"
@@ -171,7 +190,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def reading(self, name: str, share: Share) -> Iterator[Path]:
-        """A rank's file of a checkpoint on this machine. Raises CheckpointError where it is not as it was written."""
+        """A rank's file of a checkpoint on this machine. Raises DamagedError where it is not as it was written."""
         with contextlib.ExitStack() as stack:
             if self._local:
                 path = self._local / name / share.file
@@ -181,27 +200,31 @@ class Checkpoints:
                     self._files.get_file(f"{self._path}/{name}/{share.file}", str(path))
             if not path.exists() or path.stat().st_size != share.num_bytes or file_sha256(path) != share.sha256:
                 problem = "is missing" if not path.exists() else "is not as it was written"
-                raise CheckpointError(f"{self.where(name)}/{share.file} {problem}")
+                raise DamagedError(f"{self.where(name)}/{share.file} {problem}")
             yield path
 
     def commit(self, name: str, marker: Marker, keep: int) -> None:
         """Mark a checkpoint as complete, then remove those that are no longer kept: what stays is the newest `keep`
-        and the one with the lowest eval loss."""
+        and the one with the lowest eval loss. What cannot be removed now is removed by a later commit."""
         content = asdict(marker) | {"time": time.time()}
         if self._local:
             write_json(self._local / name / _MARKER, content)
         else:
             self._files.pipe_file(f"{self._path}/{name}/{_MARKER}", json.dumps(content).encode())
-        markers = self.readable()
-        kept = {*list(markers)[-keep:], best_of(markers)}
-        for old in markers.keys() - kept:
-            self.remove(old)
+        try:
+            markers = self.readable()
+            kept = {*list(markers)[-keep:], best_of(markers)}
+            for old in markers.keys() - kept:
+                self.remove(old)
+        except Exception as error:  # each kind of storage raises errors of its own
+            logger.warning("old checkpoints in %s could not be removed", self.root, exc_info=error)
 
     def readable(self) -> dict[str, Marker]:
         """The committed checkpoints that this version reads, the oldest first."""
         markers = {}
         for name in self.committed():
-            with contextlib.suppress(CheckpointError):
+            # One may have been removed since.
+            with contextlib.suppress(CheckpointError, FileNotFoundError):
                 markers[name] = self.read(name)
         return markers
 
@@ -219,10 +242,14 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self._files.rmdir(f"{self._path}/{name}")
 
+    def set_aside(self, name: str) -> None:
+        """Let a damaged checkpoint count no more; its files stay for who wants to look at them."""
+        self._files.mv(f"{self._path}/{name}/{_MARKER}", f"{self._path}/{name}/{_SET_ASIDE}")
+
     def remove_uncommitted(self) -> None:
         """Clear what killed saves left behind. Only while no worker saves."""
         for name, files in self.directories().items():
-            if _MARKER not in files:
+            if not files & {_MARKER, _SET_ASIDE}:
                 self.remove(name)
 
     def remove_all(self) -> None:
@@ -245,6 +272,23 @@ def best_of(markers: Mapping[str, Marker]) -> str | None:
     """The checkpoint with the lowest eval loss, the newest of equal ones; None where none was evaluated."""
     losses = {name: marker.eval_loss for name, marker in markers.items() if marker.eval_loss is not None}
     return min(sorted(losses, reverse=True), key=lambda name: losses[name], default=None)
+
+
+def check_parameters(state: TrainerState, where: str, parameters: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError where a checkpoint is of another model.
+
+    Args:
+        parameters: shape of every parameter and buffer of the job's model.
+    """
+    saved = state.parameters
+    others = [name for name in saved.keys() | parameters.keys() if saved.get(name) != parameters.get(name)]
+    if not others:
+        return
+    there, here = (shapes.get(min(others), "missing") for shapes in (saved, parameters))
+    raise CheckpointError(
+        f"{where} is of another model: {min(others)} is {there} there and {here} in the job's; set model and "
+        "tokenizer to what they were, or start again with --overwrite or another name"
+    )
 
 
 def check_state(state: TrainerState, where: str, job: JobConfig, fingerprint: str) -> None:

@@ -330,11 +330,13 @@ def report(
     directory = RunDir(run_dirs[0])
     write_page(directory, results[0])
     out.print(table.result_table(results[0]))
-    checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
-    with checkpoints.reaching():
-        saved = table.checkpoint_table(checkpoints)
-    if saved is not None:
-        out.print(saved)
+    try:
+        checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
+        with checkpoints.reaching():
+            if (saved := table.checkpoint_table(checkpoints)) is not None:
+                out.print(saved)
+    except ConfigError as error:
+        err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)
     out.print(f"report: {directory.report}", soft_wrap=True)
 
 

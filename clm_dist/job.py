@@ -75,8 +75,15 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def read_saved_job(path: Path) -> JobConfig:
-    """The resolved job that a run directory holds."""
-    return load_job(path).config
+    """The resolved job that a run directory holds, also as an earlier version wrote it."""
+    values, lines = _parse(path, _read(path, ""))
+    cluster, checkpoint = values.get("cluster"), values.get("checkpoint")
+    if isinstance(cluster, dict):
+        cluster.pop("max_restarts", None)  # it is train.max_failures now
+    if isinstance(checkpoint, dict) and checkpoint.get("keep") == 1:
+        checkpoint["keep"] = 2
+    origins = {field: f"{path}:{line}" for field, line in lines.items()}
+    return _with_absolute_paths(_validated(values, origins, path), origins)
 
 
 def job_text(config: JobConfig) -> str:

@@ -89,6 +89,11 @@ class RunDir:
         return self.root / "hang.txt"
 
     @property
+    def uncommitted(self) -> Path:
+        """Name of the last checkpoint that every worker wrote and that could not be committed, and why."""
+        return self.root / "uncommitted.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

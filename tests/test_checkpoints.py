@@ -1,7 +1,6 @@
 """Where checkpoints lie, which of them count, and which are kept."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def test_a_checkpoint_counts_from_its_commit(make: MakeCheckpoints) -> None:
         dataclasses.replace(STATE, step=20), (Share("rank-00000.safetensors", 7, "", {"w": (0, 3)}),)
     )
     assert marker.time > 1.7e9
-    # What is not committed is not removed while workers may still write it.
+    assert torn in make().directories()
     make().remove_uncommitted()
     assert torn not in make().directories()
     assert len(make().committed()) == 3
@@ -113,7 +112,7 @@ def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", '{"format_version": 2', '{"format_version": 2}', "[]", "7"])
 def test_a_marker_that_is_damaged_says_so(tmp_path: Path, text: str) -> None:
     checkpoints, name = marked(tmp_path, text)
-    with pytest.raises(CheckpointError, match=r"committed.json is damaged .*; remove this directory to go on"):
+    with pytest.raises(CheckpointError, match=r"committed.json is damaged"):
         checkpoints.read(name)
 
 
@@ -152,4 +151,3 @@ def test_a_job_says_where_its_checkpoints_lie(make_job: MakeJob, tmp_path: Path)
     run = RunDir(tmp_path / "runs" / "tiny")
     assert Checkpoints.of_run(make_job(), run).root == str(run.checkpoints)
     assert Checkpoints.of_run(make_job(f"checkpoint.path={tmp_path}/x/"), run).root == f"{tmp_path}/x/tiny"
-    assert json.loads(json.dumps(make_job("checkpoint.path=memory://x/").checkpoint.path)) == "memory://x/"

@@ -16,7 +16,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from clm_dist.checkpoints import Checkpoints, Marker, Share
 from clm_dist.errors import CheckpointError, first_line
-from clm_dist.run_dir import writing
 
 _WRITE_BYTES = 2**22
+_WAIT_S = 0.05
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -116,20 +116,25 @@ class Saver:
         """Whether a save has ended that was not taken yet."""
         return self._thread is not None and not self._thread.is_alive()
 
-    def take(self, *, wait: bool = False) -> Saved | None:
-        """The save that has ended since; None while one runs, or where there was none.
-
-        Args:
-            wait: let training wait for the end of the one that runs.
-        """
-        if self._thread is None or not (wait or self.is_written()):
+    def take(self) -> Saved | None:
+        """The save that has ended since; None while one runs, or where there was none."""
+        if not self.is_written():
             return None
-        began = time.perf_counter()
-        self._thread.join()
         self._thread = None
         assert self._ended is not None
-        waited = self._blocked + time.perf_counter() - began
-        return Saved(**vars(self._ended) | {"blocked": waited})
+        return Saved(**vars(self._ended) | {"blocked": self._blocked})
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Let training wait for the end of the save that runs, if one does.
+
+        Args:
+            alive: called many times a second.
+        """
+        began = time.perf_counter()
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_WAIT_S)
+            alive()
+        self._blocked += time.perf_counter() - began
 
     def _save(self, name: str, step: int, parts: list[Fragment], began: float) -> None:
         share, problem = None, None
@@ -137,7 +142,7 @@ class Saver:
             tensors = self._copy(parts)
             self._copied.set()
             file = f"rank-{self._rank:05d}.safetensors"
-            with writing(Path(self._checkpoints.where(name))), self._checkpoints.writing(name, file) as opened:
+            with self._checkpoints.saving(name), self._checkpoints.writing(name, file) as opened:
                 num_bytes, sha256 = write_safetensors(opened, tensors)
             share = Share(file, num_bytes, sha256, {part.parameter: (part.start, part.stop) for part in parts})
         except Exception as error:  # whatever a storage raises: the driver decides what becomes of the run
@@ -192,7 +197,8 @@ def fetched(
     """The files of a checkpoint that these fragments need, on this machine and checked.
 
     Raises:
-        CheckpointError: one is missing or damaged, or a fragment is in none.
+        DamagedError: one is missing or damaged.
+        CheckpointError: a fragment is in none.
     """
     with contextlib.ExitStack() as stack:
         needed = {share.file: share for fragment in fragments for share, _, _ in _overlaps(marker, fragment)}

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
-from clm_dist.checkpoints import Checkpoints, check_state
+from clm_dist.checkpoints import Checkpoints, DamagedError, TrainerState, check_state
 from clm_dist.config import JobConfig
 from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, RunError, describe_os_error
 from clm_dist.job import differing_fields, job_text, read_saved_job
@@ -59,14 +59,25 @@ def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: boo
     if overwrite:
         return run, False
     if not run.exists():
-        if Checkpoints.of_run(job, run).committed():
+        checkpoints = Checkpoints.of_run(job, run)
+        with checkpoints.reaching():
+            names = checkpoints.committed()
+        if names:
             raise ConfigError(
-                f"{run.root} has checkpoints, but {run.job.name} is missing, so which job they are of is not known; "
+                f"{checkpoints.root} has checkpoints, but {run.job} is missing, so which job they are of is not known; "
                 "restore it, start again with --overwrite, or make another run with --set name=...",
                 field="name",
             )
         return run, False
-    different = differing_fields(read_saved_job(run.job), job)
+    saved = read_saved_job(run.job)
+    if saved.checkpoint.path != job.checkpoint.path:
+        raise ConfigError(
+            f"the checkpoints of the run {run.root} lie in {Checkpoints.of_run(saved, run).root}, and the job has "
+            f"checkpoint.path {job.checkpoint.path}: it would start from nothing. Set checkpoint.path to what it was "
+            "(move the files and edit job.yaml to have them elsewhere), or start again with --overwrite",
+            field="checkpoint.path",
+        )
+    different = differing_fields(saved, job)
     if different and not resume:
         shown = ", ".join(different[:6]) + (", ..." if len(different) > 6 else "")
         raise ConfigError(
@@ -159,7 +170,7 @@ def _train(
         write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
         raise
     finally:
-        for file in (run.stop, run.save, run.hang):
+        for file in (run.stop, run.save, run.hang, run.uncommitted):
             file.unlink(missing_ok=True)
         shutil.rmtree(run.beats, ignore_errors=True)
     result = build_result(job, run, manifest, outcome["status"])
@@ -174,9 +185,12 @@ def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster
     check_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
     checkpoints = Checkpoints.of_run(job, run)
-    if not overwrite and (names := checkpoints.committed()):
-        where = checkpoints.where(names[-1])
-        state = checkpoints.read(names[-1]).state
+    if overwrite:
+        return
+    with checkpoints.reaching():
+        newest = _newest(checkpoints)
+    if newest is not None:
+        where, state = newest
         check_state(state, where, job, manifest.fingerprint)
         num_steps = BatchOrder.of_job(job, manifest.splits["train"].num_blocks).num_steps
         if state.step > num_steps:
@@ -184,6 +198,14 @@ def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster
                 f"{where} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
                 "or train.epochs, or start again with --overwrite or another name"
             )
+
+
+def _newest(checkpoints: Checkpoints) -> tuple[str, TrainerState] | None:
+    """The newest checkpoint whose marker is whole, and its state."""
+    for name in reversed(checkpoints.committed()):
+        with contextlib.suppress(DamagedError):
+            return checkpoints.where(name), checkpoints.read(name).state
+    return None
 
 
 @contextlib.contextmanager
@@ -206,7 +228,8 @@ def _only_driver(run: RunDir) -> Iterator[None]:
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     checkpoints = Checkpoints.of_run(job, run)
     if overwrite:
-        checkpoints.remove_all()
+        with checkpoints.reaching():
+            checkpoints.remove_all()
         shutil.rmtree(run.root, ignore_errors=True)
     make_dir(run.ray)
     # Of a driver that was killed, like the files below: they would be taken for this one's.
@@ -215,12 +238,13 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
     write_text(run.job, job_text(job))
-    for file in (run.stop, run.save, run.hang):
+    for file in (run.stop, run.save, run.hang, run.uncommitted):
         file.unlink(missing_ok=True)
     # Ray would take a run of this name for one to go on with; the markers say where that is.
     for snapshot in run.ray.glob("*.json"):
         snapshot.unlink()
-    checkpoints.remove_uncommitted()
+    with checkpoints.reaching():
+        checkpoints.remove_uncommitted()
 
 
 def _build_trainer(
@@ -274,8 +298,12 @@ class _Watch:
             self._progress.note(f"{hang.reason}. It is ended, and the workers start again from the last checkpoint")
             for beat in hang.beats:
                 kill_worker(beat.node, beat.pid)
-        if time.monotonic() - self._looked < _NODES_INTERVAL_S:
-            return
+        if time.monotonic() - self._looked >= _NODES_INTERVAL_S:
+            # Ray may be away for a moment; whether it comes back is what the run itself sees.
+            with contextlib.suppress(Exception):
+                self._look_at_nodes()
+
+    def _look_at_nodes(self) -> None:
         self._looked = time.monotonic()
         alive = alive_nodes()
         if self._elastic and alive != self._alive:
@@ -334,7 +362,12 @@ def _cause(error: BaseException) -> BaseException:
     if not causes:
         return error
     rank, reason = reason_of(failures)
-    return _WorkersFailedError(f"{'the driver' if rank == -1 else f'worker {rank}'}: {reason}")
+    if rank == -1:
+        return RunError(
+            f"the run's controller failed, which is not tried again: {reason}. The committed checkpoints are whole; "
+            f"the same command goes on from the last. Ray's logs lie in {log_dir()}"
+        )
+    return _WorkersFailedError(f"worker {rank}: {reason}")
 
 
 def _failures(run: RunDir) -> list[dict[str, Any]]:

@@ -16,11 +16,19 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from clm_dist.checkpoints import Checkpoints, Marker, TrainerState, check_state, checkpoint_name
+from clm_dist.checkpoints import (
+    Checkpoints,
+    DamagedError,
+    Marker,
+    TrainerState,
+    check_parameters,
+    check_state,
+    checkpoint_name,
+)
 from clm_dist.config import Every, JobConfig
 from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
-from clm_dist.run_dir import RunDir, make_dir, write_json
+from clm_dist.run_dir import RunDir, make_dir, read_json, write_json
 from clm_dist.shards import Blocks, Manifest
 from clm_dist.train.checkpoint import Fragment, Saved, Saver, fetched, load_fragments
 from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
@@ -82,6 +90,10 @@ class Wish(NamedTuple):
     report: bool = False
 
 
+class _AskedToStopError(Exception):
+    """Raised on every rank at once where a run is asked to stop in an evaluation."""
+
+
 def train(job: JobConfig, session: Session) -> Outcome:
     """Train from the last committed checkpoint, or from the start, to the end of the job. Collective.
 
@@ -139,6 +151,9 @@ class _Loop:
         self.num_left_out = 0
         self.saved_step = 0
         self.num_failed_saves = 0
+        self.owes_evaluation = False
+        self.damages: list[dict[str, Any]] = []
+        """Of checkpoints that were not whole, for the records."""
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
@@ -154,8 +169,22 @@ class _Loop:
             workers=strategy.world_size,
             strategy=job.cluster.strategy,
             device=self.throughput.device_name,
+            owes_evaluation=self.owes_evaluation,
         )
-        if self.step == 0:
+        # After the start, which is where those who follow the records begin.
+        for damage in self.damages:
+            self.reporter.add(kind="damaged", **damage)
+        try:
+            return self._train(resumed=resumed)
+        except _AskedToStopError:
+            # In an evaluation, which the run then owes.
+            if self.saved_step != self.step:
+                self._save(owes_evaluation=True)
+            return self._end_early()
+
+    def _train(self, *, resumed: bool) -> Outcome:
+        job, order, strategy = self.job, self.order, self.strategy
+        if self.step == 0 or self.owes_evaluation:
             self._evaluate()
             if job.train.on_nan == "rollback" and not resumed:
                 self._save()
@@ -173,16 +202,15 @@ class _Loop:
                 self._save()
             if wish.save:
                 self.conclude_save()
-                self.session.run.save.unlink(missing_ok=True)
+                if strategy.rank == 0:
+                    self.session.run.save.unlink(missing_ok=True)
             if job.hub.push == "epoch" and self._is_due("epoch") and not last:
                 target = self.session.run.exports / f"step-{self.step:08d}"
                 export(strategy, self.session.store / "tokenizer", target)
                 self.reporter.add(kind="export", step=self.step, epoch=order.epoch(self.step), path=str(target))
                 self.reporter.send()
         if self.step < order.num_steps:
-            if problem := self.conclude_save():
-                raise RunError(f"{problem}; the run stops without it, and the same command goes on from the one before")
-            return Outcome("preempted", self.step)
+            return self._end_early()
 
         self.reporter.phase("Writing the model", self.step)
         unverified = self.session.run.root / "final.unverified"
@@ -192,8 +220,15 @@ class _Loop:
         self.reporter.phase("Evaluating the written model", self.step)
         parts = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
-        self.conclude_save()
+        with contextlib.suppress(RunError):
+            # A last checkpoint that cannot be written is recorded, and takes nothing from the model.
+            self.conclude_save()
         return Outcome("done", self.step)
+
+    def _end_early(self) -> Outcome:
+        if problem := self.conclude_save():
+            raise RunError(f"{problem}; the run stops without it, and the same command goes on from the one before")
+        return Outcome("preempted", self.step)
 
     def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
         """The loss of the first block, the same on every rank and each time."""
@@ -399,13 +434,18 @@ class _Loop:
         self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), parts)
 
     def _evaluating(self, num_done: int) -> None:
+        """Called by every rank after each of its passes. Collective."""
         self.heart.at(self.step, f"evaluating, {num_done} passes done")
+        # An evaluation may take longer than what a preemption leaves.
+        if self.strategy.all_reduce([float(self.reporter.wishes().stop)])[0] > 0:
+            raise _AskedToStopError
 
-    def _save(self, *, regular: bool = True) -> None:
+    def _save(self, *, regular: bool = True, owes_evaluation: bool = False) -> None:
         """Begin to save; the copy and the writing go on while training does. Collective.
 
         Args:
             regular: because it was due, so the run has come forward.
+            owes_evaluation: it was to be evaluated here, and was not.
         """
         self.conclude_save()
         if regular and self.job.train.on_nan == "rollback":
@@ -414,10 +454,10 @@ class _Loop:
         if self.strategy.world_size > 1:
             dist.broadcast_object_list(names)
         self.saved_step = self.step
-        self.reporter.state = self._state()
+        self.reporter.state = self._state(owes_evaluation)
         self.saver.begin(names[0], self.step, self.strategy.fragments())
 
-    def _state(self) -> TrainerState:
+    def _state(self, owes_evaluation: bool) -> TrainerState:
         job = self.job
         return TrainerState(
             step=self.step,
@@ -430,6 +470,8 @@ class _Loop:
             scaler=self.strategy.scaler_state(),
             recent_losses=tuple(self.recent_losses),
             num_left_out=self.num_left_out,
+            parameters=self.strategy.shapes(),
+            owes_evaluation=owes_evaluation,
         )
 
     def conclude_save(self) -> str | None:
@@ -438,25 +480,40 @@ class _Loop:
         Raises:
             RunError: the one before it failed as well.
         """
+        self.saver.wait(lambda: self.heart.at(self.step, "waiting for the checkpoint's file"))
         saved = self.reporter.conclude_save()
         if saved is None:
             return None
-        error = saved.error
+        errors: list[str | None] = [saved.error]
         if self.strategy.world_size > 1:
-            errors: list[str | None] = [None] * self.strategy.world_size
-            dist.all_gather_object(errors, error)
-            error = next((f"worker {rank}: {error}" for rank, error in enumerate(errors) if error), None)
+            errors = [None] * self.strategy.world_size
+            dist.all_gather_object(errors, saved.error)
+        error = next((f"worker {rank}: {error}" for rank, error in enumerate(errors) if error), None)
+        if error is None:
+            committed = [self._await_commit(saved.name) if self.strategy.rank == 0 else None]
+            dist.broadcast_object_list(committed)
+            error = committed[0]
         if error is None:
             self.num_failed_saves = 0
-            while self.strategy.rank == 0 and not self.checkpoints.is_committed(saved.name):
-                time.sleep(_COMMIT_POLL_S)
-            self.strategy.barrier()
             return None
         self.num_failed_saves += 1
         problem = f"the checkpoint of step {saved.step} could not be written: {error}"
         if self.num_failed_saves > 1:
             raise RunError(f"{problem}, and neither could the one before it. What was committed is whole")
         return problem
+
+    def _await_commit(self, name: str) -> str | None:
+        """Wait for the driver's commit; gives why it could not make it. Not collective."""
+        while True:
+            with contextlib.suppress(Exception):  # a storage that is away for a moment
+                if self.checkpoints.is_committed(name):
+                    return None
+            with contextlib.suppress(OSError, ConfigError):
+                refused = read_json(self.session.run.uncommitted)
+                if refused["name"] == name:
+                    return str(refused["error"])
+            self.heart.at(self.step, "waiting for the checkpoint's commit")
+            time.sleep(_COMMIT_POLL_S)
 
     def _load_newest(self) -> bool:
         """Take weights, optimizer and step of the newest checkpoint that is whole; false where there is none.
@@ -465,26 +522,43 @@ class _Loop:
         Raises:
             CheckpointError: the job cannot go on from it, or there are some and none is whole.
         """
-        found: list[list[tuple[str, Marker]]] = [[]]
-        if self.strategy.rank == 0:
-            found[0] = [(name, self.checkpoints.read(name)) for name in reversed(self.checkpoints.committed())]
-        # Other nodes may not see the newest marker yet.
-        dist.broadcast_object_list(found)
-        fragments = self.strategy.fragments()
-        for number, (name, marker) in enumerate(found[0]):
-            check_state(marker.state, self.checkpoints.where(name), self.job, self.fingerprint)
-            if self._load(name, marker, fragments):
-                if self.strategy.rank == 0:
-                    # The damaged ones would be kept as the newest, in the place of whole ones.
-                    for damaged, _ in found[0][:number]:
-                        self.checkpoints.remove(damaged)
-                return True
-        if found[0]:
+        names = [self.checkpoints.committed() if self.strategy.rank == 0 else []]
+        dist.broadcast_object_list(names)
+        fragments, shapes = self.strategy.fragments(), self.strategy.shapes()
+        damaged: list[str] = []
+        for name in reversed(names[0]):
+            marker = self._read_marker(name)
+            if isinstance(marker, Marker):
+                where = self.checkpoints.where(name)
+                check_state(marker.state, where, self.job, self.fingerprint)
+                check_parameters(marker.state, where, shapes)
+                if self._load(name, marker, fragments):
+                    if self.strategy.rank == 0:
+                        # They would be kept as the newest, in the place of whole ones.
+                        for other in damaged:
+                            self.checkpoints.set_aside(other)
+                    return True
+            damaged.append(name)
+        if damaged:
             raise CheckpointError(
-                f"none of the {len(found[0])} checkpoints in {self.checkpoints.root} is whole; restore them, or start "
+                f"none of the {len(damaged)} checkpoints in {self.checkpoints.root} is whole; restore them, or start "
                 "again with --overwrite or another name"
             )
         return False
+
+    def _read_marker(self, name: str) -> Marker | None:
+        """A checkpoint's marker as rank 0 sees it, since other nodes may not see it yet; None where it is damaged.
+        Collective."""
+        found: list[Marker | str | None] = [None]
+        if self.strategy.rank == 0:
+            try:
+                found[0] = self.checkpoints.read(name)
+            except DamagedError as error:
+                found[0] = str(error)
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], str):
+            self.damages.append({"step": int(name.split("-")[1]), "error": found[0]})
+        return found[0] if isinstance(found[0], Marker) else None
 
     def _load(self, name: str, marker: Marker, fragments: list[Fragment]) -> bool:
         """Load a checkpoint; false, and nothing is changed, where a file of it is not as it was written. Collective."""
@@ -492,19 +566,20 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             try:
                 files = stack.enter_context(fetched(self.checkpoints, name, marker, fragments))
-            except CheckpointError as error:
+            except DamagedError as error:
                 problem = str(error)
             problems: list[str | None] = [problem]
             if self.strategy.world_size > 1:
                 problems = [None] * self.strategy.world_size
                 dist.all_gather_object(problems, problem)
             if problem := next((p for p in problems if p), None):
-                self.reporter.add(kind="damaged", step=marker.state.step, error=problem)
+                self.damages.append({"step": marker.state.step, "error": problem})
                 return False
             load_fragments(files, marker, fragments)
         state = marker.state
         self.strategy.apply_fragments(state.num_updates, state.scaler)
         self.step = state.step
+        self.owes_evaluation = state.owes_evaluation
         self.recent_losses.clear()
         self.recent_losses.extend(state.recent_losses)
         self.num_left_out = max(self.num_left_out, state.num_left_out)
@@ -577,13 +652,13 @@ class _Reporter:
         self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "parts": rows}})
 
     def conclude_save(self) -> Saved | None:
-        """Wait for the end of the save that was begun, and send it; None where there was none since. Collective."""
-        self._report({}, wait=True)
+        """Send how the last save ended; None where there was none since. Collective."""
+        self._report({})
         saved, self.saved = self.saved, None
         return saved
 
-    def _report(self, message: Message, *, wait: bool = False) -> None:
-        if saved := self.saver.take(wait=wait):
+    def _report(self, message: Message) -> None:
+        if saved := self.saver.take():
             self.saved = saved
             message["saved"] = saved
             if self.session.rank == 0 and self.state is not None:

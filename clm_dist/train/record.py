@@ -6,6 +6,7 @@ is the only one that adds losses up, writes metrics.jsonl and commits checkpoint
 checkpoint is committed when every rank has said that its file is on the storage.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
-from clm_dist.errors import RunError
+from clm_dist.errors import ClmDistError, RunError
 from clm_dist.metrics import Evaluation, Part, combine
-from clm_dist.run_dir import RunDir, read_records, write_text, writing
+from clm_dist.run_dir import RunDir, read_records, write_json, write_text, writing
 from clm_dist.train.checkpoint import Saved
 
 Record = dict[str, Any]
+_HANG_S = 60
+"""The end of a worker that hangs comes within this time of the reason for it."""
 
 
 class EvalMessage(TypedDict):
@@ -95,8 +98,9 @@ class Recorder:
 
     def receive_failure(self, rank: int, reason: str) -> None:
         """Take why workers are started again; the rank is the first that failed."""
-        if self._run.hang.exists():
-            reason = self._run.hang.read_text(encoding="utf-8")
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - self._run.hang.stat().st_mtime < _HANG_S:
+                reason = self._run.hang.read_text(encoding="utf-8")
             self._run.hang.unlink()
         records = read_records(self._run.metrics)
         step = next((record["step"] for record in reversed(records) if record["kind"] == "step"), 0)
@@ -107,18 +111,27 @@ class Recorder:
         record: Record = {"kind": "checkpoint", "step": state.step, "name": name}
         written = [saved[rank].share for rank in sorted(saved)]
         shares = tuple(share for share in written if share is not None)
-        if len(shares) == len(saved):
+        if len(shares) < len(saved):
+            rank, error = next((rank, one.error) for rank, one in sorted(saved.items()) if one.error)
+            record["error"] = f"worker {rank}: {error}"
+        else:
             marker = Marker(state, shares, self._eval_losses.get(state.step))
-            self._checkpoints.commit(name, marker, self._keep)
+            try:
+                with self._checkpoints.saving(name):
+                    self._checkpoints.commit(name, marker, self._keep)
+            except ClmDistError as error:
+                record["error"] = f"its commit: {error}"
+                # Rank 0 waits for the commit, or for this.
+                write_json(self._run.uncommitted, {"name": name, "error": record["error"]})
             record |= {
                 "bytes": marker.num_bytes,
                 "seconds": max(one.seconds for one in saved.values()),
                 "blocked": max(one.blocked for one in saved.values()),
             }
-        else:
-            self._checkpoints.remove(name)
-            rank, error = next((rank, one.error) for rank, one in sorted(saved.items()) if one.error)
-            record["error"] = f"worker {rank}: {error}"
+        if "error" in record:
+            # Without a marker it counts for nothing, whether it can be removed or not.
+            with contextlib.suppress(Exception):
+                self._checkpoints.remove(name)
         self._append([record])
 
     def _evaluation(self, messages: Sequence[Message]) -> Evaluation | None:
@@ -145,6 +158,9 @@ class Recorder:
         if starts:
             # In one write: who follows the file sees the new start with what it takes back.
             kept = surviving_records(self._run.metrics, starts[0])
+            if any(record.get("owes_evaluation") for record in records):
+                # It comes again, if it came in a part of the run that was lost.
+                kept = [r for r in kept if (r["kind"], r["step"]) != ("eval", starts[0])]
             write_text(self._run.metrics, "".join(json.dumps(record) + "\n" for record in kept) + lines)
         else:
             with writing(self._run.metrics), self._run.metrics.open("a", encoding="utf-8") as file:

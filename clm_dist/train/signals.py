@@ -1,17 +1,16 @@
 """SIGTERM and SIGUSR1 to a worker: the first asks for a checkpoint and the end of the run, the next is Ray's."""
 
 import signal
-import threading
 from typing import Any
 
 _NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
-_asked = threading.Event()
+_asked = False
 _previous: dict[int, Any] = {}
 
 
 def asked_to_stop() -> bool:
     """Whether a signal came."""
-    return _asked.is_set()
+    return _asked
 
 
 def install() -> None:
@@ -28,6 +27,8 @@ def uninstall() -> None:
 
 
 def _ask(number: int, frame: Any) -> None:
-    if _asked.is_set() and callable(handler := _previous.get(number)):
+    # Without a lock: a handler may interrupt itself.
+    global _asked
+    if _asked and callable(handler := _previous.get(number)):
         handler(number, frame)
-    _asked.set()
+    _asked = True

@@ -108,15 +108,21 @@ class Strategy(ABC):
     def full_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of rank 0; anything on the others."""
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and saved buffer of the whole model. Not collective."""
+        # ZeRO-3 leaves an empty vector in a parameter's place and keeps its shape beside it.
+        named = self.plain_model.named_parameters()
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+        return shapes | {name: tuple(buffer.shape) for name, buffer in self._buffers()}
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that belong to a checkpoint; they change in an update only, as far as they change."""
+        saved = self.plain_model.state_dict().keys()
+        return ((name, buffer) for name, buffer in self.plain_model.named_buffers() if name in saved)
+
     def fragments(self) -> list[Fragment]:
         """What this rank holds of weights, optimizer and buffers: views, which change with the next `step`."""
-        model = self.plain_model
-        saved = model.state_dict().keys()
-        buffers = [
-            Fragment(name, 0, {"buffer": buffer.view(-1)}, replicated=True)
-            for name, buffer in model.named_buffers()
-            if name in saved
-        ]
+        buffers = [Fragment(name, 0, {"buffer": b.view(-1)}, replicated=True) for name, b in self._buffers()]
         return [*self._parameter_fragments(), *buffers]
 
     @abstractmethod

@@ -84,22 +84,25 @@ class Heart:
         count = 0
         while not self._ended.wait(self._interval if count else 0):
             count += 1
-            collective, waiting = last_collective()
-            beat = Beat(
-                rank=self._rank,
-                pid=os.getpid(),
-                host=socket.gethostname(),
-                node=self._node,
-                count=count,
-                progress=self._progress,
-                step=self._step,
-                doing=self._doing,
-                collective=collective,
-                waiting=waiting,
-                stack=_stack(self._thread_id),
-            )
+            collective, waiting = None, False
+            # No part of torch's interface, and no reason to be taken for dead.
+            with contextlib.suppress(Exception):
+                collective, waiting = last_collective()
             # A beat that cannot be written is missed; the disk's fault shows elsewhere.
             with contextlib.suppress(Exception):
+                beat = Beat(
+                    rank=self._rank,
+                    pid=os.getpid(),
+                    host=socket.gethostname(),
+                    node=self._node,
+                    count=count,
+                    progress=self._progress,
+                    step=self._step,
+                    doing=self._doing,
+                    collective=collective,
+                    waiting=waiting,
+                    stack=_stack(self._thread_id),
+                )
                 write_text(self._file, json.dumps(asdict(beat)))
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import clm_dist.train.checkpoint
+import clm_dist.train.loop
 from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
 from clm_dist.config import JobConfig
 from clm_dist.errors import CheckpointError
@@ -52,7 +53,8 @@ def save(checkpoints: Checkpoints, ranks: list[list[Fragment]]) -> tuple[str, Ma
     for rank, fragments in enumerate(ranks):
         saver = Saver(checkpoints, rank, len(ranks))
         saver.begin("step-1", 1, fragments)
-        saved = saver.take(wait=True)
+        saver.wait()
+        saved = saver.take()
         assert saved
         assert saved.share, saved.error
         shares.append(saved.share)
@@ -135,10 +137,11 @@ def test_a_save_is_of_the_moment_at_which_it_began(tmp_path: Path, monkeypatch: 
         assert not saver.is_written()
         assert saver.take() is None
         weight += 1
-        saved = saver.take(wait=True)
+        saver.wait()
+        saved = saver.take()
         assert saved
         assert saved.seconds > 0.5
-        # The training thread waited in `take` only.
+        # The training thread waited in `wait` only.
         assert saved.blocked > 0.3
     assert [float(load_file(path)["w:weight"][7]) for path in sorted(tmp_path.rglob("*.safetensors"))] == [0, 1]
 
@@ -147,7 +150,8 @@ def test_a_save_that_fails_says_why(tmp_path: Path) -> None:
     saver = Saver(Checkpoints(str(tmp_path / "x")), 0, 1)
     (tmp_path / "x").write_text("a file where the directory should be")
     saver.begin("step-1", 1, [Fragment("w", 0, {"weight": torch.zeros(3)})])
-    saved = saver.take(wait=True)
+    saver.wait()
+    saved = saver.take()
     assert saved
     assert saved.share is None
     assert "cannot write" in str(saved.error)
@@ -170,6 +174,109 @@ def trained(make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: 
     return train
 
 
+def test_the_update_waits_for_the_copy(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a copy that takes longer than many steps the files are those of a copy at once."""
+    copy = Saver._copy
+
+    def copy_late(self: Saver, parts: list[Fragment]) -> dict[str, Tensor]:
+        time.sleep(0.3)
+        return copy(self, parts)
+
+    quick = trained()
+    monkeypatch.setattr(Saver, "_copy", copy_late)
+    late = trained(name="late")
+    shares = [[p.read_bytes() for p in sorted(run.checkpoints.rglob("*.safetensors"))] for run in (quick, late)]
+    assert len(shares[0]) == 4
+    assert shares[0] == shares[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.config.n_embd=16"], r"lm_head.weight|transformer.h.0.attn.c_attn.bias is \(96,\) there and \(48,\)"),
+        (["model.config.n_layer=1"], r"transformer.h.1.attn.c_attn.bias is \(96,\) there and missing in the job's"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(trained: Train, settings: list[str], message: str) -> None:
+    trained()
+    with pytest.raises(CheckpointError, match=message):
+        trained(*settings)
+    forget_accelerate()
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_a_damaged_marker_stops_no_run(newest: bool, trained: Train) -> None:
+    run = trained()
+    whole = losses_of(run.root)
+    names = checkpoints_of(run).committed()
+    (run.checkpoints / names[-1 if newest else 0] / "committed.json").write_text("{")
+    assert losses_of(trained().root) == whole
+    starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    assert starts == [0, 6 if newest else 8]
+
+
+def test_a_commit_that_fails_is_a_save_that_failed(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, calls = Checkpoints.commit, []
+
+    def fail_second(self: Checkpoints, name: str, marker: Marker, keep: int) -> None:
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        commit(self, name, marker, keep)
+
+    monkeypatch.setattr(Checkpoints, "commit", fail_second)
+    run = trained()
+    assert saved_steps(run) == [2, 6, 8]
+    (failed,) = [r for r in read_records(run.metrics) if r["kind"] == "checkpoint" and "error" in r]
+    assert failed["step"] == 4
+    assert failed["error"].startswith("its commit: no space left")
+
+
+def test_old_checkpoints_that_cannot_be_removed_stop_no_run(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Checkpoints, name: str) -> None:
+        raise ConnectionError("the storage is away")
+
+    monkeypatch.setattr(Checkpoints, "remove", fail)
+    assert saved_steps(trained("checkpoint.keep=2")) == [2, 4, 6, 8]
+
+
+def test_a_run_that_is_asked_to_stop_in_an_evaluation_owes_it(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.max_steps=8", "eval.every=4", "eval.micro_size=2", "checkpoint.every=100")
+    job = make_job(*settings)
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    assert train_one(job, whole, prepared(job)).status == "done"
+    forget_accelerate()
+    evaluating = clm_dist.train.loop._Loop._evaluating
+
+    def ask(self: Any, num_done: int) -> None:
+        if self.step in (4, 8) and num_done == 3:
+            cut.stop.touch()
+            self.reporter.looked = 0.0
+        evaluating(self, num_done)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(clm_dist.train.loop._Loop, "_evaluating", ask)
+        for step in (4, 8):
+            outcome = train_one(job, cut, prepared(job))
+            forget_accelerate()
+            assert (outcome.status, outcome.step) == ("preempted", step)
+            assert saved_steps(cut)[-1] == step
+            cut.stop.unlink()
+            patched.setattr(clm_dist.train.loop._Loop, "_evaluating", ask if step == 4 else evaluating)
+            if step == 4:
+                # The evaluation that it owes is asked for and not interrupted again.
+                patched.setattr(
+                    clm_dist.train.loop._Loop, "_evaluating", lambda self, n: ask(self, n) if self.step == 8 else None
+                )
+    assert train_one(job, cut, prepared(job)).status == "done"
+    forget_accelerate()
+    evals = [[r for r in read_records(run.metrics) if r["kind"] == "eval"] for run in (whole, cut)]
+    assert evals[0] == evals[1]
+    assert losses_of(cut.root) == losses_of(whole.root)
+
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(trained: Train) -> None:
     run = trained()
     whole = losses_of(run.root)
@@ -183,6 +290,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(trained: Train
     assert losses_of(trained().root) == whole
     starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
     assert starts == [0, 4]
+    said = [(r["step"], r["error"]) for r in read_records(run.metrics) if r["kind"] == "damaged"]
+    assert [step for step, _ in said] == [8, 6]
+    assert all("rank-00000.safetensors is not as it was written" in error for _, error in said)
     assert saved_steps(run) == [2, 4, 6, 8]
     assert not {names[2], names[3]} & set(checkpoints_of(run).committed())
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clm_dist.train.watch import Beat, Heart, Watch, last_collective, read_beats
+from clm_dist.train.watch import Beat, Heart, Watch, read_beats
 from tests.workers import run_workers
 
 TIMEOUT_S = 10.0
@@ -124,12 +123,17 @@ def test_a_beat_tells_the_collective_and_the_stack(tmp_path: Path) -> None:
     assert any("test_watch.py" in call and call.endswith("wait_for_rank_1") for call in beat.stack)
 
 
-def test_where_there_is_no_process_group_there_is_no_collective() -> None:
-    found: list[tuple[str | None, bool]] = []
-    thread = threading.Thread(target=lambda: found.append(last_collective()))
-    thread.start()
-    thread.join()
-    assert len(found) == 1
+def test_a_recorder_that_torch_has_changed_stops_no_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyError("collective_seq_id")
+
+    monkeypatch.setattr("clm_dist.train.watch.last_collective", fail)
+    heart = Heart(tmp_path, 0, "", 2.0)
+    time.sleep(0.7)
+    (beat,) = read_beats(tmp_path)
+    heart.stop()
+    assert beat.count > 1
+    assert beat.collective is None
 
 
 @pytest.mark.parametrize("timeout_s", [None, 1000.0])
