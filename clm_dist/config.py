@@ -232,6 +232,9 @@ class TrainConfig(Section):
     hang_timeout_s: Annotated[float, Field(ge=2)] | None = 600
     """Seconds without any progress after which the worker that the others wait for is named and the workers are
     replaced; longer than the longest pass, load or save. Null waits for ever."""
+    start_timeout_s: Annotated[float, Field(ge=30)] | None = 1800
+    """Seconds within which workers begin to train, again after a failure too; the run waits so long for nodes that are
+    lost to come back. Null waits for ever."""
 
 
 class EvalConfig(Section):
@@ -276,6 +279,10 @@ class ClusterConfig(Section):
     @property
     def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        return self.min_workers < self.max_workers
 
     @model_validator(mode="after")
     def _workers_are_a_range(self) -> Self:

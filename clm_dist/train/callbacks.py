@@ -9,10 +9,10 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 
 from clm_dist.checkpoints import Checkpoints
-from clm_dist.errors import ClmDistError, first_line
+from clm_dist.errors import ClmDistError, RunError, first_line
 from clm_dist.run_dir import RunDir
 from clm_dist.train import signals
-from clm_dist.train.cluster import tell_of_other_nodes
+from clm_dist.train.cluster import log_dir, tell_of_other_nodes
 from clm_dist.train.record import Recorder
 
 logger = logging.getLogger(__name__)
@@ -45,24 +45,43 @@ class Signals(WorkerCallback):  # type: ignore[misc]
 
 
 class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Sees groups of workers begin and end; with elastic workers it saves before a group that is well is replaced."""
+    """Sees groups of workers begin and end; with elastic workers it saves before a group that is well is replaced.
 
-    def __init__(self, run: RunDir, checkpoints: Checkpoints, *, elastic: bool) -> None:
+    Args:
+        max_failures: so many groups in a row may end before they train.
+    """
+
+    def __init__(self, run: RunDir, checkpoints: Checkpoints, *, elastic: bool, max_failures: int) -> None:
         self._run, self._checkpoints, self._elastic = run, checkpoints, elastic
+        self._max_failures = max_failures
         self._running: Any = None
+        self._placed = False
+        self._num_unborn = 0
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        # Of workers that are gone; their silence means nothing.
-        shutil.rmtree(self._run.beats, ignore_errors=True)
+        self._forget_workers()
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._placed = True
+        return {}
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._running = worker_group
+        self._placed, self._num_unborn = False, 0
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._running = None
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._running = None
+        self._forget_workers()
+        self._num_unborn += self._placed
+        self._placed = False
+        if self._num_unborn > self._max_failures:
+            raise RunError(
+                f"workers end before they train, {self._num_unborn} times in a row; see that clm-dist is installed on "
+                f"every node. Ray's logs lie in {log_dir()}"
+            )
         if self._elastic:
             # Ray Train keeps what it knows of the nodes for this time.
             time.sleep(_CACHE_S)
@@ -81,6 +100,10 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             if status.errors or status.finished:
                 break
         self._run.save.unlink(missing_ok=True)
+
+    def _forget_workers(self) -> None:
+        """Remove the beats of workers that are gone: their silence means nothing."""
+        shutil.rmtree(self._run.beats, ignore_errors=True)
 
 
 def reason_of(failures: dict[int, Exception]) -> tuple[int, str]:

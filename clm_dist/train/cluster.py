@@ -36,6 +36,8 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
     for name, value in {
         # Reports reach the driver within this time; Ray's own 2 s would hold up short runs.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        # After a loss it asks for as many workers as before until Ray knows of the loss, and only then for fewer.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
@@ -49,7 +51,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
         # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = list(alive_nodes().values())
         yield Cluster(_check_resources(cluster, nodes, local=own and "RAY_ADDRESS" not in os.environ))
     finally:
         if own:
@@ -65,32 +67,60 @@ def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]
     where = "this machine" if local else "the Ray cluster"
     num_gpus = sum(node.get("GPU", 0) for node in nodes)
     gpus_each = int(num_gpus > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+    if found := find_shortage(cluster, gpus_each, nodes):
+        advice = [f"set cluster.workers to {found.fitting} or less"] if found.fitting else []
+        if found.kind == "CPU" and found.available:
+            advice.append(f"set cluster.cpus_per_worker to {found.available / cluster.min_workers:.3g} or less")
+        raise ConfigError(
+            f"{found.describe(where)}; " + " or ".join(advice or [f"use a cluster with {found.kind}s"]),
+            field="cluster.workers",
+        )
+    return gpus_each
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What a cluster has too little of for the fewest workers that a job takes."""
+
+    kind: str
+    each: float
+    """What a worker takes of it."""
+    workers: int
+    available: float
+    fitting: int
+    """Workers that fit."""
+    num_nodes: int
+
+    def describe(self, where: str = "the Ray cluster") -> str:
+        spread = f" on {self.num_nodes} nodes, which fit {self.fitting} workers" if self.num_nodes > 1 else ""
+        needs = f"cluster.workers {self.workers} x {self.each:g} {self.kind} need {self.workers * self.each:g}"
+        return f"{needs}, {where} has {self.available:g}{spread}"
+
+
+def find_shortage(cluster: ClusterConfig, gpus_each: int, nodes: Sequence[Mapping[str, float]]) -> Shortage | None:
+    """What nodes have too little of for the fewest workers."""
     workers = cluster.min_workers
     for kind, each in (("GPU", gpus_each), ("CPU", cluster.cpus_per_worker)):
         # A worker lies on one node.
         fitting = sum(int(node.get(kind, 0) // each) for node in nodes) if each else workers
         if fitting < workers:
             available = sum(node.get(kind, 0) for node in nodes)
-            advice = [f"set cluster.workers to {fitting} or less"] if fitting else []
-            if kind == "CPU" and available:
-                advice.append(f"set cluster.cpus_per_worker to {available / workers:.3g} or less")
-            spread = f" on {len(nodes)} nodes, which fit {fitting} workers" if len(nodes) > 1 else ""
-            raise ConfigError(
-                f"cluster.workers {workers} x {each:g} {kind} need {workers * each:g}, {where} has "
-                f"{available:g}{spread}; " + " or ".join(advice or [f"use a cluster with {kind}s"]),
-                field="cluster.workers",
-            )
-    return gpus_each
+            return Shortage(kind, each, workers, available, fitting, len(nodes))
+    return None
 
 
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that Ray is about to give up, because of a preemption for example."""
-    return set(ray._private.state.state.get_draining_nodes())
+def draining_nodes() -> dict[str, int]:
+    """The nodes that Ray is about to give up, because of a preemption for example, and when.
+
+    That is in ms since the epoch, or 0 where nobody said.
+    """
+    nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return nodes
 
 
-def alive_nodes() -> frozenset[str]:
-    """Ids of the nodes that are there."""
-    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """The nodes that are there, and what each has."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def this_node() -> str:

@@ -5,7 +5,6 @@ import logging
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,12 @@ from clm_dist.progress import Progress
 from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
 from clm_dist.shards import Manifest
 from clm_dist.train.callbacks import Group, Receiver, Signals, reason_of
-from clm_dist.train.cluster import (
-    Cluster,
-    alive_nodes,
-    draining_nodes,
-    kill_worker,
-    log_dir,
-    tell_of_other_nodes,
-    this_node,
-)
+from clm_dist.train.cluster import Cluster, kill_worker, log_dir
 from clm_dist.train.evaluate import num_eval_tokens
 from clm_dist.train.follow import Follower
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.model import check_model
+from clm_dist.train.nodes import NodeWatch
 from clm_dist.train.record import Recorder
 from clm_dist.train.result import accept_export, build_result
 from clm_dist.train.watch import Watch
@@ -44,7 +36,6 @@ from clm_dist.train.worker import WorkerConfig, train_worker
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-_NODES_INTERVAL_S = 1.0
 # How often Ray Train looks for nodes to grow onto, with elastic workers.
 _RESIZE_INTERVAL_S = 10.0
 
@@ -149,10 +140,14 @@ def _train(
         keep=job.checkpoint.keep,
         tensorboard="tensorboard" in job.tracking,
     )
-    callbacks = [Receiver(recorder), Signals(), Group(run, checkpoints, elastic=_is_elastic(job))]
+    callbacks = [
+        Receiver(recorder),
+        Signals(),
+        Group(run, checkpoints, elastic=job.cluster.elastic, max_failures=job.train.max_failures),
+    ]
     trainer = _build_trainer(job, run, store, store_url, cluster, callbacks)
     follower = Follower(run, progress, on_export)
-    watch = _Watch(job, run, progress)
+    watch = _Watch(job, run, cluster, progress)
     num_failures = len(_failures(run))
     progress.start("Starting workers")
     try:
@@ -272,9 +267,9 @@ def _build_trainer(
         run_config=RunConfig(
             name=run.ray.name,
             storage_path=str(run.root),
-            failure_config=FailureConfig(
-                max_failures=job.train.max_failures, controller_failure_limit=job.train.max_failures
-            ),
+            # What it calls a failure of the controller is a start without nodes, which `NodeWatch` bounds in time, or
+            # with workers that end in it, which `Group` counts.
+            failure_config=FailureConfig(max_failures=job.train.max_failures, controller_failure_limit=-1),
             callbacks=callbacks,
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -282,43 +277,26 @@ def _build_trainer(
 
 
 class _Watch:
-    """What the driver looks after while workers train: nodes that are drained or come and go, workers that hang."""
+    """What the driver looks after while workers train: those that hang, and the nodes that they are on."""
 
-    def __init__(self, job: JobConfig, run: RunDir, progress: Progress) -> None:
+    def __init__(self, job: JobConfig, run: RunDir, cluster: Cluster, progress: Progress) -> None:
         self._run, self._progress = run, progress
-        self._elastic = _is_elastic(job)
-        self._watch = Watch(run.beats, job.train.hang_timeout_s)
-        self._alive = alive_nodes()
-        self._drained: set[str] = set()
-        self._looked = 0.0
+        self._workers = Watch(run.beats, job.train.hang_timeout_s)
+        self._nodes = NodeWatch(job, run, cluster, progress)
 
     def look(self) -> None:
-        if hang := self._watch.look():
+        if hang := self._workers.look():
             write_text(self._run.hang, hang.reason)
             self._progress.note(f"{hang.reason}. It is ended, and the workers start again from the last checkpoint")
             for beat in hang.beats:
                 kill_worker(beat.node, beat.pid)
-        if time.monotonic() - self._looked >= _NODES_INTERVAL_S:
+        try:
+            self._nodes.look(self._workers.nodes())
+        except ClmDistError:
+            raise
+        except Exception as error:
             # Ray may be away for a moment; whether it comes back is what the run itself sees.
-            with contextlib.suppress(Exception):
-                self._look_at_nodes()
-
-    def _look_at_nodes(self) -> None:
-        self._looked = time.monotonic()
-        alive = alive_nodes()
-        if self._elastic and alive != self._alive:
-            tell_of_other_nodes()
-        self._alive = alive
-        new = draining_nodes() & (self._watch.nodes() | {this_node()}) - self._drained
-        self._drained |= new
-        for node in new:
-            then = "going on with the other nodes" if self._elastic else "then stopping"
-            self._progress.note(f"Ray drains the node {node[:8]} (preempted?): saving a checkpoint, {then}")
-            (self._run.save if self._elastic else self._run.stop).touch()
-
-
-def _is_elastic(job: JobConfig) -> bool:
-    return job.cluster.min_workers < job.cluster.max_workers
+            logger.debug("the nodes could not be looked at", exc_info=error)
 
 
 def _fit(trainer: TorchTrainer, follower: Follower, watch: _Watch) -> dict[str, Any]:

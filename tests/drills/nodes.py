@@ -24,17 +24,18 @@ from ray.core.generated import autoscaler_pb2
 from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir, read_records
 from tests.conftest import tiny_job, write_corpus
+from tests.runs import saved_steps
 
 TIMEOUT_S = 180
 BEGIN = 70
 """A node is lost or drained when this step is on disk."""
-NUM_STEPS = 600
+NUM_STEPS = 1200
 SETTINGS = (
     # Eight passes a step, so that some hundred steps take longer than nodes need to come and go.
     "batch.global_size=32",
     "train.epochs=9999",
     f"train.max_steps={NUM_STEPS}",
-    "eval.every=200",
+    "eval.every=400",
     "checkpoint.every=50",
 )
 FIXED = (*SETTINGS, "model.config.resid_pdrop=0.1", "cluster.workers=2")
@@ -199,6 +200,30 @@ def drain(directory: Path, grace_s: float = 20) -> Seen:
     return Seen(command, tuple(codes), step, times)
 
 
+def lose(directory: Path, away_s: float = 20) -> Seen:
+    """Two workers, and the node of one is lost: the run waits for another, and goes on when it comes."""
+    command = Command(directory, *FIXED, "train.max_failures=1")
+    with some_nodes() as nodes:
+        node = nodes.add()
+        with command.started(nodes.address):
+            command.wait_until(lambda: command.last_step() >= BEGIN)
+            step, killed = command.last_step(), time.monotonic()
+            nodes.kill(node)
+            waits = command.wait_until(lambda: "Waiting for nodes" in command.said())
+            time.sleep(max(0, killed + away_s - time.monotonic()))
+            nodes.add()
+            added = time.monotonic()
+            finished = command.wait_until(lambda: command.has_step_of_start(2))
+            code = command.finish()
+    times = {
+        "kill to the note that it waits": waits - killed,
+        "kill to the new node, as the drill has it": added - killed,
+        "new node to the next finished step": finished - added,
+        "kill to the next finished step": finished - killed,
+    }
+    return Seen(command, (code,), step, times)
+
+
 def shrink_and_grow(directory: Path) -> Seen:
     """One or two workers, and a node is lost and another comes: the run goes on with one, then with two."""
     command = Command(directory, *ELASTIC)
@@ -216,6 +241,28 @@ def shrink_and_grow(directory: Path) -> Seen:
     times = {
         "kill to the next finished step, with 1": shrunk - killed,
         "new node to the first step with 2": grown - added,
+    }
+    return Seen(command, (code,), step, times)
+
+
+def drain_elastic(directory: Path, grace_s: float = 10) -> Seen:
+    """One or two workers, and a node is drained: the run saves, and goes on with one when the node is taken away."""
+    # What is announced is no failure.
+    command = Command(directory, *ELASTIC, "train.max_failures=0")
+    with some_nodes() as nodes:
+        node = nodes.add()
+        with command.started(nodes.address):
+            command.wait_until(lambda: command.last_step() >= BEGIN)
+            step, drained = command.last_step(), time.monotonic()
+            nodes.drain(node, grace_s)
+            saved = command.wait_until(lambda: any(at >= step for at in saved_steps(command.run)))
+            command.wait_until(lambda: time.monotonic() > drained + grace_s)
+            nodes.remove(node)
+            shrunk = command.wait_until(lambda: command.has_step_of_start(2))
+            code = command.finish()
+    times = {
+        "drain to the commit": saved - drained,
+        f"end of the {grace_s:g} s to the next finished step, with 1": shrunk - drained - grace_s,
     }
     return Seen(command, (code,), step, times)
 
@@ -243,6 +290,8 @@ def compare(command: Command, other: Command) -> Comparison:
 
 DRILLS: dict[str, tuple[Callable[[Path], Seen], Sequence[str]]] = {
     "drain": (drain, FIXED),
+    "lose": (lose, FIXED),
+    "drain elastic": (drain_elastic, UNTOUCHED_ELASTIC),
     "shrink and grow": (shrink_and_grow, UNTOUCHED_ELASTIC),
 }
 

@@ -54,3 +54,31 @@ def test_elastic_workers_shrink_when_a_node_is_lost_and_grow_when_one_comes(
     result = read_json(seen.command.run.result)
     assert (result["workers"], result["restarts"]) == (2, 2)
     assert saved_steps(seen.command.run)[-1] == NUM_STEPS
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_a_lost_node_and_goes_on_with_another(untouched: Command, tmp_path: Path) -> None:
+    # Longer than the start of workers is waited for once.
+    seen = nodes.lose(tmp_path / "lose", away_s=40)
+    assert seen.codes == (0,)
+    assert "Waiting for nodes: cluster.workers 2 x 1 CPU need 2, the Ray cluster has 1" in seen.command.said()
+    # What Ray has to say of it stays in the log.
+    assert "aylet" not in seen.command.said()
+    (_, (resumed, _)) = seen.command.starts()
+    # The last commit before the loss, or one that was about to come.
+    assert seen.step - 50 < resumed
+    assert resumed % 50 == 0
+    assert compare(seen.command, untouched).same_weights
+
+
+@pytest.mark.slow
+def test_elastic_workers_save_at_a_drain_and_go_on_with_the_rest(untouched_elastic: Command, tmp_path: Path) -> None:
+    seen = nodes.drain_elastic(tmp_path / "drained", grace_s=10)
+    assert seen.codes == (0,)
+    assert seen.times["drain to the commit"] < 10
+    starts = seen.command.starts()
+    assert [workers for _, workers in starts] == [2, 1]
+    assert seen.step <= starts[1][0] < NUM_STEPS
+    found = compare(seen.command, untouched_elastic)
+    assert found.same_blocks
+    assert found.loss_deviation < 1e-5
