@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors"},
     {"config", "progress"},
-    {"job", "run_dir", "metrics", "shards", "remote", "checkpoints"},
+    {"job", "run_dir", "metrics", "shards", "remote", "checkpoints", "ray_address"},
     {"prepare", "train", "report", "hub", "generate", "perplexity"},
     {"run"},
     {"cli"},

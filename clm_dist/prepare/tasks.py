@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from clm_dist.errors import ConfigError
-
-_CONNECT_S = 10
+from clm_dist.ray_address import check_ray_address
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -125,19 +122,6 @@ def open_pool(num_tasks: int | None, *, is_small: bool) -> Iterator[Pool]:
 def ray_is_initialised() -> bool:
     # Importing Ray takes longer than most preparations.
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
-
-
-def check_ray_address(address: str) -> None:
-    """Raise ConfigError where nobody listens at an address of Ray, for which Ray itself would wait for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_ADDRESS {address}: {error.strerror or error}; start that Ray, or unset RAY_ADDRESS to work here"
-        ) from None
 
 
 def in_order(pool: Pool, items: Iterable[T], begin: Callable[[T], Callable[[], R]]) -> Iterator[tuple[T, R]]:

@@ -7,12 +7,14 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clm_dist.config import ClusterConfig
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, first_line
+from clm_dist.ray_address import check_ray_address, no_ray
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
     """The Ray of RAY_ADDRESS, or one of this process's own that ends with it; a running one is used as it is.
 
     Raises:
-        ConfigError: it has fewer CPUs or GPUs than the job's workers take.
+        ConfigError: nobody is at that address, or it has fewer CPUs or GPUs than the job's workers take.
     """
     for name, value in {
         # Reports reach the driver within this time; Ray's own 2 s would hold up short runs.
@@ -44,18 +46,34 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     own = not ray.is_initialized()
     if own:
-        address = os.environ.get("RAY_ADDRESS")
-        # "local" starts a Ray; nothing at all would join one that happens to run here.
-        options = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
+        _join_or_start(os.environ.get("RAY_ADDRESS"))
     try:
         nodes = list(alive_nodes().values())
         yield Cluster(_check_resources(cluster, nodes, local=own and "RAY_ADDRESS" not in os.environ))
     finally:
         if own:
             ray.shutdown()
+
+
+def _join_or_start(address: str | None) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+    def log(data: Mapping[str, Any], **options: Any) -> None:
+        logger.debug("Ray: %s", "".join(data["lines"]))
+
+    # It prints the last lines of a lost node's log among the run's results; the driver says itself what it means.
+    ray._private.worker.print_to_stdstream = log
+    # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not address:
+        # Nothing at all would join a Ray that happens to run here.
+        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+        return
+    check_ray_address(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError) as error:
+        raise no_ray(address, first_line(error)) from None
 
 
 def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], *, local: bool) -> int:

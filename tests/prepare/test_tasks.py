@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import DataError
 from clm_dist.prepare import tasks
 from clm_dist.prepare.pipeline import Effort, prepare
 from clm_dist.progress import Silent
@@ -99,10 +99,3 @@ def _write_tokenizer(directory: Path) -> None:
     from clm_dist.prepare.tokens import train_tokenizer
 
     train_tokenizer(["a text of some words"], TokenizerTraining(vocab_size=300), directory)
-
-
-def test_a_ray_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
-        with pytest.raises(ConfigError, match=f"RAY_ADDRESS {address}: Connection refused; start that Ray, or unset"):
-            tasks.check_ray_address(address)
-    tasks.check_ray_address("auto")
