@@ -26,7 +26,7 @@ _MALFORMED = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, Rec
 _NOT_COMPUTED: Mapping[str, Any] = {
     **dict.fromkeys(("cluster", "hub", "tracking"), True),
     "checkpoint": {"every", "keep"},
-    "train": {"max_failures", "hang_timeout_s"},
+    "train": {"max_failures", "hang_timeout_s", "start_timeout_s"},
     "tokenizer": {"engine"},
     "data": {"streaming"},
 }

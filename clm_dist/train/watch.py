@@ -26,6 +26,8 @@ _MOST_INTERVAL_S = 5.0
 _BEATS = 10
 """Beats within the timeout."""
 _SHOWN_FRAMES = 8
+_START_S = 600.0
+"""For a worker that has just started."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,9 @@ class Watch:
             self._progressed = now
         # A beat may be seen an interval late, and so may this; the third is for the way.
         if self._timeout_s is None or now - self._progressed < self._timeout_s - 3 * self._interval:
+            return None
+        # To import libraries and load a model takes its time, whatever a step takes.
+        if any(beat.progress == 0 for beat in beats.values()) and now - self._progressed < _START_S:
             return None
         self._progressed = now
         silent = [beat for rank, beat in beats.items() if now - self._heard[rank] > 2 * self._interval]

@@ -125,8 +125,7 @@ def test_a_worker_that_stands_still_is_named_and_replaced(
     result = fit(make_job(*SETTINGS, "train.hang_timeout_s=8"), run, notes)
     assert (result["status"], result["restarts"]) == ("done", 1)
     assert times["named"] - times["stopped"] < 8
-    (record,) = [record for record in read_records(run.metrics) if record["kind"] == "failure"]
-    said = record["error"]
+    said = next(record["error"] for record in read_records(run.metrics) if record["kind"] == "failure")
     assert "worker 1 gives no sign of life: its process is stopped" in said
     assert "at step " in said
     assert re.search(r"(waiting in|last collective) gloo:\w+ number \d+, in ", said)

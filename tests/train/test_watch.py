@@ -83,6 +83,12 @@ def test_no_workers_and_new_workers_are_no_hang(tmp_path: Path) -> None:
         assert [story.second() for _ in range(5)] == [None] * 5
 
 
+def test_workers_that_start_have_more_time(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.beats = {rank: dataclasses.replace(beat, progress=0) for rank, beat in story.beats.items()}
+    assert [story.second() for _ in range(90)] == [None] * 90
+
+
 def test_a_hang_is_told_once(tmp_path: Path) -> None:
     story = Story(tmp_path)
     story.until_named()
