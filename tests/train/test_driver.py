@@ -163,6 +163,10 @@ def test_workers_must_fit_on_nodes() -> None:
     assert _check_resources(ClusterConfig(workers=2), [{"CPU": 8.0, "GPU": 2.0}, {}], local=False) == 1
     with pytest.raises(ConfigError, match=r"need 3, the Ray cluster has 0; use a cluster with CPUs"):
         _check_resources(ClusterConfig(workers=3), [{}], local=False)
+    # Of a range the fewest must fit; of nodes that come later nothing is known.
+    assert _check_resources(ClusterConfig(workers=(2, 8), cpus_per_worker=2), nodes, local=False) == 0
+    with pytest.raises(ConfigError, match=r"cluster.workers 3 x 2 CPU need 6, .* set cluster.workers to 2 or less"):
+        _check_resources(ClusterConfig(workers=(3, 8), cpus_per_worker=2), nodes, local=False)
 
 
 def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
