@@ -5,8 +5,13 @@ import pytest
 from tests.drills import kills, other_workers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "storage"), [("ddp", "directory"), ("zero3", "s3")])
+@pytest.mark.parametrize(
+    ("strategy", "storage"),
+    [
+        pytest.param("ddp", "directory", marks=pytest.mark.long),
+        pytest.param("zero3", "s3", marks=pytest.mark.slow),
+    ],
+)
 def test_four_kills_change_no_bit(strategy: str, storage: str, capsys: pytest.CaptureFixture[str]) -> None:
     if storage == "s3":
         pytest.importorskip("moto.server", reason="moto[server] is not installed")

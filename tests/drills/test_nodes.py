@@ -56,7 +56,7 @@ def test_elastic_workers_shrink_when_a_node_is_lost_and_grow_when_one_comes(
     assert saved_steps(seen.command.run)[-1] == NUM_STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_waits_for_a_lost_node_and_goes_on_with_another(untouched: Command, tmp_path: Path) -> None:
     # Longer than the start of workers is waited for once.
     seen = nodes.lose(tmp_path / "lose", away_s=40)
@@ -71,7 +71,7 @@ def test_a_run_waits_for_a_lost_node_and_goes_on_with_another(untouched: Command
     assert compare(seen.command, untouched).same_weights
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_elastic_workers_save_at_a_drain_and_go_on_with_the_rest(untouched_elastic: Command, tmp_path: Path) -> None:
     seen = nodes.drain_elastic(tmp_path / "drained", grace_s=10)
     assert seen.codes == (0,)
