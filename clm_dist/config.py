@@ -229,7 +229,7 @@ class TrainConfig(Section):
     """Where the loss is far above that of the last 128 steps: say so, or leave the step out as well."""
     max_failures: Annotated[int, Field(ge=0, le=_MOST)] = 3
     """How often dead or hanging workers are replaced, from the last committed checkpoint, before the run fails."""
-    hang_timeout_s: Annotated[float, Field(ge=2)] | None = 600
+    hang_timeout_s: Annotated[float, Field(ge=2)] | None = 1200
     """Seconds without any progress after which the worker that the others wait for is named and the workers are
     replaced; longer than the longest pass, load or save. Null waits for ever."""
     start_timeout_s: Annotated[float, Field(ge=30)] | None = 1800

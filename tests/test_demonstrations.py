@@ -41,6 +41,7 @@ def test_the_eval_loss_is_one_at_every_number_of_workers_and_under_every_strateg
     assert len(set(means.values())) == 3
 
 
+@pytest.mark.slow
 def test_workers_micro_batch_and_accumulation_change_no_loss_curve(tmp_path: Path) -> None:
     text = run_short("same_curve.py", tmp_path / "report.md")
     assert "Every bound is kept" in text

@@ -214,6 +214,7 @@ def test_resumes_with_other_numbers_of_workers_change_nothing(
     assert len(set(blocks[0])) == 12
 
 
+@pytest.mark.slow
 def test_resumes_with_other_strategies_change_nothing(make_job: MakeJob, few_blocks: Path, tmp_path: Path) -> None:
     settings = (*SETTINGS, "train.max_steps=15", "checkpoint.every=3", "checkpoint.keep=9", "batch.micro_size=4")
     jobs = [make_job(*settings, "cluster.workers=2", f"cluster.strategy={strategy}") for strategy in STRATEGIES]
