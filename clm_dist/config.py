@@ -230,8 +230,8 @@ class TrainConfig(Section):
     max_failures: Annotated[int, Field(ge=0, le=_MOST)] = 3
     """How often dead or hanging workers are replaced, from the last committed checkpoint, before the run fails."""
     hang_timeout_s: Annotated[float, Field(ge=2)] | None = 1200
-    """Seconds without any progress after which the worker that the others wait for is named and the workers are
-    replaced; longer than the longest pass, load or save. Null waits for ever."""
+    """Seconds without any progress within which the worker that the others wait for is named and the workers are
+    replaced; longer than the longest pass, load or writing of the model. Null waits for ever."""
     start_timeout_s: Annotated[float, Field(ge=30)] | None = 1800
     """Seconds within which workers begin to train, again after a failure too; the run waits so long for nodes that are
     lost to come back. Null waits for ever."""
