@@ -1,4 +1,7 @@
-"""The short forms of the drills that kill a run or change its number of workers; their modules are the long ones."""
+"""The short forms of the drills that kill a run or change its number of workers; their modules are the long ones.
+
+Other numbers of workers without Ray, for every strategy, are in tests/train/test_strategy.py.
+"""
 
 import pytest
 
@@ -21,7 +24,7 @@ def test_four_kills_change_no_bit(strategy: str, storage: str, capsys: pytest.Ca
     assert printed.count(f"| {strategy} | ") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_numbers_of_workers_change_no_loss(capsys: pytest.CaptureFixture[str]) -> None:
     code = other_workers.main(["--strategies", "zero2"])
     printed = capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_a_drained_node_ends_a_run_with_a_checkpoint_and_the_same_command_goes_o
     assert compare(seen.command, untouched).same_weights
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_elastic_workers_shrink_when_a_node_is_lost_and_grow_when_one_comes(
     untouched_elastic: Command, tmp_path: Path
 ) -> None:
