@@ -45,7 +45,8 @@ def tiny_job(corpus: Path) -> dict[str, Any]:
         "name": "tiny",
         "data": {"source": "files", "path": str(corpus), "id": "topic", "block_size": 32},
         "tokenizer": {"train": {"vocab_size": 300}},
-        "model": {"config": TINY_GPT2},
+        # A copy, because drills change it.
+        "model": {"config": dict(TINY_GPT2)},
         "batch": {"global_size": 8, "micro_size": 4},
         "train": {"max_steps": 6, "learning_rate": 1e-3},
         "checkpoint": {"every": 2},
