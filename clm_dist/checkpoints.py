@@ -244,7 +244,10 @@ class Checkpoints:
 
     def set_aside(self, name: str) -> None:
         """Let a damaged checkpoint count no more; its files stay for who wants to look at them."""
-        self._files.mv(f"{self._path}/{name}/{_MARKER}", f"{self._path}/{name}/{_SET_ASIDE}")
+        # Not moved, which would read brackets in the path as a pattern.
+        marker = self._files.cat_file(f"{self._path}/{name}/{_MARKER}")
+        self._files.pipe_file(f"{self._path}/{name}/{_SET_ASIDE}", marker)
+        self._files.rm_file(f"{self._path}/{name}/{_MARKER}")
 
     def remove_uncommitted(self) -> None:
         """Clear what killed saves left behind. Only while no worker saves."""

@@ -1,13 +1,14 @@
 """Where checkpoints lie, which of them count, and which are kept."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clm_dist.checkpoints import Checkpoints, Marker, Share, TrainerState, check_state, checkpoint_name
+from clm_dist.checkpoints import Checkpoints, Marker, Share, TrainerState, _scratch_dir, check_state, checkpoint_name
 from clm_dist.errors import CheckpointError, ConfigError
 from clm_dist.run_dir import RunDir
 from clm_dist.shards import file_sha256
@@ -151,3 +152,22 @@ def test_a_job_says_where_its_checkpoints_lie(make_job: MakeJob, tmp_path: Path)
     run = RunDir(tmp_path / "runs" / "tiny")
     assert Checkpoints.of_run(make_job(), run).root == str(run.checkpoints)
     assert Checkpoints.of_run(make_job(f"checkpoint.path={tmp_path}/x/"), run).root == f"{tmp_path}/x/tiny"
+
+
+def test_what_a_killed_process_fetched_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = {"dead": "clm-dist-fetched-99999999-x", "alive": f"clm-dist-fetched-{os.getppid()}-x", "other": "other-1-x"}
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    with _scratch_dir() as directory:
+        assert directory.is_dir()
+        assert {path.name for path in tmp_path.iterdir()} == {names["alive"], names["other"], directory.name}
+    assert not directory.exists()
+
+
+def test_a_damaged_checkpoint_that_is_set_aside_counts_no_more_and_stays(make: MakeCheckpoints) -> None:
+    name, whole = save(make(), 20), save(make(), 10)
+    make().set_aside(name)
+    assert make().committed() == [whole]
+    make().remove_uncommitted()
+    assert make().directories()[name] == {"rank-00000.safetensors", "damaged.json"}

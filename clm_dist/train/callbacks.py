@@ -91,19 +91,28 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         """Ray Train ends a group at once to start another: what it has done since the last commit would be lost."""
         if self._running is None or not self._elastic:
             return
-        before = self._checkpoints.committed()[-1:]
         self._run.save.touch()
-        deadline = time.monotonic() + _SAVE_TIMEOUT_S
-        while self._checkpoints.committed()[-1:] == before and time.monotonic() < deadline:
-            # The controller waits here, and reports come with its own polls.
-            status = self._running.poll_status(timeout=0.2)
-            if status.errors or status.finished:
-                break
-        self._run.save.unlink(missing_ok=True)
+        try:
+            before = self._checkpoints.committed()[-1:]
+            deadline = time.monotonic() + _SAVE_TIMEOUT_S
+            while self._checkpoints.committed()[-1:] == before and time.monotonic() < deadline:
+                # The controller waits here, and reports come with its own polls.
+                status = self._running.poll_status(timeout=0.2)
+                if status.errors or status.finished:
+                    break
+        except Exception as error:  # a storage that is away: then the steps since the last commit are trained again
+            logger.warning("nothing could be saved before other workers start", exc_info=error)
+        finally:
+            self._run.save.unlink(missing_ok=True)
 
     def _forget_workers(self) -> None:
         """Remove the beats of workers that are gone: their silence means nothing."""
         shutil.rmtree(self._run.beats, ignore_errors=True)
+
+
+def causes_of(failures: dict[int, Exception]) -> dict[int, Exception]:
+    """What each rank itself raised, in the order of the ranks; Ray Train wraps it."""
+    return {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
 
 
 def reason_of(failures: dict[int, Exception]) -> tuple[int, str]:
@@ -112,7 +121,7 @@ def reason_of(failures: dict[int, Exception]) -> tuple[int, str]:
     When a process ends, those that wait for it fail in their collectives; a worker whose error is one of ours knows
     best.
     """
-    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
+    causes = causes_of(failures)
 
     def is_consequence(cause: Exception) -> int:
         if isinstance(cause, ClmDistError):

@@ -21,7 +21,7 @@ from clm_dist.job import differing_fields, job_text, read_saved_job
 from clm_dist.progress import Progress
 from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
 from clm_dist.shards import Manifest
-from clm_dist.train.callbacks import Group, Receiver, Signals, reason_of
+from clm_dist.train.callbacks import Group, Receiver, Signals, causes_of, reason_of
 from clm_dist.train.cluster import Cluster, kill_worker, log_dir
 from clm_dist.train.evaluate import num_eval_tokens
 from clm_dist.train.follow import Follower
@@ -331,13 +331,12 @@ def _cause(error: BaseException) -> BaseException:
     failures = dict(getattr(error, "worker_failures", {}))
     if controller_failure := getattr(error, "controller_failure", None):
         failures[-1] = controller_failure
-    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
-    for cause in causes.values():
+    for cause in causes_of(failures).values():
         if isinstance(cause, ClmDistError):
             return cause
         if isinstance(cause, OSError) and (described := describe_os_error(cause, Path(cause.filename or "/"))):
             return described
-    if not causes:
+    if not failures:
         return error
     rank, reason = reason_of(failures)
     if rank == -1:

@@ -197,3 +197,13 @@ def test_the_checkpoints_are_listed_with_the_best_and_what_cannot_be_read(run: R
     assert "of another version, or damaged" in printed(checkpoint_table(checkpoints))
     checkpoints.remove_all()
     assert checkpoint_table(checkpoints) is None
+
+
+def test_a_report_goes_on_where_the_checkpoints_cannot_be_listed(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.job.write_text(run.job.read_text().replace("path: null\ncluster", "path: nosuch://x\ncluster"))
+    said = clm_dist(capsys, monkeypatch, "report", run.root)
+    assert said.code == 0
+    assert "the checkpoints cannot be listed: checkpoint.path nosuch://x/tiny: " in said.err
+    assert "report.html" in said.out

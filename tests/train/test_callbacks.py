@@ -1,12 +1,18 @@
 """What Ray Train's controller calls."""
 
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from clm_dist.errors import RunError
+from clm_dist.checkpoints import Checkpoints
+from clm_dist.errors import CheckpointError, RunError
 from clm_dist.run_dir import RunDir
-from clm_dist.train.callbacks import Group
+from clm_dist.train import driver, signals
+from clm_dist.train.callbacks import Group, reason_of
 from tests.runs import checkpoints_of
 
 
@@ -33,3 +39,94 @@ def test_workers_that_end_before_they_train_are_started_so_often_and_those_witho
     start(placed=True)
     with pytest.raises(RunError, match=r"workers end before they train, 3 times in a row; see that clm-dist is inst"):
         start(placed=True)
+
+
+class Running:
+    """Workers that save when they are asked to."""
+
+    def __init__(self, run: RunDir, save: Any) -> None:
+        self._run, self._save, self.num_polls = run, save, 0
+
+    def poll_status(self, timeout: float) -> SimpleNamespace:
+        self.num_polls += 1
+        if self.num_polls == 3 and self._run.save.exists():
+            self._save()
+        return SimpleNamespace(errors={}, finished=False)
+
+
+def test_elastic_workers_save_before_others_take_their_place(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    group = Group(run, checkpoints_of(run), elastic=True, max_failures=2)
+
+    def save() -> None:
+        (run.checkpoints / "step-00000007-x").mkdir(parents=True)
+        (run.checkpoints / "step-00000007-x" / "committed.json").touch()
+
+    running = Running(run, save)
+    group.before_controller_execute_resize_decision(None)
+    assert not run.save.exists()
+    group.after_worker_group_training_start(running)
+    group.before_controller_execute_resize_decision(None)
+    assert running.num_polls == 3
+    assert not run.save.exists()
+
+
+def test_a_storage_that_is_away_stops_no_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path)
+    group = Group(run, checkpoints_of(run), elastic=True, max_failures=2)
+    group.after_worker_group_training_start(Running(run, None))
+
+    def fail(self: Checkpoints) -> list[str]:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(Checkpoints, "committed", fail)
+    group.before_controller_execute_resize_decision(None)
+    assert not run.save.exists()
+
+
+class DiedError(Exception):
+    """As Ray Train tells of a process that ended."""
+
+    health_check_failure = "died"
+
+
+def test_the_cause_of_several_failures_is_not_the_connection_that_was_lost_by_it() -> None:
+    lost = RuntimeError("Connection closed by peer")
+    assert reason_of({0: lost, 1: DiedError("x")}) == (
+        1,
+        "its process ended (killed, out of memory, or its node is gone)",
+    )
+    assert reason_of({0: lost, 1: ValueError("first.\nsecond")}) == (1, "ValueError: first")
+    assert reason_of({0: DiedError("x"), 1: CheckpointError("ours")}) == (1, "CheckpointError: ours")
+    assert reason_of({0: lost, 1: lost}) == (0, "RuntimeError: Connection closed by peer")
+
+
+def test_a_failure_of_the_controller_is_not_taken_for_one_of_workers() -> None:
+    error = SimpleNamespace(controller_failure=ConnectionError("no route to the bucket"))
+    said = driver._cause(error)  # type: ignore[arg-type]
+    assert isinstance(said, RunError)
+    assert "controller failed, which is not tried again: ConnectionError: no route to the bucket" in str(said)
+    assert "max_failures" not in str(said)
+
+
+def test_the_first_signal_asks_and_the_next_is_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_asked", False)
+    rays: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: rays.append(number))
+    try:
+        signals.install()
+        assert not signals.asked_to_stop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.asked_to_stop()
+        assert rays == []
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert rays == [signal.SIGUSR1]
+        signals.uninstall()
+        # Ray ends its workers by a signal of its own.
+        monkeypatch.setattr(signals, "_asked", False)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not signals.asked_to_stop()
+        assert rays == [signal.SIGUSR1] * 2
+    finally:
+        signals.uninstall()
+        signal.signal(signal.SIGUSR1, before)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from clm_dist.config import ClusterConfig, JobConfig
 from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.job import read_saved_job
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train import driver
@@ -219,3 +220,19 @@ def test_a_signal_to_the_driver_asks_the_workers_to_stop(number: signal.Signals,
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_checkpoints_that_the_job_looks_for_elsewhere_are_not_forgotten(run: RunDir, tmp_path: Path) -> None:
+    job = read_saved_job(run.job)
+    moved = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"path": str(tmp_path / "new")})})
+    with pytest.raises(ConfigError, match=r"checkpoints of the run .* lie in .*checkpoints, and the job has"):
+        driver.find_run(moved, run.root.parent, resume=True)
+    assert driver.find_run(moved, run.root.parent, overwrite=True) == (run, False)
+
+
+def test_a_run_of_an_earlier_version_is_read(run: RunDir) -> None:
+    text = run.job.read_text().replace("keep: 2", "keep: 1").replace("cluster:", "cluster:\n  max_restarts: 7")
+    run.job.write_text(text)
+    job = read_saved_job(run.job)
+    assert (job.checkpoint.keep, job.train.max_failures) == (2, 3)
+    assert driver.find_run(job, run.root.parent) == (run, True)

@@ -2,16 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import JobConfig
 from clm_dist.run_dir import RunDir
+from clm_dist.train.loader import BatchOrder, MicroBatch
 from clm_dist.train.loop import Session, train
 from clm_dist.train.record import Message, Recorder
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
+from tests.train.test_strategy import train_one
 from tests.workers import forget_accelerate
 
 
@@ -46,3 +50,19 @@ def test_a_save_waits_until_the_one_before_is_committed(
     assert [before for _, before in saved] == [[], [True], [True, True]]
     assert saved_steps(run) == [2, 4, 6]
     assert Checkpoints.of_run(job, run).root == checkpoints_of(run).root
+
+
+def test_a_step_that_leaves_out_blocks_ends_the_run(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("train.max_steps=6", "batch.micro_size=4")
+    micro_batches = BatchOrder.micro_batches
+
+    def some(self: BatchOrder, step: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
+        found = list(micro_batches(self, step, rank, world_size))
+        return iter(found if step < 3 else found[:-1])
+
+    monkeypatch.setattr(BatchOrder, "micro_batches", some)
+    outcome = train_one(job, RunDir(tmp_path), prepared(job))
+    assert (outcome.status, outcome.step) == ("failed", 3)
+    assert "step 4 computed 4 blocks of 8" in str(outcome.error)

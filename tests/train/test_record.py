@@ -1,6 +1,7 @@
 """What the driver makes of the workers' messages."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,30 @@ def test_a_save_has_the_eval_loss_of_its_own_step(run: RunDir) -> None:
         (run.checkpoints / name).mkdir()
         driver.receive(saves(name, None, None, step=step))
     assert [m.eval_loss for m in checkpoints_of(run).readable().values()] == [1.0, None]
+
+
+def test_an_evaluation_that_is_owed_is_recorded_once(run: RunDir) -> None:
+    driver = recorder(run)
+    driver.receive([{"records": [{"kind": "start", "step": 0}]}])
+    driver.receive(shares([0, 2], [1]))
+    # It was made in a part of the run that was lost, so it comes again.
+    driver.receive([{"records": [{"kind": "start", "step": 4, "owes_evaluation": True}]}])
+    driver.receive(shares([0, 2], [1]))
+    driver.receive([{"records": [{"kind": "start", "step": 4, "owes_evaluation": False}]}])
+    assert [record["kind"] for record in read_records(run.metrics)] == ["start", "start", "eval", "start"]
+
+
+def test_the_reason_of_a_hang_is_told_of_the_failure_that_follows_it_and_of_no_later_one(run: RunDir) -> None:
+    driver = recorder(run)
+    run.hang.write_text("worker 1 stands still")
+    driver.receive_failure(1, "its process ended")
+    driver.receive_failure(0, "its process ended")
+    run.hang.write_text("worker 1 stood still long ago")
+    os.utime(run.hang, (0, 0))
+    driver.receive_failure(0, "out of memory")
+    assert [record["error"] for record in read_records(run.metrics)] == [
+        "worker 1 stands still",
+        "its process ended",
+        "out of memory",
+    ]
+    assert not run.hang.exists()
