@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from processes import environment, forget_accelerate, markdown, run_processes
+from processes import environment, markdown, run_processes
 
 from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import JobConfig
@@ -67,7 +67,6 @@ def train_rank(rank: int, world_size: int, job: JobConfig, root: Path, store: Pa
         run, Checkpoints.of_run(job, run), num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2
     )
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
-    forget_accelerate()
     assert outcome.status == "done", outcome.error
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from processes import environment, forget_accelerate, markdown, run_processes
+from processes import environment, markdown, run_processes
 from transformers import AutoTokenizer
 
 from clm_dist.config import JobConfig
@@ -46,6 +46,7 @@ from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.shards import Blocks
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.local import forget_accelerate
 from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer
 from clm_dist.train.strategy import build_strategy, set_up_worker

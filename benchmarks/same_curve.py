@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from processes import environment, forget_accelerate, markdown, run_processes
+from processes import environment, markdown, run_processes
 from transformers import AutoTokenizer
 
 from clm_dist.checkpoints import Checkpoints
@@ -179,7 +179,6 @@ def train_several(rank: int, world_size: int, jobs: Sequence[JobConfig], runs: S
         checkpoints = Checkpoints.of_run(job, run)
         recorder = Recorder(run, checkpoints, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2)
         outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
-        forget_accelerate()
         assert outcome.status == "done", outcome.error
 
 

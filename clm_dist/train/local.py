@@ -1,15 +1,23 @@
 """The loop without Ray: in one plain process, or in processes that share a process group."""
 
-from collections.abc import Sequence
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 from clm_dist.config import JobConfig
 from clm_dist.run_dir import RunDir
-from clm_dist.train.loop import Outcome, Session, train
+from clm_dist.train.loop import Outcome, train
 from clm_dist.train.record import Message, Recorder
+from clm_dist.train.reporter import Session
 
 
 def train_here(
@@ -38,4 +46,51 @@ def train_here(
         store=store,
         report=report,
     )
-    return train(job, session)
+    try:
+        return train(job, session)
+    finally:
+        forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """Let the next strategy in this process start from no state: Accelerate keeps one a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, preload: Sequence[str] = ()) -> list[Any]:
+    """What `function(rank, world_size, *arguments)` gives in every process of a gloo group, one thread each.
+
+    Args:
+        preload: modules that the function needs. Processes are forked from a server that has imported them, because
+            that takes longer than short work; the first call says which.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        multiprocessing.set_forkserver_preload(["clm_dist.train.local", "accelerate", "deepspeed", *preload])
+        start_processes(
+            _rank, (world_size, port, directory, function, arguments), world_size, start_method="forkserver"
+        )  # type: ignore[no-untyped-call]
+        return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    result = function(rank, world_size, *arguments)
+    (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()

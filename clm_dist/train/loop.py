@@ -6,69 +6,38 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from clm_dist.checkpoints import (
-    Checkpoints,
-    DamagedError,
-    Marker,
-    TrainerState,
-    check_parameters,
-    check_state,
-    checkpoint_name,
-)
+from clm_dist.checkpoints import Checkpoints, TrainerState
 from clm_dist.config import Every, JobConfig
-from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.errors import ConfigError, RunError
 from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
-from clm_dist.run_dir import RunDir, make_dir, read_json, write_json
+from clm_dist.run_dir import make_dir, write_json
 from clm_dist.shards import Blocks, Manifest
-from clm_dist.train.checkpoint import Fragment, Saved, Saver, fetched, load_fragments
+from clm_dist.train.checkpoint import Saver
 from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.loader import BatchOrder, MicroBatch
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
-from clm_dist.train.record import Message, Record
+from clm_dist.train.reporter import Reporter, Session, Wish
+from clm_dist.train.saves import Saves
 from clm_dist.train.strategy import REPORT_FAULT, Strategy, build_strategy, set_up_worker
 from clm_dist.train.watch import Heart
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Message], None]
-"""Send a message to the recorder. Collective."""
-
-_REPORT_INTERVAL_S = 1.0
-_STOP_INTERVAL_S = 0.5
-_COMMIT_POLL_S = 0.05
 # Rather a failed run than one that does nothing but leave out steps.
 _MOST_LEFT_OUT = 10
 _SHOWN_BLOCKS = 16
-
-
-@dataclass(frozen=True)
-class Session:
-    """This worker's place in the run, and how it is heard."""
-
-    rank: int
-    world_size: int
-    use_gpu: bool
-    num_threads: int
-    run: RunDir
-    store: Path
-    report: Report
-    asked_to_stop: Callable[[], bool] = lambda: False
-    """Whether this worker was told to save a checkpoint and end. Not collective."""
-    node: str = ""
-    """Of Ray, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +47,6 @@ class Outcome:
     status: Literal["done", "preempted", "failed"]
     step: int
     error: str | None = None
-
-
-class Wish(NamedTuple):
-    """What a rank wants of all."""
-
-    stop: bool = False
-    """A checkpoint, and the end of the run."""
-    save: bool = False
-    """A checkpoint now."""
-    report: bool = False
 
 
 class _AskedToStopError(Exception):
@@ -117,7 +76,7 @@ def train(job: JobConfig, session: Session) -> Outcome:
         except RunError as error:
             with contextlib.suppress(RunError):
                 # What was saved until then is worth its commit.
-                loop.conclude_save()
+                loop.saves.conclude()
             return Outcome("failed", loop.step, str(error))
     finally:
         heart.stop()
@@ -130,12 +89,20 @@ class _Loop:
         from transformers import AutoTokenizer
 
         self.job, self.session = job, session
-        self.checkpoints = Checkpoints.of_run(job, session.run)
-        self.saver = Saver(self.checkpoints, session.rank, session.world_size)
-        self.reporter = _Reporter(session, self.saver, heart)
         self.heart = heart
+        saver = Saver(Checkpoints.of_run(job, session.run), session.rank, session.world_size)
+        self.reporter = Reporter(session, saver, heart)
         self.strategy = build_strategy(job, rank=session.rank, world_size=session.world_size, use_gpu=session.use_gpu)
         self.fingerprint = Manifest.read(session.store / "manifest.json").fingerprint
+        self.saves = Saves(
+            job,
+            session.run,
+            self.fingerprint,
+            strategy=self.strategy,
+            saver=saver,
+            reporter=self.reporter,
+            heart=heart,
+        )
         self.blocks = Blocks(session.store, "train")
         self.document_end = document_end_of(session.store) if job.data.document_mask else None
         self.eval_split = EvalSplit.of_store(session.store, job.eval.micro_size, self.document_end)
@@ -149,17 +116,13 @@ class _Loop:
         self.step = 0
         self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.num_left_out = 0
-        self.saved_step = 0
-        self.num_failed_saves = 0
         self.owes_evaluation = False
-        self.damages: list[dict[str, Any]] = []
-        """Of checkpoints that were not whole, for the records."""
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
         strategy.check_gradients_are_shared(self._first_loss)
         self._check_documents_are_apart()
-        resumed = self._load_newest()
+        resumed = self._resume()
         self.reporter.add(
             kind="start",
             step=self.step,
@@ -172,13 +135,12 @@ class _Loop:
             owes_evaluation=self.owes_evaluation,
         )
         # After the start, which is where those who follow the records begin.
-        for damage in self.damages:
-            self.reporter.add(kind="damaged", **damage)
+        self._say_damages()
         try:
             return self._train(resumed=resumed)
         except _AskedToStopError:
             # In an evaluation, which the run then owes.
-            if self.saved_step != self.step:
+            if self.saves.saved_step != self.step:
                 self._save(owes_evaluation=True)
             return self._end_early()
 
@@ -198,10 +160,10 @@ class _Loop:
             if self._is_due(job.eval.every) or last:
                 self._evaluate()
             due = self._is_due(job.checkpoint.every) or last or wish.stop or wish.save
-            if due and self.saved_step != self.step:
+            if due and self.saves.saved_step != self.step:
                 self._save()
             if wish.save:
-                self.conclude_save()
+                self.saves.conclude()
                 if strategy.rank == 0:
                     self.session.run.save.unlink(missing_ok=True)
             if job.hub.push == "epoch" and self._is_due("epoch") and not last:
@@ -215,18 +177,18 @@ class _Loop:
         self.reporter.phase("Writing the model", self.step)
         unverified = self.session.run.root / "final.unverified"
         export(strategy, self.session.store / "tokenizer", unverified)
-        self.saver.await_copy()
+        self.saves.await_copy()
         strategy.release()
         self.reporter.phase("Evaluating the written model", self.step)
         parts = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
         with contextlib.suppress(RunError):
             # A last checkpoint that cannot be written is recorded, and takes nothing from the model.
-            self.conclude_save()
+            self.saves.conclude()
         return Outcome("done", self.step)
 
     def _end_early(self) -> Outcome:
-        if problem := self.conclude_save():
+        if problem := self.saves.conclude():
             raise RunError(f"{problem}; the run stops without it, and the same command goes on from the one before")
         return Outcome("preempted", self.step)
 
@@ -303,7 +265,7 @@ class _Loop:
         finite, spike = bool(np.isfinite(loss)), loss > limit
         skip_spike = spike and job.train.on_spike == "skip"
         # A save that began after the last step may still copy what this update changes.
-        self.saver.await_copy()
+        self.saves.await_copy()
         rate = self.learning_rate(self.step)
         grad_norm = strategy.step(rate, drop=not finite or skip_spike)
         finite = finite and (bool(np.isfinite(grad_norm)) or job.train.precision == "fp16")
@@ -373,9 +335,10 @@ class _Loop:
             )
         if action == "rollback":
             left_out = self.step
-            self.conclude_save()
-            if not self._load_newest():
+            self.saves.conclude()
+            if not self._resume():
                 raise RunError(f"{what}, and there is no checkpoint to go back to. {advice}")
+            self._say_damages()
             self.reporter.add(kind="rollback", step=left_out, to=self.step)
             # The weights of then, the blocks from now on: what is between is left out.
             self.step = left_out
@@ -441,21 +404,30 @@ class _Loop:
             raise _AskedToStopError
 
     def _save(self, *, regular: bool = True, owes_evaluation: bool = False) -> None:
-        """Begin to save; the copy and the writing go on while training does. Collective.
+        """Begin to save. Collective.
 
         Args:
             regular: because it was due, so the run has come forward.
             owes_evaluation: it was to be evaluated here, and was not.
         """
-        self.conclude_save()
         if regular and self.job.train.on_nan == "rollback":
             self.num_left_out = 0
-        names = [checkpoint_name(self.step)]
-        if self.strategy.world_size > 1:
-            dist.broadcast_object_list(names)
-        self.saved_step = self.step
-        self.reporter.state = self._state(owes_evaluation)
-        self.saver.begin(names[0], self.step, self.strategy.fragments())
+        self.saves.begin(self._state(owes_evaluation))
+
+    def _resume(self) -> bool:
+        """Go on from the newest checkpoint that is whole, if there is one. Collective."""
+        state = self.saves.load_newest()
+        if state is None:
+            return False
+        self.step, self.owes_evaluation = state.step, state.owes_evaluation
+        self.recent_losses.clear()
+        self.recent_losses.extend(state.recent_losses)
+        self.num_left_out = max(self.num_left_out, state.num_left_out)
+        return True
+
+    def _say_damages(self) -> None:
+        while self.saves.damages:
+            self.reporter.add(kind="damaged", **self.saves.damages.pop(0))
 
     def _state(self, owes_evaluation: bool) -> TrainerState:
         job = self.job
@@ -473,117 +445,6 @@ class _Loop:
             parameters=self.strategy.shapes(),
             owes_evaluation=owes_evaluation,
         )
-
-    def conclude_save(self) -> str | None:
-        """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
-
-        Raises:
-            RunError: the one before it failed as well.
-        """
-        self.saver.wait(lambda: self.heart.at(self.step, "waiting for the checkpoint's file"))
-        saved = self.reporter.conclude_save()
-        if saved is None:
-            return None
-        errors: list[str | None] = [saved.error]
-        if self.strategy.world_size > 1:
-            errors = [None] * self.strategy.world_size
-            dist.all_gather_object(errors, saved.error)
-        error = next((f"worker {rank}: {error}" for rank, error in enumerate(errors) if error), None)
-        if error is None:
-            committed = [self._await_commit(saved.name) if self.strategy.rank == 0 else None]
-            dist.broadcast_object_list(committed)
-            error = committed[0]
-        if error is None:
-            self.num_failed_saves = 0
-            return None
-        self.num_failed_saves += 1
-        problem = f"the checkpoint of step {saved.step} could not be written: {error}"
-        if self.num_failed_saves > 1:
-            raise RunError(f"{problem}, and neither could the one before it. What was committed is whole")
-        return problem
-
-    def _await_commit(self, name: str) -> str | None:
-        """Wait for the driver's commit; gives why it could not make it. Not collective."""
-        while True:
-            with contextlib.suppress(Exception):  # a storage that is away for a moment
-                if self.checkpoints.is_committed(name):
-                    return None
-            with contextlib.suppress(OSError, ConfigError):
-                refused = read_json(self.session.run.uncommitted)
-                if refused["name"] == name:
-                    return str(refused["error"])
-            self.heart.at(self.step, "waiting for the checkpoint's commit")
-            time.sleep(_COMMIT_POLL_S)
-
-    def _load_newest(self) -> bool:
-        """Take weights, optimizer and step of the newest checkpoint that is whole; false where there is none.
-        Collective.
-
-        Raises:
-            CheckpointError: the job cannot go on from it, or there are some and none is whole.
-        """
-        names = [self.checkpoints.committed() if self.strategy.rank == 0 else []]
-        dist.broadcast_object_list(names)
-        fragments, shapes = self.strategy.fragments(), self.strategy.shapes()
-        damaged: list[str] = []
-        for name in reversed(names[0]):
-            marker = self._read_marker(name)
-            if isinstance(marker, Marker):
-                where = self.checkpoints.where(name)
-                check_state(marker.state, where, self.job, self.fingerprint)
-                check_parameters(marker.state, where, shapes)
-                if self._load(name, marker, fragments):
-                    if self.strategy.rank == 0:
-                        # They would be kept as the newest, in the place of whole ones.
-                        for other in damaged:
-                            self.checkpoints.set_aside(other)
-                    return True
-            damaged.append(name)
-        if damaged:
-            raise CheckpointError(
-                f"none of the {len(damaged)} checkpoints in {self.checkpoints.root} is whole; restore them, or start "
-                "again with --overwrite or another name"
-            )
-        return False
-
-    def _read_marker(self, name: str) -> Marker | None:
-        """A checkpoint's marker as rank 0 sees it, since other nodes may not see it yet; None where it is damaged.
-        Collective."""
-        found: list[Marker | str | None] = [None]
-        if self.strategy.rank == 0:
-            try:
-                found[0] = self.checkpoints.read(name)
-            except DamagedError as error:
-                found[0] = str(error)
-        dist.broadcast_object_list(found)
-        if isinstance(found[0], str):
-            self.damages.append({"step": int(name.split("-")[1]), "error": found[0]})
-        return found[0] if isinstance(found[0], Marker) else None
-
-    def _load(self, name: str, marker: Marker, fragments: list[Fragment]) -> bool:
-        """Load a checkpoint; false, and nothing is changed, where a file of it is not as it was written. Collective."""
-        problem = None
-        with contextlib.ExitStack() as stack:
-            try:
-                files = stack.enter_context(fetched(self.checkpoints, name, marker, fragments))
-            except DamagedError as error:
-                problem = str(error)
-            problems: list[str | None] = [problem]
-            if self.strategy.world_size > 1:
-                problems = [None] * self.strategy.world_size
-                dist.all_gather_object(problems, problem)
-            if problem := next((p for p in problems if p), None):
-                self.damages.append({"step": marker.state.step, "error": problem})
-                return False
-            load_fragments(files, marker, fragments)
-        state = marker.state
-        self.strategy.apply_fragments(state.num_updates, state.scaler)
-        self.step = state.step
-        self.owes_evaluation = state.owes_evaluation
-        self.recent_losses.clear()
-        self.recent_losses.extend(state.recent_losses)
-        self.num_left_out = max(self.num_left_out, state.num_left_out)
-        return True
 
 
 def block_checksum(numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> int:
@@ -605,68 +466,6 @@ def _pass_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of a pass's dropout: the same whichever rank computes it, and after a resume."""
     # The 1 keeps it apart from the keys of the order: a SeedSequence takes trailing zeros for nothing.
     return int(np.random.SeedSequence((1, seed, step, micro_batch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@dataclass
-class _Reporter:
-    """Gathers rank 0's records and sends them where every rank sends, with the save that has ended since."""
-
-    session: Session
-    saver: Saver
-    heart: Heart
-    state: TrainerState | None = None
-    """Of the save that was begun last."""
-    saved: Saved | None = None
-    """The save that ended last and that the loop does not know of yet."""
-    records: list[Record] = field(default_factory=list)
-    sent: float = field(default_factory=time.monotonic)
-    looked: float = 0.0
-
-    def add(self, **record: Any) -> None:
-        if self.session.rank == 0:
-            self.records.append(record)
-
-    def phase(self, name: str, step: int) -> None:
-        """Say what begins now. Collective."""
-        self.heart.at(step, name[0].lower() + name[1:])
-        self.add(kind="phase", step=step, phase=name)
-        self.send()
-
-    def wishes(self) -> Wish:
-        """What this rank wants; one that wants it decides for all."""
-        now = time.monotonic()
-        stop, save = self.session.asked_to_stop(), False
-        if self.session.rank == 0 and now - self.looked >= _STOP_INTERVAL_S:
-            self.looked = now
-            stop, save = stop or self.session.run.stop.exists(), self.session.run.save.exists()
-        report = self.saver.is_written() or (self.session.rank == 0 and now - self.sent >= _REPORT_INTERVAL_S)
-        return Wish(stop, save, report)
-
-    def send(self) -> None:
-        """Collective."""
-        self._report({})
-
-    def send_evaluation(self, kind: str, step: int, epoch: float, parts: list[Any]) -> None:
-        """Collective."""
-        rows = [(part.index, part.loss_sum, part.num_tokens, part.num_bytes) for part in parts]
-        self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "parts": rows}})
-
-    def conclude_save(self) -> Saved | None:
-        """Send how the last save ended; None where there was none since. Collective."""
-        self._report({})
-        saved, self.saved = self.saved, None
-        return saved
-
-    def _report(self, message: Message) -> None:
-        if saved := self.saver.take():
-            self.saved = saved
-            message["saved"] = saved
-            if self.session.rank == 0 and self.state is not None:
-                message["state"] = self.state
-        message["records"] = self.records
-        self.session.report(message)
-        self.records = []
-        self.sent = time.monotonic()
 
 
 @dataclass(frozen=True)

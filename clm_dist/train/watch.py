@@ -77,6 +77,10 @@ class Heart:
         self._step, self._doing = step, doing
         self._progress += 1
 
+    def goes_on(self, doing: str) -> None:
+        """Say that what is waited for takes its time."""
+        self.at(self._step, doing)
+
     def stop(self) -> None:
         self._ended.set()
         self._thread.join()

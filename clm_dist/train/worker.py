@@ -13,8 +13,9 @@ from clm_dist.job import read_saved_job
 from clm_dist.remote import fetch_store
 from clm_dist.run_dir import RunDir
 from clm_dist.train import signals
-from clm_dist.train.loop import Session, train
+from clm_dist.train.loop import train
 from clm_dist.train.record import Message
+from clm_dist.train.reporter import Session
 
 
 class WorkerConfig(TypedDict):

@@ -22,7 +22,6 @@ from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments, 
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
 from tests.train.test_strategy import losses_of, train_one
-from tests.workers import forget_accelerate
 
 SIZES = {"wte": 1000, "bias": 3, "one": 1, "scale": 64}
 STATE = TrainerState(1, 1, 1, "ddp", "blocks", global_size=8, seed=42)
@@ -168,7 +167,6 @@ def trained(make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: 
         job = make_job("checkpoint.every=2", "checkpoint.keep=9", "train.max_steps=8", *settings)
         run = RunDir(tmp_path / name)
         assert train_one(job, run, prepared(job)).status == "done"
-        forget_accelerate()
         return run
 
     return train
@@ -201,7 +199,6 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Train, settings: list
     trained()
     with pytest.raises(CheckpointError, match=message):
         trained(*settings)
-    forget_accelerate()
 
 
 @pytest.mark.parametrize("newest", [True, False])
@@ -247,7 +244,6 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_owes_it(
     job = make_job(*settings)
     whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
     assert train_one(job, whole, prepared(job)).status == "done"
-    forget_accelerate()
     evaluating = clm_dist.train.loop._Loop._evaluating
 
     def ask(self: Any, num_done: int) -> None:
@@ -260,7 +256,6 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_owes_it(
         patched.setattr(clm_dist.train.loop._Loop, "_evaluating", ask)
         for step in (4, 8):
             outcome = train_one(job, cut, prepared(job))
-            forget_accelerate()
             assert (outcome.status, outcome.step) == ("preempted", step)
             assert saved_steps(cut)[-1] == step
             cut.stop.unlink()
@@ -271,7 +266,6 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_owes_it(
                     clm_dist.train.loop._Loop, "_evaluating", lambda self, n: ask(self, n) if self.step == 8 else None
                 )
     assert train_one(job, cut, prepared(job)).status == "done"
-    forget_accelerate()
     evals = [[r for r in read_records(run.metrics) if r["kind"] == "eval"] for run in (whole, cut)]
     assert evals[0] == evals[1]
     assert losses_of(cut.root) == losses_of(whole.root)

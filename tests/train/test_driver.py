@@ -24,7 +24,6 @@ from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
 from tests.test_run_dir import mounted
 from tests.train.test_strategy import losses_of, train_one
-from tests.workers import forget_accelerate
 
 TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
 
@@ -82,7 +81,6 @@ def test_a_run_leaves_what_the_design_promises(
     (tmp_path / "alone").mkdir()
     alone = make_job("train.max_steps=24")
     assert train_one(alone, RunDir(tmp_path / "alone"), prepared(alone)).status == "done"
-    forget_accelerate()
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-6)
     evals = [r for r in read_records(tmp_path / "alone" / "metrics.jsonl") if r["kind"] == "eval"]
     assert evals[0]["loss"] == result["baseline"]["loss"]

@@ -11,12 +11,13 @@ from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import JobConfig
 from clm_dist.run_dir import RunDir
 from clm_dist.train.loader import BatchOrder, MicroBatch
-from clm_dist.train.loop import Session, train
+from clm_dist.train.local import forget_accelerate
+from clm_dist.train.loop import train
 from clm_dist.train.record import Message, Recorder
+from clm_dist.train.reporter import Session
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
 from tests.train.test_strategy import train_one
-from tests.workers import forget_accelerate
 
 
 def test_a_save_waits_until_the_one_before_is_committed(

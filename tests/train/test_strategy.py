@@ -31,7 +31,7 @@ from clm_dist.train.record import Recorder
 from clm_dist.train.strategy import DataParallel
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
-from tests.workers import forget_accelerate, run_workers
+from tests.workers import run_workers
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SOME_SLOW = [pytest.param(name, marks=() if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
@@ -53,7 +53,6 @@ def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_siz
         keep=job.checkpoint.keep,
     )
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
-    forget_accelerate()
     return outcome
 
 

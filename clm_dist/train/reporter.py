@@ -1,0 +1,108 @@
+"""A rank's voice: the records of its steps, what it wants of all, and how its saves ended."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clm_dist.checkpoints import TrainerState
+from clm_dist.run_dir import RunDir
+from clm_dist.train.checkpoint import Saved, Saver
+from clm_dist.train.record import Message, Record
+from clm_dist.train.watch import Heart
+
+_REPORT_INTERVAL_S = 1.0
+_STOP_INTERVAL_S = 0.5
+
+Report = Callable[[Message], None]
+"""Send a message to the recorder. Collective."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """This worker's place in the run, and how it is heard."""
+
+    rank: int
+    world_size: int
+    use_gpu: bool
+    num_threads: int
+    run: RunDir
+    store: Path
+    report: Report
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether this worker was told to save a checkpoint and end. Not collective."""
+    node: str = ""
+    """Of Ray, where there is one."""
+
+
+class Wish(NamedTuple):
+    """What a rank wants of all."""
+
+    stop: bool = False
+    """A checkpoint, and the end of the run."""
+    save: bool = False
+    """A checkpoint now."""
+    report: bool = False
+
+
+@dataclass
+class Reporter:
+    """Gathers rank 0's records and sends them where every rank sends, with the save that has ended since."""
+
+    session: Session
+    saver: Saver
+    heart: Heart
+    state: TrainerState | None = None
+    """Of the save that was begun last."""
+    saved: Saved | None = None
+    """The save that ended last and that the loop does not know of yet."""
+    records: list[Record] = field(default_factory=list)
+    sent: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
+
+    def add(self, **record: Any) -> None:
+        if self.session.rank == 0:
+            self.records.append(record)
+
+    def phase(self, name: str, step: int) -> None:
+        """Say what begins now. Collective."""
+        self.heart.at(step, name[0].lower() + name[1:])
+        self.add(kind="phase", step=step, phase=name)
+        self.send()
+
+    def wishes(self) -> Wish:
+        """What this rank wants; one that wants it decides for all."""
+        now = time.monotonic()
+        stop, save = self.session.asked_to_stop(), False
+        if self.session.rank == 0 and now - self.looked >= _STOP_INTERVAL_S:
+            self.looked = now
+            stop, save = stop or self.session.run.stop.exists(), self.session.run.save.exists()
+        report = self.saver.is_written() or (self.session.rank == 0 and now - self.sent >= _REPORT_INTERVAL_S)
+        return Wish(stop, save, report)
+
+    def send(self) -> None:
+        """Collective."""
+        self._report({})
+
+    def send_evaluation(self, kind: str, step: int, epoch: float, parts: list[Any]) -> None:
+        """Collective."""
+        rows = [(part.index, part.loss_sum, part.num_tokens, part.num_bytes) for part in parts]
+        self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "parts": rows}})
+
+    def conclude_save(self) -> Saved | None:
+        """Send how the last save ended; None where there was none since. Collective."""
+        self._report({})
+        saved, self.saved = self.saved, None
+        return saved
+
+    def _report(self, message: Message) -> None:
+        if saved := self.saver.take():
+            self.saved = saved
+            message["saved"] = saved
+            if self.session.rank == 0 and self.state is not None:
+                message["state"] = self.state
+        message["records"] = self.records
+        self.session.report(message)
+        self.records = []
+        self.sent = time.monotonic()

@@ -1,0 +1,177 @@
+"""A run's saves on one rank, from their begin to the commit, and the checkpoint that it goes on from."""
+
+import contextlib
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from clm_dist.checkpoints import (
+    Checkpoints,
+    DamagedError,
+    Marker,
+    TrainerState,
+    check_parameters,
+    check_state,
+    checkpoint_name,
+)
+from clm_dist.config import JobConfig
+from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.run_dir import RunDir, read_json
+from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments
+from clm_dist.train.reporter import Reporter
+from clm_dist.train.strategy import Strategy
+from clm_dist.train.watch import Heart
+
+_COMMIT_POLL_S = 0.05
+
+
+class Saves:
+    """Begins saves, sees to their commit, and loads what was committed.
+
+    Args:
+        fingerprint: of the job's blocks.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        run: RunDir,
+        fingerprint: str,
+        *,
+        strategy: Strategy,
+        saver: Saver,
+        reporter: Reporter,
+        heart: Heart,
+    ) -> None:
+        self._job, self._run, self._fingerprint = job, run, fingerprint
+        self._checkpoints = Checkpoints.of_run(job, run)
+        self._strategy, self._saver, self._reporter, self._heart = strategy, saver, reporter, heart
+        self._num_failed = 0
+        self.saved_step = 0
+        """Of the save that was begun last."""
+        self.damages: list[dict[str, Any]] = []
+        """Of checkpoints that were not whole, for the records."""
+
+    def begin(self, state: TrainerState) -> None:
+        """Begin to save; the copy and the writing go on while training does. Collective.
+
+        Raises:
+            RunError: see `conclude`, of the save before.
+        """
+        self.conclude()
+        names = [checkpoint_name(state.step)]
+        if self._strategy.world_size > 1:
+            dist.broadcast_object_list(names)
+        self.saved_step = state.step
+        self._reporter.state = state
+        self._saver.begin(names[0], state.step, self._strategy.fragments())
+
+    def await_copy(self) -> None:
+        """Wait until weights and optimizer may change."""
+        self._saver.await_copy()
+
+    def conclude(self) -> str | None:
+        """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
+
+        Raises:
+            RunError: the one before it failed as well.
+        """
+        self._saver.wait(lambda: self._heart.goes_on("waiting for the checkpoint's file"))
+        saved = self._reporter.conclude_save()
+        if saved is None:
+            return None
+        errors: list[str | None] = [saved.error]
+        if self._strategy.world_size > 1:
+            errors = [None] * self._strategy.world_size
+            dist.all_gather_object(errors, saved.error)
+        error = next((f"worker {rank}: {error}" for rank, error in enumerate(errors) if error), None)
+        if error is None:
+            committed = [self._await_commit(saved.name) if self._strategy.rank == 0 else None]
+            dist.broadcast_object_list(committed)
+            error = committed[0]
+        if error is None:
+            self._num_failed = 0
+            return None
+        self._num_failed += 1
+        problem = f"the checkpoint of step {saved.step} could not be written: {error}"
+        if self._num_failed > 1:
+            raise RunError(f"{problem}, and neither could the one before it. What was committed is whole")
+        return problem
+
+    def _await_commit(self, name: str) -> str | None:
+        """Wait for the driver's commit; gives why it could not make it. Not collective."""
+        while True:
+            with contextlib.suppress(Exception):  # a storage that is away for a moment
+                if self._checkpoints.is_committed(name):
+                    return None
+            with contextlib.suppress(OSError, ConfigError):
+                refused = read_json(self._run.uncommitted)
+                if refused["name"] == name:
+                    return str(refused["error"])
+            self._heart.goes_on("waiting for the checkpoint's commit")
+            time.sleep(_COMMIT_POLL_S)
+
+    def load_newest(self) -> TrainerState | None:
+        """Take weights and optimizer of the newest checkpoint that is whole, and give its state; None where there is
+        no checkpoint. Collective.
+
+        Raises:
+            CheckpointError: the job cannot go on from it, or there are some and none is whole.
+        """
+        names = [self._checkpoints.committed() if self._strategy.rank == 0 else []]
+        dist.broadcast_object_list(names)
+        fragments, shapes = self._strategy.fragments(), self._strategy.shapes()
+        damaged: list[str] = []
+        for name in reversed(names[0]):
+            marker = self._read_marker(name)
+            if isinstance(marker, Marker):
+                where = self._checkpoints.where(name)
+                check_state(marker.state, where, self._job, self._fingerprint)
+                check_parameters(marker.state, where, shapes)
+                if self._load(name, marker, fragments):
+                    if self._strategy.rank == 0:
+                        # They would be kept as the newest, in the place of whole ones.
+                        for other in damaged:
+                            self._checkpoints.set_aside(other)
+                    return marker.state
+            damaged.append(name)
+        if damaged:
+            raise CheckpointError(
+                f"none of the {len(damaged)} checkpoints in {self._checkpoints.root} is whole; restore them, or start "
+                "again with --overwrite or another name"
+            )
+        return None
+
+    def _read_marker(self, name: str) -> Marker | None:
+        """A checkpoint's marker as rank 0 sees it, since other nodes may not see it yet; None where it is damaged.
+        Collective."""
+        found: list[Marker | str | None] = [None]
+        if self._strategy.rank == 0:
+            try:
+                found[0] = self._checkpoints.read(name)
+            except DamagedError as error:
+                found[0] = str(error)
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], str):
+            self.damages.append({"step": int(name.split("-")[1]), "error": found[0]})
+        return found[0] if isinstance(found[0], Marker) else None
+
+    def _load(self, name: str, marker: Marker, fragments: list[Fragment]) -> bool:
+        """Load a checkpoint; false, and nothing is changed, where a file of it is not as it was written. Collective."""
+        problem = None
+        with contextlib.ExitStack() as stack:
+            try:
+                files = stack.enter_context(fetched(self._checkpoints, name, marker, fragments))
+            except DamagedError as error:
+                problem = str(error)
+            problems: list[str | None] = [problem]
+            if self._strategy.world_size > 1:
+                problems = [None] * self._strategy.world_size
+                dist.all_gather_object(problems, problem)
+            if problem := next((p for p in problems if p), None):
+                self.damages.append({"step": marker.state.step, "error": problem})
+                return False
+            load_fragments(files, marker, fragments)
+        self._strategy.apply_fragments(marker.state.num_updates, marker.state.scaler)
+        return True
