@@ -101,6 +101,9 @@ def reaching(what: str, *, field: str | None = None) -> Iterator[None]:
         yield
     except ClmDistError:
         raise
+    except ImportError as error:
+        hint = "pip install 'clm-dist[s3]' for s3://, 'clm-dist[gs]' for gs://"
+        raise ConfigError(f"{what}: {first_line(error)}; {hint}", field=field) from error
     except Exception as error:  # each kind of storage raises errors of its own
         raise ConfigError(
             f"{what}: {first_line(error)}; check the address, your network and your credentials", field=field
