@@ -179,14 +179,20 @@ def untouched(directory: Path, *settings: str) -> Command:
     return command
 
 
+@contextmanager
+def begun(command: Command, nodes: Nodes) -> Iterator[tuple[int, float]]:
+    """The command on these nodes, once it trains: its last step and the time."""
+    with command.started(nodes.address):
+        command.wait_until(lambda: command.last_step() >= BEGIN)
+        yield command.last_step(), time.monotonic()
+
+
 def drain(directory: Path, grace_s: float = 20) -> Seen:
     """Two workers, and the node of one is drained: the run saves and stops, and the same command goes on."""
     command = Command(directory, *FIXED)
     with some_nodes() as nodes:
         node = nodes.add()
-        with command.started(nodes.address):
-            command.wait_until(lambda: command.last_step() >= BEGIN)
-            step, drained = command.last_step(), time.monotonic()
+        with begun(command, nodes) as (step, drained):
             nodes.drain(node, grace_s)
             codes = [command.finish()]
             times = {"drain to exit": time.monotonic() - drained}
@@ -205,9 +211,7 @@ def lose(directory: Path, away_s: float = 20) -> Seen:
     command = Command(directory, *FIXED, "train.max_failures=1")
     with some_nodes() as nodes:
         node = nodes.add()
-        with command.started(nodes.address):
-            command.wait_until(lambda: command.last_step() >= BEGIN)
-            step, killed = command.last_step(), time.monotonic()
+        with begun(command, nodes) as (step, killed):
             nodes.kill(node)
             waits = command.wait_until(lambda: "Waiting for nodes" in command.said())
             time.sleep(max(0, killed + away_s - time.monotonic()))
@@ -229,9 +233,7 @@ def shrink_and_grow(directory: Path) -> Seen:
     command = Command(directory, *ELASTIC)
     with some_nodes() as nodes:
         node = nodes.add()
-        with command.started(nodes.address):
-            command.wait_until(lambda: command.last_step() >= BEGIN)
-            step, killed = command.last_step(), time.monotonic()
+        with begun(command, nodes) as (step, killed):
             nodes.kill(node)
             shrunk = command.wait_until(lambda: command.has_step_of_start(2))
             nodes.add()
@@ -251,9 +253,7 @@ def drain_elastic(directory: Path, grace_s: float = 10) -> Seen:
     command = Command(directory, *ELASTIC, "train.max_failures=0")
     with some_nodes() as nodes:
         node = nodes.add()
-        with command.started(nodes.address):
-            command.wait_until(lambda: command.last_step() >= BEGIN)
-            step, drained = command.last_step(), time.monotonic()
+        with begun(command, nodes) as (step, drained):
             nodes.drain(node, grace_s)
             saved = command.wait_until(lambda: any(at >= step for at in saved_steps(command.run)))
             command.wait_until(lambda: time.monotonic() > drained + grace_s)
