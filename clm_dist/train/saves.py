@@ -101,6 +101,8 @@ class Saves:
 
     def _await_commit(self, name: str) -> str | None:
         """Wait for the driver's commit; gives why it could not make it. Not collective."""
+        # No progress: a commit that does not come is a worker that hangs, whose report is missing.
+        self._heart.goes_on("waiting for the checkpoint's commit")
         while True:
             with contextlib.suppress(Exception):  # a storage that is away for a moment
                 if self._checkpoints.is_committed(name):
@@ -109,7 +111,6 @@ class Saves:
                 refused = read_json(self._run.uncommitted)
                 if refused["name"] == name:
                     return str(refused["error"])
-            self._heart.goes_on("waiting for the checkpoint's commit")
             time.sleep(_COMMIT_POLL_S)
 
     def load_newest(self) -> TrainerState | None:

@@ -15,6 +15,7 @@ from clm_dist.train.local import forget_accelerate
 from clm_dist.train.loop import train
 from clm_dist.train.record import Message, Recorder
 from clm_dist.train.reporter import Session
+from clm_dist.train.watch import Heart
 from tests.conftest import MakeJob
 from tests.runs import checkpoints_of, saved_steps
 from tests.train.test_strategy import train_one
@@ -67,3 +68,27 @@ def test_a_step_that_leaves_out_blocks_ends_the_run(
     outcome = train_one(job, RunDir(tmp_path), prepared(job))
     assert (outcome.status, outcome.step) == ("failed", 3)
     assert "step 4 computed 4 blocks of 8" in str(outcome.error)
+
+
+def test_a_commit_that_does_not_come_is_no_progress(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report of a worker that stands still may be all that is missing."""
+    job = make_job("train.max_steps=4", "checkpoint.every=2")
+    at, is_committed = Heart.at, Checkpoints.is_committed
+    progress: list[int] = []
+    polls: list[int] = []
+
+    def count(self: Heart, step: int, doing: str) -> None:
+        at(self, step, doing)
+        progress.append(self._progress)
+
+    def late(self: Checkpoints, name: str) -> bool:
+        polls.append(progress[-1])
+        return len(polls) % 6 == 0 and is_committed(self, name)
+
+    monkeypatch.setattr(Heart, "at", count)
+    monkeypatch.setattr(Checkpoints, "is_committed", late)
+    assert train_one(job, RunDir(tmp_path), prepared(job)).status == "done"
+    assert len(polls) == 12
+    assert len(set(polls[:6])) == len(set(polls[6:])) == 1
