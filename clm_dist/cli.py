@@ -1,11 +1,8 @@
 """The `clm-dist` command: parse, call, exit code. Stages are imported when they run, so that --help is quick."""
 
-import contextlib
 import json
 import logging
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +10,19 @@ import typer
 from rich.logging import RichHandler
 from rich.table import Table
 
-from clm_dist import __version__
+from clm_dist import __version__, cli_submit
 from clm_dist.checkpoints import Checkpoints
+from clm_dist.cli_options import (
+    DEFAULT_RUNS,
+    DEFAULT_STORES,
+    JobFile,
+    Overrides,
+    Overwrite,
+    Resume,
+    Runs,
+    Stores,
+    located,
+)
 from clm_dist.config import ModelConfig, TokenizerConfig
 from clm_dist.errors import ClmDistError, ConfigError
 from clm_dist.job import Job, job_schema, load_job, read_saved_job
@@ -35,27 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a causal language model on a cluster, and trust what it says.",
 )
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the job; repeatable.")
-]
-Runs = Annotated[
-    str, typer.Option("--runs", envvar="CLM_DIST_RUNS", help="Directory of the runs; every node must see it.")
-]
-Stores = Annotated[
-    str,
-    typer.Option(
-        "--store",
-        envvar="CLM_DIST_STORE",
-        help="Directory of the prepared blocks, which every node sees, or a URL (s3://, gs://).",
-        show_default="the user's cache directory",
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run though the job has changed since.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run of this name and start again.")]
-DEFAULT_RUNS = "runs"
-DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
 
 
 def _run_path(value: str) -> Path:
@@ -145,7 +132,7 @@ def prepare(
     effort = Effort(tasks, int(partition_mib * 2**20))
     directory, url = open_stores(stores, DEFAULT_STORES)
     try:
-        with _located(job), open_progress(err) as progress:
+        with located(job), open_progress(err) as progress:
             store = prepare(job.config, directory, progress, effort, url)
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on with the partitions that are left", style="red")
@@ -237,7 +224,7 @@ def evaluate(
     # Where the job names its own model and tokenizer is no place of an error of this model.
     origins = {field: place for field, place in job.origins.items() if field.partition(".")[0] not in update}
     config = job.config.model_copy(update=update)
-    with _located(Job(config, origins)), open_progress(err) as progress:
+    with located(Job(config, origins)), open_progress(err) as progress:
         load_config(config)
         # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there already.
         tokens = config if "tokenizer" in update else job.config
@@ -346,6 +333,11 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
+app.add_typer(cli_submit.submit, name="submit")
+for command in (cli_submit.status, cli_submit.logs, cli_submit.cancel):
+    app.command()(command)
+
+
 def main() -> None:
     """The command's entry point: our errors become a message and an exit code."""
     try:
@@ -371,7 +363,7 @@ def _run(
     job = load_job(job_file, overrides or ())
     runs_dir, (stores_dir, url) = local_dir(runs, "--runs"), open_stores(stores, DEFAULT_STORES)
     try:
-        with _located(job):
+        with located(job):
             result = run_job(
                 job.config, runs_dir, stores_dir, url, resume=resume, overwrite=overwrite, only_train=only_train
             )
@@ -384,16 +376,6 @@ def _run(
             style="yellow",
         )
         raise typer.Exit(EX_TEMPFAIL)
-
-
-@contextlib.contextmanager
-def _located(job: Job) -> Iterator[None]:
-    """Begin an error of a field with the file and the line that set the field."""
-    try:
-        yield
-    except ConfigError as error:
-        where = job.where(error.field) if error.field else None
-        raise type(error)(f"{where}: {error}" if where else str(error), field=error.field) from error
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -1,42 +1,19 @@
 """The job file's sections: one typed, frozen model each; unknown keys are refused."""
 
 import re
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, JsonValue, model_validator
 
-# Far above what can be meant, and small enough for every library that gets it.
-_MOST = 2**31
-Count = Annotated[int, Field(gt=0, le=_MOST)]
+from clm_dist.section import MOST, Count, Section, wrong
+from clm_dist.slurm_config import SlurmConfig
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What numpy, torch and datasets all take."""
 Every = Literal["epoch"] | Count
 Precision = Literal["fp32", "bf16", "fp16"]
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
-
-
-def _wrong(field: str, problem: str, *others: str) -> PydanticCustomError:
-    """A validation error that a whole section (or the whole job) is needed to see.
-
-    Args:
-        field: the field at fault.
-        others: fields that have a part in it; the first of them all that the job sets is where the error is shown.
-    """
-    return PydanticCustomError("job", "{problem}", {"problem": problem, "fields": [field, *others]})
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes `epochs: true` for 1.
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise PydanticCustomError("bool", "input should not be true or false")
-        return value
 
 
 class Template(NamedTuple):
@@ -82,7 +59,7 @@ class DataConfig(Section):
     """`random` is the rows of datasets' train_test_split; `hash` keeps a record on its side at every subset size."""
     seed: Seed = 42
     """Seed of the random split."""
-    block_size: Annotated[int, Field(ge=2, le=_MOST)] = 128
+    block_size: Annotated[int, Field(ge=2, le=MOST)] = 128
     """Tokens in a block."""
     grouping: Literal["carry", "guide"] = "carry"
     """`carry` loses one tail a split; `guide` drops the remainder of every 1,000 records, as the guide does."""
@@ -94,25 +71,25 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
         if self.source == "hub" and not self.dataset:
-            raise _wrong(
+            raise wrong(
                 "data.dataset", "data.source is hub, so data.dataset must name a data set, e.g. dany0407/eli5_category"
             )
         if self.source == "files" and not self.path:
-            raise _wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
+            raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
         if self.streaming and self.source != "hub":
-            raise _wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
+            raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
         if (self.score is None) != (self.min_score is None):
             problem = "data.score and data.min_score go together; set both or neither"
-            raise _wrong("data.min_score", problem, "data.score")
+            raise wrong("data.min_score", problem, "data.score")
         literals, paths = self.text_template
         if "{" in self.text and (not all(paths) or any(c in literal for literal in literals for c in "{}")):
-            raise _wrong("data.text", f"data.text {self.text!r} is no template such as '{{title}}: {{answers.text}}'")
+            raise wrong("data.text", f"data.text {self.text!r} is no template such as '{{title}}: {{answers.text}}'")
         return self
 
     @model_validator(mode="after")
     def _documents_have_ends(self) -> Self:
         if self.document_mask and not self.append_eos:
-            raise _wrong(
+            raise wrong(
                 "data.document_mask",
                 "data.document_mask is true, but with data.append_eos false no document has an end; "
                 "set data.append_eos to true, or data.document_mask to false",
@@ -150,7 +127,7 @@ class TokenizerConfig(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if self.path and self.train:
-            raise _wrong("tokenizer.train", "tokenizer has both path and train; keep one and set the other to null")
+            raise wrong("tokenizer.train", "tokenizer has both path and train; keep one and set the other to null")
         return self
 
 
@@ -167,9 +144,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if bool(self.path) == bool(self.config):
-            raise _wrong("model", "model needs either path (a checkpoint) or config (random weights), and not both")
+            raise wrong("model", "model needs either path (a checkpoint) or config (random weights), and not both")
         if self.config and "model_type" not in self.config:
-            raise _wrong("model.config", "model.config needs model_type, for example gpt2 or llama")
+            raise wrong("model.config", "model.config needs model_type, for example gpt2 or llama")
         return self
 
 
@@ -212,7 +189,7 @@ class TrainConfig(Section):
     """AdamW's epsilon."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0, le=_MOST)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Steps in which the learning rate rises from 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this 2-norm; null leaves it."""
@@ -227,7 +204,7 @@ class TrainConfig(Section):
     checkpoint's weights and leave out the steps since. No update is made in any case."""
     on_spike: Literal["report", "skip"] = "report"
     """Where the loss is far above that of the last 128 steps: say so, or leave the step out as well."""
-    max_failures: Annotated[int, Field(ge=0, le=_MOST)] = 3
+    max_failures: Annotated[int, Field(ge=0, le=MOST)] = 3
     """How often dead or hanging workers are replaced, from the last committed checkpoint, before the run fails."""
     hang_timeout_s: Annotated[float, Field(ge=2)] | None = 1200
     """Seconds without any progress within which the worker that the others wait for is named and the workers are
@@ -251,7 +228,7 @@ class CheckpointConfig(Section):
 
     every: Every = "epoch"
     """`epoch`, or a number of steps."""
-    keep: Annotated[int, Field(ge=2, le=_MOST)] = 2
+    keep: Annotated[int, Field(ge=2, le=MOST)] = 2
     """Newest checkpoints that are kept, two or more; the one with the best eval loss is kept besides."""
     path: str | None = None
     """Directory or URL (s3://, gs://, ...) under which the checkpoints of the run lie, by its name; null is the run
@@ -271,6 +248,8 @@ class ClusterConfig(Section):
     """CPUs that Ray reserves for a worker; it computes with as many threads."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """GPUs of a worker, 0 or 1; `auto` takes one where the cluster has any."""
+    slurm: SlurmConfig = SlurmConfig()
+    """What `clm-dist submit slurm` asks for."""
 
     @property
     def min_workers(self) -> int:
@@ -288,14 +267,14 @@ class ClusterConfig(Section):
     def _workers_are_a_range(self) -> Self:
         if self.min_workers > self.max_workers:
             problem = f"cluster.workers {list(self.workers)} is no range; the smaller number comes first"  # type: ignore[arg-type]
-            raise _wrong("cluster.workers", problem)
+            raise wrong("cluster.workers", problem)
         return self
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:
         fits = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3", "fsdp2")}
         if self.offload != "none" and self.strategy not in fits[self.offload]:
-            raise _wrong(
+            raise wrong(
                 "cluster.offload",
                 f"cluster.offload {self.offload} is not supported with {self.strategy}; "
                 f"it works with {', '.join(fits[self.offload])}",
@@ -334,7 +313,7 @@ class JobConfig(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         if self.tokenizer_path is None and self.tokenizer.train is None:
-            raise _wrong(
+            raise wrong(
                 "tokenizer",
                 "tokenizer needs path or train, because model.config has no tokenizer of its own",
                 "model.config",
@@ -346,9 +325,9 @@ class JobConfig(Section):
             if size >= workers:
                 advice += f", or batch.micro_size to {size // workers}"
             problem = f"batch.global_size {size} is {micros} x {micro} blocks, too few for {workers} workers; {advice}"
-            raise _wrong("batch.global_size", problem, "cluster.workers", "batch.micro_size")
+            raise wrong("batch.global_size", problem, "cluster.workers", "batch.micro_size")
         if self.train.precision == "fp16" and self.cluster.strategy == "fsdp2":
-            raise _wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
+            raise wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
         return self
 
     @property

@@ -51,6 +51,16 @@ class RunError(ClmDistError):
     """
 
 
+class SubmitError(ClmDistError):
+    """The cluster refused a job, or could not be asked."""
+
+
+class NotReadyError(ClmDistError):
+    """What the run needs is not there yet; the same command may find it later."""
+
+    exit_code = 75
+
+
 class HubError(ClmDistError):
     """The Hub refused or could not be reached."""
 

@@ -111,6 +111,13 @@ def job_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+def field_names(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields of a job."""
+    for name in section.model_fields:
+        inner = _section_of(section, name)
+        yield from field_names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+
+
 def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, int]]]:
     """The file and those it extends, the outermost base first, each with its values and lines."""
     chain: list[tuple[Path, dict[str, Any], dict[str, int]]] = []

@@ -66,7 +66,7 @@ class _Stage:
             parts.append(f"{self.unit} {self.done}")
         parts += [f"{name.replace('_per_', '/')} {value}" for name, value in self.figures.items()]
         left = self._seconds_left()
-        parts.append(f"{_clock(left)} left" if left is not None else _clock(time.monotonic() - self.began))
+        parts.append(f"{clock(left)} left" if left is not None else clock(time.monotonic() - self.began))
         return " · ".join(parts)
 
     def _seconds_left(self) -> float | None:
@@ -147,7 +147,9 @@ class LineProgress:
             self.note(self._stage.line())
 
     def note(self, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def log(self, text: str) -> None:
         self.note(text)
@@ -158,7 +160,8 @@ def open_progress(console: Console) -> TerminalProgress | LineProgress:
     return TerminalProgress(console) if console.is_terminal else LineProgress(console)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as `m:ss` or `h:mm:ss`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -1,10 +1,16 @@
 """The Ray that RAY_ADDRESS names: whether somebody is there."""
 
+import os
 import socket
 
 from clm_dist.errors import ConfigError
 
 _CONNECT_S = 10
+
+
+def expected_nodes() -> int | None:
+    """How many nodes that Ray is to have, where who starts it and this process says so; they may not be there yet."""
+    return int(os.environ["CLM_DIST_NODES"]) if "CLM_DIST_NODES" in os.environ else None
 
 
 def check_ray_address(address: str) -> None:

@@ -10,6 +10,7 @@ from clm_dist.config import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.progress import Progress, err, open_progress, out
 from clm_dist.run_dir import RunDir
+from clm_dist.runs import find_run
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def run_job(
         from clm_dist.train.cluster import start_ray
         from clm_dist.train.model import check_model
 
-        directory, done = driver.find_run(config, runs, resume=resume, overwrite=overwrite)
+        directory, done = find_run(config, runs, resume=resume, overwrite=overwrite)
         if done:
             progress.note(f"The run {directory.root} is done; --overwrite starts it again")
             result = read_result(directory.root)

@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 # A module may import from its own layer's package and from what stands below it.
 LAYERS = [
     {"errors"},
-    {"config", "progress"},
-    {"job", "run_dir", "metrics", "shards", "remote", "checkpoints", "ray_address"},
-    {"prepare", "train", "report", "hub", "generate", "perplexity"},
+    {"section", "slurm_config", "config", "progress"},
+    {"job", "run_dir", "runs", "metrics", "shards", "remote", "checkpoints", "ray_address"},
+    {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"run"},
-    {"cli"},
+    {"cli", "cli_submit", "cli_options"},
     {"__main__"},
 ]
 STAGES = LAYERS[3]

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clm_dist.config import ClusterConfig
-from clm_dist.errors import ConfigError, first_line
-from clm_dist.ray_address import check_ray_address, no_ray
+from clm_dist.errors import ConfigError, NotReadyError, first_line
+from clm_dist.ray_address import check_ray_address, expected_nodes, no_ray
 
 logger = logging.getLogger(__name__)
 
 _KILL_TIMEOUT_S = 15
+_NODES_TIMEOUT_S = 300
+"""Within this time a Ray that is started beside the driver has its nodes."""
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
 
     Raises:
         ConfigError: nobody is at that address, or it has fewer CPUs or GPUs than the job's workers take.
+        NotReadyError: it is started beside this process (CLM_DIST_NODES), and its nodes do not come.
     """
     for name, value in {
         # Reports reach the driver within this time; Ray's own 2 s would hold up short runs.
@@ -46,7 +51,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     own = not ray.is_initialized()
     if own:
-        _join_or_start(os.environ.get("RAY_ADDRESS"))
+        _join_or_start(os.environ.get("RAY_ADDRESS"), cluster)
     try:
         nodes = list(alive_nodes().values())
         yield Cluster(_check_resources(cluster, nodes, local=own and "RAY_ADDRESS" not in os.environ))
@@ -55,7 +60,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def _join_or_start(address: str | None) -> None:
+def _join_or_start(address: str | None, cluster: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
     def log(data: Mapping[str, Any], **options: Any) -> None:
@@ -69,11 +74,35 @@ def _join_or_start(address: str | None) -> None:
         # Nothing at all would join a Ray that happens to run here.
         ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
         return
+    if expected := expected_nodes():
+        _join_once_there(address, expected, quiet, elastic=cluster.elastic)
+        return
     check_ray_address(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
         raise no_ray(address, first_line(error)) from None
+
+
+def _join_once_there(address: str, num_nodes: int, options: Mapping[str, Any], *, elastic: bool) -> None:
+    """Join a Ray that is being started, when it has all its nodes; elastic workers begin without the late ones."""
+    deadline = time.monotonic() + _NODES_TIMEOUT_S
+    while True:
+        try:
+            check_ray_address(address)
+            if not ray.is_initialized():
+                ray.init(address=address, **options)
+            found = len(alive_nodes())
+            problem = f"it has {found} of {num_nodes} nodes"
+            if found >= num_nodes or (elastic and time.monotonic() > deadline):
+                return
+        except (ConfigError, ConnectionError, RuntimeError, ValueError) as error:
+            problem = first_line(error)
+        if time.monotonic() > deadline and not (elastic and ray.is_initialized()):
+            raise NotReadyError(
+                f"the Ray at {address} is not complete after {_NODES_TIMEOUT_S} s: {problem}; its nodes' logs say why"
+            )
+        time.sleep(_POLL_S)
 
 
 def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], *, local: bool) -> int:

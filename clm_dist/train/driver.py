@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 from clm_dist.checkpoints import Checkpoints, DamagedError, TrainerState, check_state
 from clm_dist.config import JobConfig
 from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, RunError, describe_os_error
-from clm_dist.job import differing_fields, job_text, read_saved_job
+from clm_dist.job import job_text
 from clm_dist.progress import Progress
-from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
+from clm_dist.ray_address import expected_nodes
+from clm_dist.run_dir import RunDir, make_dir, read_records, write_json, write_text
+from clm_dist.runs import remove_run
 from clm_dist.shards import Manifest
 from clm_dist.train.callbacks import Group, Receiver, Signals, causes_of, reason_of
 from clm_dist.train.cluster import Cluster, kill_worker, log_dir
@@ -36,48 +38,9 @@ from clm_dist.train.worker import WorkerConfig, train_worker
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
+_LOCK_TIMEOUT_S = 180
 # How often Ray Train looks for nodes to grow onto, with elastic workers.
 _RESIZE_INTERVAL_S = 10.0
-
-
-def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[RunDir, bool]:
-    """The job's run directory, and whether the run in it is done already. Writes nothing.
-
-    Raises:
-        ConfigError: a run of this name exists with another job, and neither `resume` nor `overwrite` says what to do.
-    """
-    run = RunDir(runs / job.name)
-    if overwrite:
-        return run, False
-    if not run.exists():
-        checkpoints = Checkpoints.of_run(job, run)
-        with checkpoints.reaching():
-            names = checkpoints.committed()
-        if names:
-            raise ConfigError(
-                f"{checkpoints.root} has checkpoints, but {run.job} is missing, so which job they are of is not known; "
-                "restore it, start again with --overwrite, or make another run with --set name=...",
-                field="name",
-            )
-        return run, False
-    saved = read_saved_job(run.job)
-    if saved.checkpoint.path != job.checkpoint.path:
-        raise ConfigError(
-            f"the checkpoints of the run {run.root} lie in {Checkpoints.of_run(saved, run).root}, and the job has "
-            f"checkpoint.path {job.checkpoint.path}: it would start from nothing. Set checkpoint.path to what it was "
-            "(move the files and edit job.yaml to have them elsewhere), or start again with --overwrite",
-            field="checkpoint.path",
-        )
-    different = differing_fields(saved, job)
-    if different and not resume:
-        shown = ", ".join(different[:6]) + (", ..." if len(different) > 6 else "")
-        raise ConfigError(
-            f"the run {run.root} exists with another job (different: {shown}); go on from its last checkpoint with "
-            "--resume, start it again with --overwrite, or make another run with --set name=...",
-            field="name",
-        )
-    done = run.result.exists() and read_json(run.result).get("status") == "done"
-    return run, done and not different
 
 
 def check_trackers(job: JobConfig) -> None:
@@ -208,7 +171,8 @@ def _only_driver(run: RunDir) -> Iterator[None]:
     """Hold the run against a second driver; the system lets go of it when this process ends, however it ends."""
     lock = FileLock(make_dir(run.root.parent) / f".{run.root.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        # A driver on a host that a scheduler has given up may hold it until it is ended there.
+        lock.acquire(timeout=_LOCK_TIMEOUT_S if expected_nodes() else 0)
     except Timeout:
         raise ConfigError(
             f"the run {run.root} is being trained by another process; wait for it, or make another run with "
@@ -223,9 +187,7 @@ def _only_driver(run: RunDir) -> Iterator[None]:
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     checkpoints = Checkpoints.of_run(job, run)
     if overwrite:
-        with checkpoints.reaching():
-            checkpoints.remove_all()
-        shutil.rmtree(run.root, ignore_errors=True)
+        remove_run(job, run)
     make_dir(run.ray)
     # Of a driver that was killed, like the files below: they would be taken for this one's.
     shutil.rmtree(run.beats, ignore_errors=True)

@@ -38,6 +38,8 @@ class EvalMessage(TypedDict):
 class Message(TypedDict, total=False):
     """What a rank sends; every rank sends equally many."""
 
+    host: str
+    """The host that the rank runs on."""
     records: list[Record]
     evaluation: EvalMessage
     saved: Saved
@@ -83,9 +85,10 @@ class Recorder:
             records = [*records, {"kind": kind, **evaluation.as_dict()}]
             if kind == "eval":
                 self._eval_losses[evaluation.step] = evaluation.loss
-        if any(record["kind"] == "start" for record in records):
+        if starts := [record for record in records if record["kind"] == "start"]:
             # Of workers that died.
             self._saved, self._states = {}, {}
+            starts[0]["hosts"] = [message["host"] for message in messages if "host" in message]
         self._append(records)
         for rank, message in enumerate(messages):
             if "saved" in message:

@@ -1,5 +1,6 @@
 """A rank's voice: the records of its steps, what it wants of all, and how its saves ended."""
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class Reporter:
             message["saved"] = saved
             if self.session.rank == 0 and self.state is not None:
                 message["state"] = self.state
+        message["host"] = socket.gethostname()
         message["records"] = self.records
         self.session.report(message)
         self.records = []

@@ -18,6 +18,7 @@ from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.job import read_saved_job
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, read_json, read_records
+from clm_dist.runs import find_run
 from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob
@@ -122,18 +123,18 @@ def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothi
 
 def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_job: MakeJob) -> None:
     job = make_job("train.max_steps=24", "model.config.n_positions=128")
-    assert driver.find_run(job, run.root.parent) == (run, True)
+    assert find_run(job, run.root.parent) == (run, True)
     longer = make_job("train.max_steps=36", "train.epochs=3", "model.config.n_positions=128")
-    assert driver.find_run(longer, run.root.parent, resume=True) == (run, False)
+    assert find_run(longer, run.root.parent, resume=True) == (run, False)
     driver._open_run(longer, run, overwrite=False)
     # Here the power fails.
-    assert driver.find_run(longer, run.root.parent) == (run, False)
+    assert find_run(longer, run.root.parent) == (run, False)
 
 
 def test_checkpoints_of_an_unknown_job_are_not_taken_over(run: RunDir, make_job: MakeJob) -> None:
     run.job.unlink()
     with pytest.raises(ConfigError, match=r"has checkpoints, but .*job.yaml is missing"):
-        driver.find_run(make_job(), run.root.parent)
+        find_run(make_job(), run.root.parent)
     driver._open_run(make_job(), run, overwrite=True)
     assert not saved_steps(run)
 
@@ -224,8 +225,8 @@ def test_checkpoints_that_the_job_looks_for_elsewhere_are_not_forgotten(run: Run
     job = read_saved_job(run.job)
     moved = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"path": str(tmp_path / "new")})})
     with pytest.raises(ConfigError, match=r"checkpoints of the run .* lie in .*checkpoints, and the job has"):
-        driver.find_run(moved, run.root.parent, resume=True)
-    assert driver.find_run(moved, run.root.parent, overwrite=True) == (run, False)
+        find_run(moved, run.root.parent, resume=True)
+    assert find_run(moved, run.root.parent, overwrite=True) == (run, False)
 
 
 def test_a_run_of_an_earlier_version_is_read(run: RunDir) -> None:
@@ -233,4 +234,4 @@ def test_a_run_of_an_earlier_version_is_read(run: RunDir) -> None:
     run.job.write_text(text)
     job = read_saved_job(run.job)
     assert (job.checkpoint.keep, job.train.max_failures) == (2, 3)
-    assert driver.find_run(job, run.root.parent) == (run, True)
+    assert find_run(job, run.root.parent) == (run, True)

@@ -1,0 +1,43 @@
+"""Options and arguments that several commands have."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clm_dist.errors import ConfigError
+from clm_dist.job import Job
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the job; repeatable.")
+]
+Runs = Annotated[
+    str, typer.Option("--runs", envvar="CLM_DIST_RUNS", help="Directory of the runs; every node must see it.")
+]
+Stores = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="CLM_DIST_STORE",
+        help="Directory of the prepared blocks, which every node sees, or a URL (s3://, gs://).",
+        show_default="the user's cache directory",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run though the job has changed since.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run of this name and start again.")]
+DEFAULT_RUNS = "runs"
+DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
+
+
+@contextlib.contextmanager
+def located(job: Job) -> Iterator[None]:
+    """Begin an error of a field with the file and the line that set the field."""
+    try:
+        yield
+    except ConfigError as error:
+        where = job.where(error.field) if error.field else None
+        raise type(error)(f"{where}: {error}" if where else str(error), field=error.field) from error

@@ -1,0 +1,195 @@
+"""The commands for clusters: `submit`, `status`, `logs`, `cancel`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from clm_dist.cli_options import (
+    DEFAULT_RUNS,
+    DEFAULT_STORES,
+    JobFile,
+    Overrides,
+    Overwrite,
+    Resume,
+    Runs,
+    Stores,
+    located,
+)
+from clm_dist.config import JobConfig
+from clm_dist.errors import ConfigError
+from clm_dist.job import load_job
+from clm_dist.progress import clock, err, out
+from clm_dist.remote import open_stores
+from clm_dist.run_dir import local_dir
+from clm_dist.submit import launch
+from clm_dist.submit.logs import Logs
+from clm_dist.submit.slurm import Request, check_size, idle_gpus, render_prepare, render_run
+from clm_dist.submit.spec import Submission, find_submission, sweep_name, sweep_settings
+
+submit = typer.Typer(no_args_is_help=True, help="Submit a job to a cluster.")
+
+Which = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="Name of a run or a submission, or a job's number; the last submission."),
+]
+
+
+@submit.command()
+def slurm(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    stores: Stores = DEFAULT_STORES,
+    nodes: Annotated[int | None, typer.Option("--nodes", help="Hosts.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each host.")] = None,
+    limit: Annotated[str | None, typer.Option("--time", help="Time limit, as Slurm writes it: 2:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option("--partition")] = None,
+    account: Annotated[str | None, typer.Option("--account")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="NAME=VALUE", help="Any other option of sbatch, without dashes; repeatable."),
+    ] = None,
+    array: Annotated[
+        list[str] | None,
+        typer.Option("--array", metavar="FIELD=V1,V2,...", help="A run for each value of a field, as one job array."),
+    ] = None,
+    prepare_first: Annotated[
+        bool, typer.Option("--prepare-first", help="Prepare in a job of its own, on CPUs, before this one.")
+    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
+) -> None:
+    """Submit a job to Slurm: prepare, train, evaluate and report on its hosts."""
+    given = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "time": limit,
+        "partition": partition,
+        "account": account,
+    }
+    settings = [f"cluster.slurm.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    settings += [_option_setting(option) for option in options or ()]
+    settings = [*(overrides or ()), *settings]
+    job = load_job(job_file, settings)
+    sweeps = sweep_settings(array or ())
+    jobs = [job]
+    if array:
+        names = [f"name={sweep_name(job.config.name, sweep)}" for sweep in sweeps]
+        jobs = [load_job(job_file, [*settings, *sweep, name]) for sweep, name in zip(sweeps, names, strict=True)]
+    directory, url = open_stores(stores, DEFAULT_STORES)
+    submission = Submission(
+        name=job.config.name,
+        backend="slurm",
+        runs=_plain(local_dir(runs, "--runs")),
+        run_names=tuple(one.config.name for one in jobs),
+        sweep=bool(array),
+    )
+    request = Request(submission, store=url or str(directory), venv=Path(sys.prefix), resume=resume)
+    configs = [one.config for one in jobs]
+    with located(job):
+        for config in configs:
+            check_size(config)
+        if dry_run:
+            if prepare_first:
+                typer.echo(render_prepare(configs[0], request))
+            typer.echo(render_run(configs[0], request), nl=False)
+            return
+        launch.check_submission(configs, request, prepare_first=prepare_first, overwrite=overwrite)
+    for warning in _warnings(job.config, request):
+        err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    submitted = launch.submit(configs, request, prepare_first=prepare_first, overwrite=overwrite)
+    first = f" after job {submitted.prepare_id}, which prepares" if submitted.prepare_id else ""
+    out.print(f"submitted {submitted.name} as job {submitted.job_id}{first}", soft_wrap=True)
+    out.print(
+        f"clm-dist status {submitted.name} · clm-dist logs -f {submitted.name} · clm-dist cancel {submitted.name}"
+    )
+
+
+def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
+    """Show how far a submission is: in the queue, and in its steps."""
+    submission = find_submission(local_dir(runs, "--runs"), which)
+    states = launch.run_states(submission)
+    prepare = launch.prepare_state(submission)
+    if prepare and prepare.state != "COMPLETED":
+        words = ": ".join(filter(None, [prepare.state.lower(), prepare.reason]))
+        out.print(f"prepare (job {submission.prepare_id}): {words}", soft_wrap=True, markup=False)
+    table = Table("run", "job", "state", "hosts", "attempt", "step", "loss", "training left", "time left")
+    for run in states:
+        table.add_row(
+            run.name,
+            run.job_id,
+            launch.describe(run),
+            run.job.nodes if run.job else "",
+            "" if run.job is None or run.job.restarts is None else str(run.job.restarts),
+            "" if run.step is None else f"{run.step}/{run.num_steps}",
+            "" if run.loss is None else f"{run.loss:.4f}",
+            clock(run.seconds_left) if run.is_training and run.seconds_left is not None else "",
+            clock(run.job.seconds_left) if run.job and run.job.seconds_left is not None else "",
+        )
+    out.print(table)
+    for run in states:
+        if run.job and run.job.reason:
+            out.print(f"{run.name}: {run.job.reason}", soft_wrap=True, markup=False)
+    done = [str(submission.runs / run.name) for run in states if run.result and run.result["status"] == "done"]
+    if len(done) > 1:
+        out.print(f"compare them: clm-dist report {' '.join(done)}", soft_wrap=True)
+
+
+def logs(
+    which: Which = None,
+    runs: Runs = DEFAULT_RUNS,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    last: Annotated[int | None, typer.Option("--last", "-n", min=0, help="Only so many of the lines so far.")] = None,
+) -> None:
+    """Print the logs of a submission, all attempts and all hosts, the host in front of every line."""
+    submission = find_submission(local_dir(runs, "--runs"), which)
+    merged = Logs(submission)
+    lines = merged.new_lines()
+    for line in lines if last is None else lines[len(lines) - min(last, len(lines)) :]:
+        typer.echo(line)
+    if follow:
+        for line in merged.follow(lambda: launch.is_active(submission)):
+            typer.echo(line)
+
+
+def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
+    """End a submission; what its runs have saved stays, and submitting again goes on from it."""
+    submission = find_submission(local_dir(runs, "--runs"), which)
+    if launch.cancel(submission):
+        out.print(
+            f"cancelled job {submission.job_id}; `clm-dist submit` with the same job goes on from its last checkpoint"
+        )
+    else:
+        out.print(f"job {submission.job_id} has ended already; nothing to cancel")
+
+
+def _option_setting(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return f"cluster.slurm.options={json.dumps({name: value if equals else True})}"
+
+
+def _plain(runs: Path) -> Path:
+    """A directory that sbatch can write a log to. Raises ConfigError where its path cannot be said to it."""
+    if "\\" in str(runs) or any(ord(character) < 32 for character in str(runs)):
+        raise ConfigError(
+            f"--runs {str(runs)!r} has a backslash or a line break, with which Slurm finds no path to a log"
+        )
+    return runs
+
+
+def _warnings(job: JobConfig, request: Request) -> Iterator[str]:
+    for place in launch.local_places(request):
+        yield (
+            f"{place} looks like a disk of this host alone; every node must see it. Name one on shared storage with "
+            "--runs and --store, or CLM_DIST_RUNS and CLM_DIST_STORE"
+        )
+    if idle := idle_gpus(job):
+        yield f"{idle} of the GPUs stay idle: cluster.workers is {job.cluster.max_workers}, and a worker takes one"
+    if not job.cluster.slurm.gpus_per_node:
+        yield "no GPUs are asked for, so this trains on CPUs; --gpus-per-node asks"

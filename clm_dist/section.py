@@ -1,0 +1,34 @@
+"""What the job file's sections are made of."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+# Far above what can be meant, and small enough for every library that gets it.
+MOST = 2**31
+Count = Annotated[int, Field(gt=0, le=MOST)]
+
+
+def wrong(field: str, problem: str, *others: str) -> PydanticCustomError:
+    """A validation error that a whole section (or the whole job) is needed to see.
+
+    Args:
+        field: the field at fault.
+        others: fields that have a part in it; the first of them all that the job sets is where the error is shown.
+    """
+    return PydanticCustomError("job", "{problem}", {"problem": problem, "fields": [field, *others]})
+
+
+class Section(BaseModel):
+    """A section: typed, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes `epochs: true` for 1.
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise PydanticCustomError("bool", "input should not be true or false")
+        return value

@@ -1,0 +1,138 @@
+"""The section `cluster.slurm` of a job file: what a Slurm job asks for, and the environment that it runs in."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from clm_dist.section import MOST, Count, Section, wrong
+
+_OWN_OPTIONS = {
+    "account": "cluster.slurm.account",
+    "array": "--array",
+    "cpus-per-task": "cluster.slurm.cpus_per_node",
+    "gpus": "cluster.slurm.gpus_per_node",
+    "gpus-per-node": "cluster.slurm.gpus_per_node",
+    "gpus-per-task": "cluster.slurm.gpus_per_node",
+    "job-name": "name",
+    "nodes": "cluster.slurm.nodes",
+    "partition": "cluster.slurm.partition",
+    "requeue": "cluster.slurm.max_requeues",
+    "no-requeue": "cluster.slurm.max_requeues",
+    "signal": "cluster.slurm.signal_s",
+    "time": "cluster.slurm.time",
+}
+"""Options of sbatch that have a field of their own, and its name."""
+_FIXED_OPTIONS = ("error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "wrap")
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+
+
+def _one_line(text: str) -> str:
+    if not text or re.search(r"[\x00-\x1f]", text):
+        raise PydanticCustomError("line", "it must be text without line breaks, which #SBATCH cannot hold")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Options = dict[str, str | int | float | bool | None]
+"""Options of sbatch by their long names; true stands for one without a value, null and false for none."""
+
+
+def _check_time(value: object) -> object:
+    """YAML reads 2:00:00 as a number of seconds, and Slurm reads a number as minutes."""
+    if value is None or (isinstance(value, str) and _TIME.fullmatch(value)):
+        return value
+    advice = 'a number; write it in quotes, "2:00:00"' if isinstance(value, int) else "no time of Slurm"
+    raise PydanticCustomError("time", f"{advice}; it takes minutes, [hours:]minutes:seconds or days-hours[:minutes]")
+
+
+class SlurmPart(Section):
+    """What both kinds of job have."""
+
+    partition: Line | None = None
+    """Partition; null is the cluster's default."""
+    account: Line | None = None
+    """Account that is charged."""
+    time: str | None = None
+    """Time limit as Slurm writes it, in quotes: `"2:00:00"`, `"1-12"`; null is the partition's default."""
+    options: Options = {}
+    """Any other option of sbatch by its long name: `{constraint: a100, exclusive: true, mail-user: me@here}`."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_is_slurms(cls, value: object) -> object:
+        return _check_time(value)
+
+    @field_validator("options")
+    @classmethod
+    def _options_can_be_set(
+        cls, options: dict[str, str | int | float | bool | None]
+    ) -> dict[str, str | int | float | bool | None]:
+        for name, value in options.items():
+            if name in _OWN_OPTIONS:
+                raise PydanticCustomError("option", f"{name} has a place of its own: {_OWN_OPTIONS[name]}")
+            if name in _FIXED_OPTIONS:
+                raise PydanticCustomError("option", f"{name} is set by clm-dist, which rests on it; leave it out")
+            if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
+                raise PydanticCustomError(
+                    "option", f"{name!r} is no long option of sbatch; write it without dashes in front, as in mail-user"
+                )
+            if isinstance(value, str):
+                _one_line(value)
+        return options
+
+
+class PrepareJob(SlurmPart):
+    """The CPU job that `--prepare-first` puts before the training job; its partition may be another."""
+
+    cpus: Count = 4
+    """CPUs, on one node."""
+
+
+class Container(Section):
+    """The image that Ray and the driver run in."""
+
+    image: Line
+    """Image: a file (`.sqsh`, `.sif`) or what the runtime takes for one."""
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What runs it: Slurm's plug-in Pyxis with Enroot, or Apptainer."""
+    mounts: list[Line] = []
+    """Directories of the host that are seen inside, `/data` or `/data:/mnt`; runs and store are, anyway."""
+
+
+class SlurmConfig(SlurmPart):
+    """A job of Slurm: its nodes, its time, and the environment in which clm-dist is installed."""
+
+    nodes: Count = 1
+    """Hosts."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """GPUs of each host."""
+    cpus_per_node: Count | None = None
+    """CPUs of each host; null is what its workers take."""
+    signal_s: Count = 120
+    """Seconds before the time limit at which the run saves and the job is requeued; Slurm may be a minute early."""
+    max_requeues: Annotated[int, Field(ge=0, le=MOST)] = 20
+    """How often the job is put into the queue again, for whatever reason; 0 is never."""
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@-]+$")] | None = None
+    """Network interface that the hosts reach each other on, such as `ib0`; null is that of the route between them."""
+    modules: list[Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]+$")]] = []
+    """Modules to load (`module load`)."""
+    setup: str | None = None
+    """Shell lines that are run on the first host before anything else; what they export, every host sees."""
+    venv: str | None = None
+    """Virtual environment that clm-dist is installed in; null is the one that `submit` runs in."""
+    conda: str | None = None
+    """Conda environment instead, by name or directory."""
+    container: Container | None = None
+    """Container image instead."""
+    prepare: PrepareJob = PrepareJob()
+    """What `--prepare-first` asks for."""
+
+    @model_validator(mode="after")
+    def _one_environment(self) -> Self:
+        given = [name for name in ("venv", "conda", "container") if getattr(self, name) is not None]
+        if len(given) > 1:
+            problem = f"cluster.slurm has {' and '.join(given)}; keep one of them and set the other to null"
+            raise wrong(f"cluster.slurm.{given[1]}", problem, f"cluster.slurm.{given[0]}")
+        return self

@@ -1,0 +1,177 @@
+"""Submit, look at and cancel: what `clm-dist submit`, `status`, `logs` and `cancel` do."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.job import job_text
+from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_text
+from clm_dist.runs import find_run, remove_run
+from clm_dist.submit import slurm, slurm_commands
+from clm_dist.submit.slurm_commands import JobState
+from clm_dist.submit.spec import Submission, submissions
+
+_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/local", "/scratch/local", "/localscratch")
+_RECENT_STEPS = 50
+
+
+def check_submission(
+    jobs: Sequence[JobConfig], request: slurm.Request, *, prepare_first: bool, overwrite: bool
+) -> None:
+    """Find what is wrong with a submission while nothing is queued yet.
+
+    Raises:
+        ConfigError: it does not fit the cluster, a run of its name is queued, running or done, or exists with
+            another job.
+        SubmitError: there is no Slurm here.
+    """
+    submission = request.submission
+    slurm_commands.check_cluster(jobs[0].cluster.slurm, prepare_first=prepare_first)
+    for earlier in submissions(submission.runs):
+        names = set(earlier.run_names) & set(submission.run_names)
+        if names and is_active(earlier):
+            raise ConfigError(
+                f"the run {min(names)} is queued or running already, as job {earlier.job_id}; see it with `clm-dist "
+                f"status {earlier.name}`, end it with `clm-dist cancel {earlier.name}`, or make another run with "
+                "--set name=...",
+                field="name",
+            )
+    for job in jobs:
+        run, done = find_run(job, submission.runs, resume=request.resume, overwrite=overwrite)
+        if done:
+            raise ConfigError(
+                f"the run {run.root} is done already; start it again with --overwrite, or make another run with "
+                "--set name=...",
+                field="name",
+            )
+
+
+def local_places(request: slurm.Request) -> list[str]:
+    """Directories that every node must see, and that by their names are on one host's own disk."""
+    places = {"--runs": str(request.submission.runs), "--store": request.store}
+    return [f"{name} {place}" for name, place in places.items() if place.startswith(tuple(f"{d}/" for d in _LOCAL))]
+
+
+def submit(
+    jobs: Sequence[JobConfig], request: slurm.Request, *, prepare_first: bool = False, overwrite: bool = False
+) -> Submission:
+    """Queue a job, or a sweep of them, and remember it. Raises SubmitError with all that sbatch says."""
+    submission = request.submission
+    for task, job in enumerate(jobs):
+        files = submission.files(task)
+        make_dir(files.nodes)
+        write_text(files.job, job_text(job))
+    write_text(submission.script, slurm.render_run(jobs[0], request))
+    prepare_id, options = None, []
+    if prepare_first:
+        script = submission.root / "prepare-script"
+        write_text(script, slurm.render_prepare(jobs[0], request))
+        prepare_id = slurm_commands.submit_script(script)
+        dependencies = [f"afterok:{prepare_id}", *_own_dependency(jobs[0])]
+        options = [f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"]
+    try:
+        job_id = slurm_commands.submit_script(submission.script, *options)
+    except SubmitError:
+        if prepare_id:
+            slurm_commands.cancel_job(prepare_id)
+        raise
+    if overwrite:
+        for job in jobs:
+            remove_run(job, RunDir(submission.runs / job.name))
+    submitted = replace(submission, job_id=job_id, prepare_id=prepare_id, submitted=time.time())
+    submitted.write()
+    return submitted
+
+
+def _own_dependency(job: JobConfig) -> list[str]:
+    given = job.cluster.slurm.options.get("dependency")
+    return [str(given)] if given else []
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run of a submission is."""
+
+    name: str
+    job_id: str
+    job: JobState | None
+    """None where Slurm has forgotten the job."""
+    step: int | None = None
+    num_steps: int | None = None
+    loss: float | None = None
+    seconds_left: float | None = None
+    """Reckoned from its last steps, without evaluations."""
+    result: dict[str, Any] | None = None
+    """Its result.json, if it has ended."""
+
+    @property
+    def is_training(self) -> bool:
+        return self.job is not None and self.job.state == "RUNNING" and self.result is None
+
+
+def describe(run: RunState) -> str:
+    """Where a run is, in a word or two."""
+    if run.job is not None and run.job.active:
+        return run.job.state.lower()
+    if run.result is not None:
+        return str(run.result["status"])
+    return run.job.state.lower() if run.job else "ended, and Slurm has forgotten how"
+
+
+def run_states(submission: Submission) -> list[RunState]:
+    """How far each run of a submission is. Raises SubmitError where Slurm does not answer."""
+    states = _states(submission)
+    found = []
+    for task, name in enumerate(submission.run_names):
+        job_id = submission.task_id(task)
+        run = RunDir(submission.runs / name)
+        result = read_json(run.result) if run.result.exists() else None
+        found.append(RunState(name, job_id, states.get(job_id), result=result, **_progress(run)))
+    return found
+
+
+def prepare_state(submission: Submission) -> JobState | None:
+    """Of the job that prepares first, if there is one that Slurm still knows."""
+    if submission.prepare_id is None:
+        return None
+    return slurm_commands.job_states(submission.prepare_id).get(submission.prepare_id)
+
+
+def is_active(submission: Submission) -> bool:
+    """Whether one of a submission's jobs waits or runs."""
+    states = [prepare_state(submission), *_states(submission).values()]
+    return any(state is not None and state.active for state in states)
+
+
+def cancel(submission: Submission) -> bool:
+    """End a submission's jobs; false where they have ended already. What runs have saved stays."""
+    ids = [submission.prepare_id] if submission.prepare_id else []
+    cancelled = False
+    for job_id in [*ids, str(submission.job_id)]:
+        if any(state.active for state in slurm_commands.job_states(job_id).values()):
+            slurm_commands.cancel_job(job_id)
+            cancelled = True
+    return cancelled
+
+
+def _states(submission: Submission) -> dict[str, JobState]:
+    return slurm_commands.job_states(str(submission.job_id))
+
+
+def _progress(run: RunDir) -> dict[str, Any]:
+    records = read_records(run.metrics)
+    starts = [record for record in records if record["kind"] == "start"]
+    steps = [record for record in records if record["kind"] == "step"]
+    if not starts:
+        return {}
+    num_steps = starts[-1]["num_steps"]
+    if not steps:
+        return {"step": starts[-1]["step"], "num_steps": num_steps}
+    each = statistics.median(record["seconds"] for record in steps[-_RECENT_STEPS:])
+    step = steps[-1]["step"]
+    left = (num_steps - step) * each
+    return {"step": step, "num_steps": num_steps, "loss": steps[-1]["loss"], "seconds_left": left}

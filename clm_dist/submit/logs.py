@@ -1,0 +1,70 @@
+"""The logs of a submission's hosts as one: the driver's and those of the nodes, the host in front of every line."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clm_dist.submit.spec import Submission
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_POLL_S = 1.0
+
+
+@dataclass
+class _File:
+    """A log, read as it grows."""
+
+    label: str
+    path: Path
+    position: int = 0
+    when: str = ""
+    """Of the last line that had a time; lines without one belong to it."""
+
+    def new_lines(self) -> Iterator[tuple[str, str]]:
+        """The lines that are new and whole, each with its time and its label."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                new = file.read()
+        except FileNotFoundError:
+            return
+        new = new[: new.rfind(b"\n") + 1]
+        self.position += len(new)
+        for line in new.decode(errors="replace").splitlines():
+            if found := _TIME.match(line):
+                self.when = found[0]
+            yield self.when, f"[{self.label}] {line}"
+
+
+@dataclass
+class Logs:
+    """The logs of a submission."""
+
+    submission: Submission
+    _files: dict[Path, _File] = field(default_factory=dict)
+
+    def new_lines(self) -> list[str]:
+        """What came since the last call, in the order of its times."""
+        for task, name in enumerate(self.submission.run_names):
+            files = self.submission.files(task)
+            prefix = f"{name} " if self.submission.sweep else ""
+            self._add(f"{prefix}driver", files.log)
+            for path in sorted(files.nodes.glob("*.log")):
+                self._add(prefix + path.stem, path)
+        if self.submission.sweep:
+            self._add("prepare", self.submission.root / "log")
+        lines = [line for file in self._files.values() for line in file.new_lines()]
+        return [line for _, line in sorted(lines, key=lambda line: line[0])]
+
+    def follow(self, active: Callable[[], bool]) -> Iterator[str]:
+        """The lines that come while the job is active."""
+        goes_on = True
+        while goes_on:
+            goes_on = active()
+            yield from self.new_lines()
+            time.sleep(_POLL_S if goes_on else 0)
+
+    def _add(self, label: str, path: Path) -> None:
+        self._files.setdefault(path, _File(label, path))

@@ -1,0 +1,213 @@
+"""Ray's node on one host of a Slurm job: `python -m clm_dist.submit.ray_node STATE ATTEMPT`, a task each.
+
+It gives Ray what Slurm granted and not what the host has, starts a node that dies again (not the head, without which
+nothing goes on), and leaves nothing when the attempt ends: no process, no local file. Ray's logs are kept in STATE.
+
+The batch script sets RAY_ADDRESS and the token; STATE/attempt says which attempt runs. Where it says another one, or
+that it has ended, this node ends: also on a host that Slurm has given up and cannot reach.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_POLL_S = 1.0
+_MIB = 2**20
+_LAST_LINES = 8
+_SIOCGIFADDR = 0x8915
+_PR_SET_CHILD_SUBREAPER = 36
+_RAY_SETTINGS = {
+    # In seconds; what a node waits for a head that does not answer.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # A host without a network is given up within 20 s, not within a minute.
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Frameworks that see these take each worker for a task of srun.
+_OF_A_TASK = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def granted(environment: Mapping[str, str], *, available_mib: int, shm_mib: int) -> dict[str, int]:
+    """What Slurm granted on this host, as options of `ray start`: CPUs, GPUs, memory and object store in bytes.
+
+    Args:
+        available_mib: memory of the host, for a job that was granted all of it.
+        shm_mib: free space of /dev/shm, which holds the object store.
+    """
+    cpus = int(environment.get("SLURM_CPUS_PER_TASK") or environment["SLURM_CPUS_ON_NODE"])
+    memory = int(environment.get("SLURM_MEM_PER_NODE") or 0)
+    memory = memory or int(environment.get("SLURM_MEM_PER_CPU") or 0) * cpus or available_mib
+    # Blocks come from files, not from the object store.
+    store = min(1024, memory // 5, shm_mib * 8 // 10)
+    devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    return {
+        "num-cpus": cpus,
+        "num-gpus": int(environment.get("SLURM_GPUS_ON_NODE") or len(devices)),
+        "memory": (memory - store) * _MIB,
+        "object-store-memory": store * _MIB,
+    }
+
+
+def address_towards(host: str) -> str:
+    """The address of this host on the network that leads to another; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+class RayNode:
+    """The Ray node of this host, until it is to end.
+
+    Args:
+        state: the directory of the run's submission.
+        attempt: the job's number, and how often it was requeued: `1234.0`.
+    """
+
+    def __init__(self, state: Path, attempt: str, environment: Mapping[str, str]) -> None:
+        self._state, self._attempt = state, attempt
+        self._is_head = environment["SLURM_NODEID"] == "0"
+        self._address = environment["RAY_ADDRESS"]
+        self._host = socket.gethostname()
+        # Short, because sockets lie there, and local, because they cannot lie on a network file system.
+        self._local = Path(f"/tmp/clm-dist-{environment['SLURM_JOB_ID']}")
+        self._environment = environment
+        self._told = False
+
+    def run(self) -> int:
+        """Start Ray and keep it; gives the exit code of the task."""
+        signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGINT, self._end)
+        # What outlives its parent becomes a child of this process, which ends it.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        try:
+            self._make_local()
+            return self._keep()
+        finally:
+            end_descendants()
+            self._keep_logs()
+            shutil.rmtree(self._local, ignore_errors=True)
+
+    def _keep(self) -> int:
+        while not self._is_over():
+            if not self._is_head and not self._head_answers():
+                time.sleep(_POLL_S)
+                continue
+            self._say(f"starting Ray, {'the head' if self._is_head else 'a node of ' + self._address}")
+            said = self._local / "ray-start.txt"
+            with said.open("wb") as file:
+                ray = subprocess.Popen(self._command(), stdout=file, stderr=file, env=self._ray_environment())
+            while ray.poll() is None and not self._is_over():
+                time.sleep(_POLL_S)
+            if self._is_over():
+                break
+            last = said.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+            self._say("\n".join([f"Ray has ended with {ray.returncode}; the last that it said:", *last]))
+            end_descendants()
+            if self._is_head:
+                # Without it the other nodes have nothing to join.
+                (self._state / "attempt").write_text("ended\n")
+                return 1
+            time.sleep(_POLL_S)
+        self._say("the end")
+        return 0
+
+    def _is_over(self) -> bool:
+        """Whether this node is to end: by a signal, by the script, or because a later attempt has begun."""
+        if not self._told:
+            with contextlib.suppress(OSError):  # a storage that is away for a moment ends no run
+                self._told = (self._state / "attempt").read_text().strip() != self._attempt
+        return self._told
+
+    def _end(self, _number: int, _frame: Any) -> None:
+        self._told = True
+
+    def _head_answers(self) -> bool:
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def _command(self) -> list[str]:
+        host, _, port = self._address.rpartition(":")
+        place = ["--head", f"--port={port}", "--include-dashboard=false"]
+        if not self._is_head:
+            place = [f"--address={self._address}"]
+        own = host if self._is_head else address_towards(host)
+        free_shm = shutil.disk_usage("/dev/shm").free // _MIB
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
+        amounts = granted(self._environment, available_mib=available, shm_mib=free_shm)
+        return [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+            *place,
+            f"--node-ip-address={own}",
+            f"--temp-dir={self._local}",
+            *(f"--{name}={amount}" for name, amount in amounts.items()),
+        ]
+
+    def _ray_environment(self) -> dict[str, str]:
+        environment = {**_RAY_SETTINGS, **self._environment, "TMPDIR": str(self._local)}
+        host = self._address.rpartition(":")[0]
+        if interface := interface_of(address_towards(host)):
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                environment.setdefault(name, interface)
+        return {name: value for name, value in environment.items() if name not in _OF_A_TASK}
+
+    def _make_local(self) -> None:
+        if self._local.exists() and self._local.stat().st_uid == os.getuid():
+            shutil.rmtree(self._local)  # of an attempt that was killed
+        self._local.mkdir(mode=0o700)
+        (self._state / "nodes").mkdir(exist_ok=True)
+
+    def _keep_logs(self) -> None:
+        logs = self._local / "session_latest" / "logs"
+        with contextlib.suppress(OSError, shutil.Error):  # a full disk must not keep the local files
+            shutil.copytree(logs, self._state / "nodes" / self._host / self._attempt, dirs_exist_ok=True)
+
+    def _say(self, text: str) -> None:
+        with (self._state / "nodes" / f"{self._host}.log").open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} attempt {self._attempt}: {text}\n")
+
+
+def end_descendants() -> None:
+    """End all processes that this one started, and theirs, and wait for them."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    # Each that ends hands its own children to this process.
+    while pids := children.read_text().split():
+        for pid in map(int, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(RayNode(Path(sys.argv[1]), sys.argv[2], os.environ).run())

@@ -1,0 +1,304 @@
+"""A job file as a script for `sbatch`. Pure: nothing here asks the cluster, the clock or the host.
+
+The script keeps to what an administrator can follow: it starts one `clm_dist.submit.ray_node` a host as a job step,
+runs the driver on the first host, passes signals on, and requeues itself where running again helps.
+"""
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clm_dist.config import ClusterConfig, JobConfig
+from clm_dist.errors import ConfigError
+from clm_dist.slurm_config import Container, Options, SlurmConfig
+from clm_dist.submit.spec import Submission
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a script needs to know besides the job."""
+
+    submission: Submission
+    store: str
+    """Directory or URL of the prepared blocks."""
+    venv: Path
+    """Where clm-dist is installed, unless the job says where."""
+    resume: bool = False
+    """Go on with runs though their job has changed."""
+
+
+def check_size(job: JobConfig) -> None:
+    """Raise ConfigError where the nodes that the job asks for do not fit its workers."""
+    cluster, slurm = job.cluster, job.cluster.slurm
+    workers = cluster.min_workers
+    if cluster.gpus_per_worker == 1 and not slurm.gpus_per_node:
+        raise ConfigError(
+            "cluster.gpus_per_worker is 1, and no GPUs are asked for; say how many a node has with --gpus-per-node",
+            field="cluster.slurm.gpus_per_node",
+        )
+    for kind, field, per_node, each in (
+        ("GPUs", "gpus_per_node", slurm.gpus_per_node, _gpus_each(cluster)),
+        ("CPUs", "cpus_per_node", _cpus_per_node(cluster), cluster.cpus_per_worker),
+    ):
+        fitting = slurm.nodes * int(per_node // each) if each else workers
+        if fitting < workers:
+            nodes = math.ceil(workers / (per_node // each)) if per_node >= each else None
+            advice = [f"--nodes {nodes}"] if nodes else [f"a larger cluster.slurm.{field}"]
+            advice += [f"--set cluster.workers={fitting}"] if fitting else []
+            raise ConfigError(
+                f"cluster.workers {workers} x {each:g} {kind} do not fit {slurm.nodes} x {per_node} "
+                f"(cluster.slurm.nodes x {field}); take {' or '.join(advice)}",
+                field="cluster.workers",
+            )
+
+
+def idle_gpus(job: JobConfig) -> int:
+    """GPUs that are asked for and that no worker takes."""
+    cluster = job.cluster
+    return max(0, cluster.slurm.nodes * cluster.slurm.gpus_per_node - cluster.max_workers * _gpus_each(cluster))
+
+
+def render_run(job: JobConfig, request: Request) -> str:
+    """The script of a job, or of a sweep, whose runs differ in nothing that it says."""
+    slurm, submission = job.cluster.slurm, request.submission
+    options: Options = {
+        "job-name": submission.name,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": _cpus_per_node(job.cluster),
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "array": f"0-{len(submission.run_names) - 1}" if submission.sweep else None,
+        "output": _log_pattern(submission),
+        "open-mode": "append",
+        "requeue" if slurm.max_requeues else "no-requeue": True,
+        "no-kill": job.cluster.elastic,
+        "signal": f"B:USR1@{slurm.signal_s}",
+        **slurm.options,
+    }
+    inside = _Inside.of(slurm, request)
+    return _RUN.format(
+        name=submission.name,
+        nodes="1 node" if slurm.nodes == 1 else f"{slurm.nodes} nodes",
+        options=_option_lines(options),
+        state=_state(submission),
+        exports=_exports(request),
+        max_requeues=slurm.max_requeues,
+        environment=_environment_lines(slurm, request),
+        find_head=_head_by_interface(slurm.interface) if slurm.interface else _HEAD_BY_ROUTE,
+        srun=" ".join(["srun", *(["--no-kill"] if job.cluster.elastic else []), *inside.step]),
+        on_bad_exit=0 if job.cluster.elastic else 1,
+        python=inside.python,
+        driver=" ".join([*inside.driver, inside.python, "-m clm_dist run", *(["--resume"] if request.resume else [])]),
+    )
+
+
+def render_prepare(job: JobConfig, request: Request) -> str:
+    """The script of the CPU job that prepares what the runs of a submission train on."""
+    slurm, submission = job.cluster.slurm, request.submission
+    prepare = slurm.prepare
+    options: Options = {
+        "job-name": f"{submission.name}-prepare",
+        "nodes": 1,
+        "ntasks": 1,
+        "cpus-per-task": prepare.cpus,
+        "time": prepare.time,
+        "partition": prepare.partition,
+        "account": prepare.account or slurm.account,
+        "output": _log_pattern(submission, of_sweep=False),
+        "open-mode": "append",
+        "requeue": True,
+        **prepare.options,
+    }
+    inside = _Inside.of(slurm, request)
+    call = " ".join([*inside.driver, inside.python, "-m clm_dist prepare --tasks", str(prepare.cpus)])
+    jobs = [shlex.quote(str(submission.files(task).job)) for task in range(len(submission.run_names))]
+    return _PREPARE.format(
+        name=submission.name,
+        options=_option_lines(options),
+        exports=_exports(request),
+        environment=_environment_lines(slurm, request),
+        calls="\n".join(f"{call} {job}" for job in jobs),
+    )
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """How a program is started in the job's environment."""
+
+    step: Sequence[str] = ()
+    """Options of srun for the step of Ray's nodes."""
+    driver: Sequence[str] = ()
+    """What stands before the driver's command."""
+    python: str = "python"
+
+    @classmethod
+    def of(cls, slurm: SlurmConfig, request: Request) -> "_Inside":
+        container = slurm.container
+        if container is None:
+            return cls()
+        image, mounts = shlex.quote(container.image), shlex.quote(",".join(_mounts(container, request)))
+        if container.runtime == "apptainer":
+            nv = "--nv " if slurm.gpus_per_node else ""
+            return cls(python=f"apptainer exec {nv}--bind {mounts} {image} python3")
+        options = (f"--container-image={image}", f"--container-mounts={mounts}")
+        # Pyxis starts containers in steps only.
+        return cls(
+            options, ("srun --overlap --nodes=1 --ntasks=1", '--nodelist="$SLURMD_NODENAME"', *options), "python3"
+        )
+
+
+def _mounts(container: Container, request: Request) -> Iterator[str]:
+    places = [str(request.submission.runs), *([] if "://" in request.store else [request.store])]
+    for mount in [*places, *container.mounts]:
+        yield mount if ":" in mount else f"{mount}:{mount}"
+
+
+def _cpus_per_node(cluster: ClusterConfig) -> int:
+    slurm = cluster.slurm
+    return slurm.cpus_per_node or math.ceil(math.ceil(cluster.max_workers / slurm.nodes) * cluster.cpus_per_worker)
+
+
+def _gpus_each(cluster: ClusterConfig) -> int:
+    return int(cluster.slurm.gpus_per_node > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+
+
+def _option_lines(options: Options) -> str:
+    lines = []
+    for name, value in options.items():
+        if value is True:
+            lines.append(f"#SBATCH --{name}")
+        elif value is not None and value is not False:
+            # sbatch takes quotes as a shell does, but for backslashes, which it heeds inside them too.
+            lines.append(f"#SBATCH --{name}={shlex.quote(str(value).replace(chr(92), chr(92) * 2))}")
+    return "\n".join(lines)
+
+
+def _log_pattern(submission: Submission, *, of_sweep: bool = True) -> str:
+    """The log's path, in which Slurm replaces %a by the number of a sweep's run, and nothing else."""
+    root = str(submission.root).replace("%", "%%")
+    return f"{root}/%a/log" if submission.sweep and of_sweep else f"{root}/log"
+
+
+def _state(submission: Submission) -> str:
+    root = shlex.quote(str(submission.root))
+    return f"{root}/$SLURM_ARRAY_TASK_ID" if submission.sweep else root
+
+
+def _exports(request: Request) -> str:
+    runs, store = shlex.quote(str(request.submission.runs)), shlex.quote(request.store)
+    return f"export CLM_DIST_RUNS={runs} CLM_DIST_STORE={store} PYTHONUNBUFFERED=1"
+
+
+def _environment_lines(slurm: SlurmConfig, request: Request) -> str:
+    lines = [f"module load {shlex.quote(module)}" for module in slurm.modules]
+    if slurm.conda is not None:
+        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(slurm.conda)}"]
+    elif slurm.container is None:
+        lines.append(f"export PATH={shlex.quote(str(Path(slurm.venv or request.venv) / 'bin'))}:$PATH")
+    if slurm.setup:
+        lines.append(slurm.setup.rstrip("\n"))
+    if slurm.container is None:
+        lines.append("python -c 'import clm_dist' || exit 2")
+    return "\n".join(lines)
+
+
+_HEAD_BY_ROUTE = """\
+# (A host's own name may stand for 127.0.1.1 in its /etc/hosts, so the route to another host tells.)
+other=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p)
+other=$(getent ahostsv4 "${other:-$(hostname)}" | awk '$1 !~ /^127\\./ {print $1; exit}')
+head=$(ip -4 route get "${other:-192.0.2.1}" 2>/dev/null | sed -n 's/.* src \\([0-9.]*\\).*/\\1/p')"""
+
+
+def _head_by_interface(interface: str) -> str:
+    name = shlex.quote(interface)
+    return f'head=$(ip -4 -o addr show dev {name} | awk \'{{sub("/.*", "", $4); print $4; exit}}\')'
+
+
+_RUN = """\
+#!/bin/bash
+# {name}: fine-tunes a language model with clm_dist on {nodes}. What runs here, and what it leaves:
+# - Step 0 runs one Ray node a host; the driver, `clm_dist run`, runs in this script, on the first host.
+# - A signal USR1 (time limit, preemption) makes the driver save a checkpoint and exit with 75. Then, and where Ray
+#   has failed, the job requeues itself and goes on from the last checkpoint.
+# - Local files are in /tmp/clm-dist-JOBID, which step 0 removes. Logs are in the directory that `state` names.
+{options}
+
+state={state}
+{exports}
+max_requeues={max_requeues}
+
+# --- the environment
+{environment}
+set -uo pipefail
+
+# --- what Ray's nodes and the driver need to know
+attempt=${{SLURM_RESTART_COUNT:-0}}
+say() {{ printf '%(%F %T)T job %s, attempt %s: %s\n' -1 "$SLURM_JOB_ID" "$attempt" "$*"; }}
+if [ "$attempt" -gt "$max_requeues" ]; then
+    say "this is requeue $attempt, and cluster.slurm.max_requeues is $max_requeues"
+    exit 1
+fi
+{find_head}
+head=${{head:-127.0.0.1}}
+# A port of this job's own, and another one after a failure; below the ephemeral ports, above those of Ray's workers.
+export RAY_ADDRESS=$head:$((20000 + (SLURM_JOB_ID + 1009 * attempt) % 10000))
+export CLM_DIST_NODES=$SLURM_JOB_NUM_NODES
+# Who reaches Ray's ports could run programs as this user, so Ray asks for a token.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
+(umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$state/token")
+export no_proxy=${{no_proxy:+$no_proxy,}}$head NO_PROXY=${{NO_PROXY:+$NO_PROXY,}}$head
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK      # srun no longer takes it from sbatch
+# Ray's nodes end when this file no longer says that the attempt runs: at its end, or when a later one has begun.
+echo "$SLURM_JOB_ID.$attempt" >"$state/attempt"
+
+# --- Ray, and the driver
+say "hosts $SLURM_JOB_NODELIST, Ray at $RAY_ADDRESS"
+told='' passed='' failed=''
+trap 'told=USR1' USR1
+trap 'told=TERM' TERM
+{srun} --kill-on-bad-exit={on_bad_exit} {python} -m clm_dist.submit.ray_node "$state" "$SLURM_JOB_ID.$attempt" &
+ray=$!
+{driver} "$state/job.yaml" &
+driver=$!
+while kill -0 $driver 2>/dev/null && kill -0 $ray 2>/dev/null; do
+    if [ "$told" != "$passed" ]; then say "signal $told"; kill -"$told" $driver; passed=$told; fi
+    sleep 1 & wait $!
+done
+if kill -KILL $driver 2>/dev/null; then say "Ray has ended"; failed=1; fi
+wait $driver
+status=$?
+say "the driver ended with $status"
+[ $status -eq 0 ] || {{ sleep 2; kill -0 $ray 2>/dev/null || failed=1; }}   # without Ray it ends, too
+
+# --- the end
+case $(cat "$state/attempt") in
+    ended | "$SLURM_JOB_ID.$attempt") ;;
+    *) say "a later attempt has begun"; exit 1 ;;
+esac
+echo "ended" >"$state/attempt"
+for ((i = 0; i < 100; i++)); do kill -0 $ray 2>/dev/null || break; sleep 0.2; done
+kill -KILL $ray 2>/dev/null
+rm -f "$state/token"
+case $status in 0 | 2 | 126 | 127) exit $status ;; esac     # done, or the fault of the job file or the environment
+if [ "$told" = TERM ]; then exit 143; fi                    # Slurm requeues by itself, or the job is cancelled
+if [ $status -ne 75 ] && [ -z "$told$failed" ]; then exit $status; fi
+if [ "$attempt" -ge "$max_requeues" ]; then say "not requeued: cluster.slurm.max_requeues"; exit $status; fi
+say "requeueing"
+scontrol requeue "$SLURM_JOB_ID" && sleep 300               # which Slurm ends
+exit $status
+"""
+
+_PREPARE = """\
+#!/bin/bash
+# {name}: prepares text for a job of clm_dist that starts after this one, so that no GPU waits for it.
+{options}
+set -euo pipefail
+{exports}
+{environment}
+{calls}
+"""

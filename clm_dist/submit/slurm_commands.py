@@ -1,0 +1,227 @@
+"""What Slurm is asked and told, by its own commands: sbatch, sinfo, scontrol, scancel, and sacct where it works."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.slurm_config import SlurmConfig, SlurmPart
+
+_TIMEOUT_S = 60
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+_REASONS = {
+    "BadConstraints": "no node has what the job asks for; cancel it, and ask for less",
+    "BeginTime": "it was requeued or has a begin time, and may start shortly",
+    "Dependency": "waits for another job, such as the one that prepares",
+    "DependencyNeverSatisfied": "the job that it waits for has failed; see its log, and cancel this one",
+    "InvalidAccount": "the account is not valid; set cluster.slurm.account",
+    "InvalidQOS": "the quality of service is not valid; set cluster.slurm.options.qos",
+    "JobArrayTaskLimit": "as many runs of the sweep as may are running",
+    "JobHeldAdmin": "an administrator holds it",
+    "JobHeldUser": "it is held; `scontrol release` lets it go",
+    "JobLaunchFailure": "it could not be launched, and is held; ask an administrator",
+    "NodeDown": "a node that it needs is down",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition starts no jobs now",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives one job",
+    "PartitionTimeLimit": "its time is longer than the partition allows",
+    "Priority": "jobs with a higher priority wait for the same nodes",
+    "QOSMaxJobsPerUserLimit": "as many of your jobs as may are running",
+    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
+    "Reservation": "waits for its reservation",
+    "Resources": "waits for nodes to become free",
+    "launch_failed_requeued_held": "it could not be launched, and is held; `scontrol release` lets it go",
+    "job_requeued_in_held_state": "it was requeued and is held; `scontrol release` lets it go",
+}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm knows of a job."""
+
+    state: str
+    """As Slurm writes it: PENDING, RUNNING, COMPLETED, ..."""
+    reason: str = ""
+    """Why it waits or ended, in words."""
+    nodes: str = ""
+    restarts: int | None = None
+    """None where Slurm did not say."""
+    seconds_left: float | None = None
+    """Until its time limit."""
+
+    @property
+    def active(self) -> bool:
+        return self.state not in _ENDED
+
+
+def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
+    """Ask the cluster whether it has the partitions and the GPUs of a job.
+
+    Raises:
+        ConfigError: it has not; the message lists what there is.
+        SubmitError: there is no Slurm here, or it does not answer.
+    """
+    if shutil.which("sbatch") is None:
+        raise SubmitError(
+            "there is no sbatch on the PATH, so no Slurm to submit to; run this on a login node of the cluster, or "
+            "see the script with --dry-run"
+        )
+    # A line for each partition and kind of node: its name, a star after that of the default, and its GPUs.
+    rows = [line.split("|") for line in _ask("sinfo", "--noheader", "--format=%P|%G|%D").splitlines()]
+    parts: list[tuple[str, SlurmPart]] = [("cluster.slurm.partition", slurm)]
+    parts += [("cluster.slurm.prepare.partition", slurm.prepare)] if prepare_first else []
+    names = {name.rstrip("*") for name, *_ in rows}
+    for field, part in parts:
+        for name in (part.partition or "").split(","):
+            if name and name not in names:
+                raise ConfigError(f"there is no partition {name}; there are {', '.join(sorted(names))}", field=field)
+    wanted = set((slurm.partition or "").split(","))
+    own = [row for row in rows if row[0].rstrip("*") in wanted or (slurm.partition is None and row[0].endswith("*"))]
+    most = max((num_gpus(gres) for _, gres, _ in own), default=0)
+    if slurm.gpus_per_node > most:
+        where = f"the partition {slurm.partition}" if slurm.partition else "the default partition"
+        raise ConfigError(
+            f"--gpus-per-node {slurm.gpus_per_node}, and a node of {where} has {most} at most; take fewer, or another "
+            "partition (`sinfo -o '%P %G'` lists them)",
+            field="cluster.slurm.gpus_per_node",
+        )
+
+
+def num_gpus(gres: str) -> int:
+    """GPUs in what sinfo says of a node: `gpu:a100:4(S:0-1),gpu:v100:2` has 6."""
+    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
+
+
+def submit_script(script: Path, *options: str) -> str:
+    """Queue a script; gives the job's number. Raises SubmitError with all that sbatch says."""
+    own = set(re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return _ask("sbatch", "--parsable", *options, str(script), environment=_environment(own)).strip().split(";")[0]
+
+
+def _environment(options: set[str]) -> dict[str, str]:
+    """This process's environment without what would overrule a script's own options."""
+    # Inside a job, such as an interactive one, SLURM_* speaks of that; SBATCH_* goes before what the script says.
+    names = {f"SBATCH_{name.upper().replace('-', '_')}" for name in options} | {"SBATCH_TIMELIMIT"}
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith("SLURM_") or k in names)}
+
+
+def job_states(job_id: str) -> dict[str, JobState]:
+    """What Slurm knows of a job, by number: of an array, of each of its tasks (`12_0`, ...).
+
+    Empty where it has forgotten it.
+
+    Raises:
+        SubmitError: Slurm does not answer.
+    """
+    try:
+        text = _ask("scontrol", "show", "job", "--oneliner", job_id)
+    except SubmitError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return _accounted_states(job_id)
+    states = {}
+    for line in text.splitlines():
+        values = dict(re.findall(r"(?<!\S)(\w+)=(\S*)", line)[::-1])  # of names that come twice, the first
+        state = _job_state(values)
+        if "ArrayJobId" in values:
+            # What waits is together in one line: 0-2,5%4.
+            for task in _expand(values["ArrayTaskId"]):
+                states[f"{values['ArrayJobId']}_{task}"] = state
+        elif "JobId" in values:
+            states[values["JobId"]] = state
+    return states
+
+
+def cancel_job(job_id: str) -> None:
+    """Raises SubmitError where Slurm refuses."""
+    _ask("scancel", job_id)
+
+
+def _job_state(values: Mapping[str, str]) -> JobState:
+    state = values["JobState"]
+    reason = values.get("Reason", "None")
+    left = None
+    if state == "RUNNING" and re.fullmatch(r"\d{4}-[-\dT:]+", values.get("EndTime", "")):
+        left = time.mktime(time.strptime(values["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
+    nodes = values.get("NodeList", "")
+    code, _, number = values.get("ExitCode", "0:0").partition(":")
+    ended = f"exit code {code}" if code != "0" else f"signal {number}" if number != "0" else ""
+    return JobState(
+        state,
+        describe_reason(reason) or (ended if state in _ENDED else ""),
+        "" if nodes == "(null)" else nodes,
+        int(values.get("Restarts", 0)),
+        left,
+    )
+
+
+def describe_reason(reason: str) -> str:
+    """Why a job waits, in words, with Slurm's own name where there are none; empty where Slurm gives none."""
+    name = re.split(r"[(,:]", reason)[0]
+    if name in ("None", ""):
+        return ""
+    if name in _REASONS:
+        return _REASONS[name]
+    if name.startswith("QOS"):
+        return f"a limit of the quality of service ({reason})"
+    if name.startswith(("Assoc", "Max")):
+        return f"a limit of your account ({reason})"
+    return reason
+
+
+def _accounted_states(job_id: str) -> dict[str, JobState]:
+    """From the accounting database, if the cluster has one."""
+    if shutil.which("sacct") is None:
+        return {}
+    try:
+        fields = "JobID,State,ExitCode,NodeList"
+        text = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", f"--format={fields}")
+    except SubmitError:
+        return {}
+    states = {}
+    for line in text.splitlines():
+        number, state, code, nodes = line.split("|")
+        word = state.split()[0]
+        reason = "" if code.startswith("0:") else f"exit code {code.partition(':')[0]}"
+        states[number] = JobState(word, reason, "" if nodes == "None assigned" else nodes)
+    return states
+
+
+def _expand(tasks: str) -> list[int]:
+    """`0-2,5%4` as 0, 1, 2, 5."""
+    found: list[int] = []
+    for part in tasks.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _ask(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    command: Sequence[str] = (program, *arguments)
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
+    except FileNotFoundError:
+        raise SubmitError(f"there is no {program} on the PATH; run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SubmitError(f"{program} did not answer within {_TIMEOUT_S} s; is the Slurm controller up?") from None
+    if ended.returncode:
+        said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
+        raise SubmitError(f"{program} refused: {said}")
+    return ended.stdout

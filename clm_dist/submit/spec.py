@@ -1,0 +1,151 @@
+"""What is submitted, wherever to: the runs of a submission, and where its files lie. Knows no cluster.
+
+    <runs>/.submitted/NAME/submission.json   what was submitted, and the number it got
+                           script            as it was submitted
+                           job.yaml          the resolved job, which the script runs
+                           log               the driver's, over all attempts
+                           nodes/HOST.log    what the host's Ray did; nodes/HOST/ATTEMPT/ holds Ray's own logs
+                           token, attempt    of the attempt that runs
+
+Of a sweep each run has the files from job.yaml on in a directory of its own, `NAME/0`, `NAME/1`, ...
+"""
+
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from clm_dist.errors import ConfigError
+from clm_dist.job import field_names
+from clm_dist.run_dir import damaged, read_json, write_json
+
+_DIRECTORY = ".submitted"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run of a submission."""
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log"
+
+    @property
+    def nodes(self) -> Path:
+        return self.root / "nodes"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, or a sweep of them, that was given to a cluster."""
+
+    name: str
+    backend: Literal["slurm"]
+    runs: Path
+    """Directory of the runs."""
+    run_names: tuple[str, ...]
+    sweep: bool = False
+    job_id: str | None = None
+    prepare_id: str | None = None
+    """The job that prepares first."""
+    submitted: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+    @property
+    def root(self) -> Path:
+        return self.runs / _DIRECTORY / self.name
+
+    @property
+    def script(self) -> Path:
+        return self.root / "script"
+
+    def files(self, task: int) -> RunFiles:
+        """Of one of its runs."""
+        return RunFiles(self.root / str(task) if self.sweep else self.root)
+
+    def task_id(self, task: int) -> str:
+        """What the cluster calls one of its runs."""
+        return f"{self.job_id}_{task}" if self.sweep else str(self.job_id)
+
+    def write(self) -> None:
+        write_json(self.root / "submission.json", asdict(self) | {"runs": str(self.runs)})
+
+    @classmethod
+    def read(cls, root: Path) -> "Submission":
+        """Raises ConfigError where the file is damaged."""
+        path = root / "submission.json"
+        values = read_json(path)
+        try:
+            # The runs may have been moved.
+            return cls(**values | {"runs": root.parent.parent, "run_names": tuple(values["run_names"])})
+        except (TypeError, KeyError) as error:
+            raise damaged(path, f"{error!r}") from None
+
+
+def submissions(runs: Path) -> list[Submission]:
+    """All that were submitted with these runs, the newest first."""
+    found = [Submission.read(path.parent) for path in (runs / _DIRECTORY).glob("*/submission.json")]
+    return sorted((one for one in found if one.job_id), key=lambda one: one.submitted, reverse=True)
+
+
+def find_submission(runs: Path, which: str | None) -> Submission:
+    """The submission of a name, a run's name or a job's number; the last one for None.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = submissions(runs)
+    if which is None and found:
+        return found[0]
+    for one in found:
+        if which in (one.name, *one.run_names, one.job_id, one.prepare_id):
+            return one
+    where = f"from {runs}; --runs names another directory"
+    if which is None:
+        raise ConfigError(f"nothing was submitted {where}, and `clm-dist submit slurm JOB` submits")
+    names = ", ".join(one.name for one in found[:8])
+    raise ConfigError(f"no submission {which} {where}" + (f" (there: {names})" if names else ""))
+
+
+def sweep_settings(sweeps: Sequence[str]) -> list[list[str]]:
+    """The settings of each run of a sweep: `["learning_rate=1e-5,2e-5"]` is
+    `[["train.learning_rate=1e-5"], ["train.learning_rate=2e-5"]]`; of several, every combination.
+
+    Raises:
+        ConfigError: it names no field or several, or has no values.
+    """
+    choices = []
+    for sweep in sweeps:
+        name, equals, values = sweep.partition("=")
+        if not equals or not all(value.strip() for value in values.split(",")):
+            raise ConfigError(f"--array {sweep}: write it as field=value,value, e.g. learning_rate=1e-5,2e-5")
+        dotted = _field_of(name, sweep)
+        choices.append([f"{dotted}={value.strip()}" for value in values.split(",")])
+    return [list(settings) for settings in itertools.product(*choices)]
+
+
+def sweep_name(name: str, settings: Sequence[str]) -> str:
+    """The name of a run of a sweep: `eli5-learning_rate-1e-5`."""
+    pairs = [setting.partition("=") for setting in settings]
+    labels = [f"{dotted.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9._-]+', '-', value)}" for dotted, _, value in pairs]
+    return "-".join([name, *labels])
+
+
+def _field_of(name: str, sweep: str) -> str:
+    """A field's dotted name, from that or from its last part alone."""
+    if "." in name:
+        return name
+    fields = [f for f in field_names() if f.rpartition(".")[2] == name]
+    if len(fields) != 1:
+        problem = f"could be {', '.join(fields)}; write one of them" if fields else "is no field of a job"
+        raise ConfigError(f"--array {sweep}: {name} {problem}")
+    return fields[0]
