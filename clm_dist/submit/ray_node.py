@@ -95,6 +95,7 @@ class RayNode:
         self._host = socket.gethostname()
         # Short, because sockets lie there, and local, because they cannot lie on a network file system.
         self._local = Path(f"/tmp/clm-dist-{environment['SLURM_JOB_ID']}")
+        self._of_driver = Path(f"{self._local}-driver")
         self._environment = environment
         self._told = False
 
@@ -112,7 +113,8 @@ class RayNode:
         finally:
             end_descendants()
             self._keep_logs()
-            shutil.rmtree(self._local, ignore_errors=True)
+            for directory in (self._local, self._of_driver):
+                shutil.rmtree(directory, ignore_errors=True)
 
     def _keep(self) -> int:
         while not self._is_over():

@@ -225,7 +225,7 @@ _RUN = """\
 # - Step 0 runs one Ray node a host; the driver, `clm_dist run`, runs in this script, on the first host.
 # - A signal USR1 (time limit, preemption) makes the driver save a checkpoint and exit with 75. Then, and where Ray
 #   has failed, the job requeues itself and goes on from the last checkpoint.
-# - Local files are in /tmp/clm-dist-JOBID, which step 0 removes. Logs are in the directory that `state` names.
+# - Local files are in /tmp/clm-dist-JOBID*, which step 0 removes. Logs are in the directory that `state` names.
 {options}
 
 state={state}
@@ -238,7 +238,7 @@ set -uo pipefail
 
 # --- what Ray's nodes and the driver need to know
 attempt=${{SLURM_RESTART_COUNT:-0}}
-say() {{ printf '%(%F %T)T job %s, attempt %s: %s\n' -1 "$SLURM_JOB_ID" "$attempt" "$*"; }}
+say() {{ printf '%(%F %T)T job %s, attempt %s: %s\\n' -1 "$SLURM_JOB_ID" "$attempt" "$*"; }}
 if [ "$attempt" -gt "$max_requeues" ]; then
     say "this is requeue $attempt, and cluster.slurm.max_requeues is $max_requeues"
     exit 1
@@ -250,8 +250,10 @@ export RAY_ADDRESS=$head:$((20000 + (SLURM_JOB_ID + 1009 * attempt) % 10000))
 export CLM_DIST_NODES=$SLURM_JOB_NUM_NODES
 # Who reaches Ray's ports could run programs as this user, so Ray asks for a token.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
-(umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$state/token")
+(umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' >"$state/token")
 export no_proxy=${{no_proxy:+$no_proxy,}}$head NO_PROXY=${{NO_PROXY:+$NO_PROXY,}}$head
+tmp=/tmp/clm-dist-$SLURM_JOB_ID-driver       # step 0 removes it, too, in case this script is killed
+(umask 077; mkdir -p "$tmp")
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK      # srun no longer takes it from sbatch
 # Ray's nodes end when this file no longer says that the attempt runs: at its end, or when a later one has begun.
 echo "$SLURM_JOB_ID.$attempt" >"$state/attempt"
@@ -263,7 +265,7 @@ trap 'told=USR1' USR1
 trap 'told=TERM' TERM
 {srun} --kill-on-bad-exit={on_bad_exit} {python} -m clm_dist.submit.ray_node "$state" "$SLURM_JOB_ID.$attempt" &
 ray=$!
-{driver} "$state/job.yaml" &
+TMPDIR=$tmp {driver} "$state/job.yaml" &
 driver=$!
 while kill -0 $driver 2>/dev/null && kill -0 $ray 2>/dev/null; do
     if [ "$told" != "$passed" ]; then say "signal $told"; kill -"$told" $driver; passed=$told; fi
@@ -283,7 +285,7 @@ esac
 echo "ended" >"$state/attempt"
 for ((i = 0; i < 100; i++)); do kill -0 $ray 2>/dev/null || break; sleep 0.2; done
 kill -KILL $ray 2>/dev/null
-rm -f "$state/token"
+rm -rf "$state/token" "$tmp"
 case $status in 0 | 2 | 126 | 127) exit $status ;; esac     # done, or the fault of the job file or the environment
 if [ "$told" = TERM ]; then exit 143; fi                    # Slurm requeues by itself, or the job is cancelled
 if [ $status -ne 75 ] && [ -z "$told$failed" ]; then exit $status; fi
