@@ -1,7 +1,10 @@
 """What tests look at in a run's checkpoints."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from clm_dist.checkpoints import Checkpoints
-from clm_dist.run_dir import RunDir
+from clm_dist.run_dir import RunDir, read_records
 
 
 def checkpoints_of(run: RunDir) -> Checkpoints:
@@ -11,3 +14,50 @@ def checkpoints_of(run: RunDir) -> Checkpoints:
 def saved_steps(run: RunDir) -> list[int]:
     """Steps of the committed checkpoints."""
     return [int(name.split("-")[1]) for name in checkpoints_of(run).committed()]
+
+
+class RunView:
+    """A run as its files show it, also while it is trained."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in read_records(self.run.metrics) if record["kind"] == kind]
+
+    def last_step(self) -> int:
+        """The last step that is on disk."""
+        return max((record["step"] for record in self.records("step")), default=0)
+
+    def starts(self) -> list[tuple[int, int]]:
+        """After which step, and with how many workers."""
+        return [(record["step"], record["workers"]) for record in self.records("start")]
+
+    def has_step_of_start(self, number: int) -> bool:
+        """Whether a step is finished since the workers started for the so many-th time."""
+        starts = self.starts()
+        return len(starts) >= number and self.last_step() > starts[number - 1][0]
+
+    def weights(self) -> bytes:
+        return (self.run.final / "model.safetensors").read_bytes()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run held against one that nobody touched."""
+
+    same_weights: bool
+    same_blocks: bool
+    """Every step once, in order, and computed from the same blocks."""
+    loss_deviation: float
+    """The largest of a step, relative."""
+
+
+def compare(one: RunView, other: RunView) -> Comparison:
+    steps, others = one.records("step"), other.records("step")
+    pairs = list(zip(steps, others, strict=False))
+    return Comparison(
+        same_weights=one.weights() == other.weights(),
+        same_blocks=[(s["step"], s["blocks"]) for s in steps] == [(s["step"], s["blocks"]) for s in others],
+        loss_deviation=max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs),
+    )

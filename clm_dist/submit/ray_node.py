@@ -94,7 +94,7 @@ class RayNode:
         self._address = environment["RAY_ADDRESS"]
         self._host = socket.gethostname()
         # Short, because sockets lie there, and local, because they cannot lie on a network file system.
-        self._local = Path(f"/tmp/clm-dist-{environment['SLURM_JOB_ID']}")
+        self._local = Path(f"/tmp/clm-dist-{attempt}")
         self._of_driver = Path(f"{self._local}-driver")
         self._environment = environment
         self._told = False
@@ -184,9 +184,11 @@ class RayNode:
         return {name: value for name, value in environment.items() if name not in _OF_A_TASK}
 
     def _make_local(self) -> None:
-        if self._local.exists() and self._local.stat().st_uid == os.getuid():
-            shutil.rmtree(self._local)  # of an attempt that was killed
+        for directory in Path("/tmp").glob("clm-dist-*[0-9]"):
+            _remove_unless_in_use(directory)
         self._local.mkdir(mode=0o700)
+        # Held until this process ends, however it ends.
+        fcntl.flock(os.open(self._local, os.O_RDONLY), fcntl.LOCK_EX)
         (self._state / "nodes").mkdir(exist_ok=True)
 
     def _keep_logs(self) -> None:
@@ -197,6 +199,18 @@ class RayNode:
     def _say(self, text: str) -> None:
         with (self._state / "nodes" / f"{self._host}.log").open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} attempt {self._attempt}: {text}\n")
+
+
+def _remove_unless_in_use(directory: Path) -> None:
+    """Remove the local files of a job of this user that could not: killed without a warning, or by a power cut."""
+    with contextlib.suppress(OSError):  # another user's, or another process was quicker
+        handle = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory)
+            shutil.rmtree(f"{directory}-driver")
+        finally:
+            os.close(handle)
 
 
 def end_descendants() -> None:

@@ -252,11 +252,12 @@ export CLM_DIST_NODES=$SLURM_JOB_NUM_NODES
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' >"$state/token")
 export no_proxy=${{no_proxy:+$no_proxy,}}$head NO_PROXY=${{NO_PROXY:+$NO_PROXY,}}$head
-tmp=/tmp/clm-dist-$SLURM_JOB_ID-driver       # step 0 removes it, too, in case this script is killed
+tmp=/tmp/clm-dist-$SLURM_JOB_ID.$attempt-driver     # step 0 removes it, too, in case this script is killed
 (umask 077; mkdir -p "$tmp")
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK      # srun no longer takes it from sbatch
-# Ray's nodes end when this file no longer says that the attempt runs: at its end, or when a later one has begun.
+# The attempt runs while this file says so: the head's end writes another word, a later attempt its own number.
 echo "$SLURM_JOB_ID.$attempt" >"$state/attempt"
+current() {{ local now; now=$(cat "$state/attempt" 2>/dev/null) || return 0; [ "$now" = "$SLURM_JOB_ID.$attempt" ]; }}
 
 # --- Ray, and the driver
 say "hosts $SLURM_JOB_NODELIST, Ray at $RAY_ADDRESS"
@@ -267,7 +268,7 @@ trap 'told=TERM' TERM
 ray=$!
 TMPDIR=$tmp {driver} "$state/job.yaml" &
 driver=$!
-while kill -0 $driver 2>/dev/null && kill -0 $ray 2>/dev/null; do
+while kill -0 $driver 2>/dev/null && kill -0 $ray 2>/dev/null && current; do
     if [ "$told" != "$passed" ]; then say "signal $told"; kill -"$told" $driver; passed=$told; fi
     sleep 1 & wait $!
 done
@@ -275,12 +276,12 @@ if kill -KILL $driver 2>/dev/null; then say "Ray has ended"; failed=1; fi
 wait $driver
 status=$?
 say "the driver ended with $status"
-[ $status -eq 0 ] || {{ sleep 2; kill -0 $ray 2>/dev/null || failed=1; }}   # without Ray it ends, too
+[ $status -eq 0 ] || {{ sleep 2; kill -0 $ray 2>/dev/null && current || failed=1; }}     # without Ray it ends, too
 
 # --- the end
 case $(cat "$state/attempt") in
     ended | "$SLURM_JOB_ID.$attempt") ;;
-    *) say "a later attempt has begun"; exit 1 ;;
+    *) say "a later attempt has begun"; kill -KILL $ray; exit 1 ;;
 esac
 echo "ended" >"$state/attempt"
 for ((i = 0; i < 100; i++)); do kill -0 $ray 2>/dev/null || break; sleep 0.2; done

@@ -22,9 +22,9 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from clm_dist.job import load_job
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.run_dir import RunDir
 from tests.conftest import tiny_job, write_corpus
-from tests.runs import saved_steps
+from tests.runs import RunView, compare, saved_steps
 
 TIMEOUT_S = 180
 BEGIN = 70
@@ -90,7 +90,7 @@ def some_nodes() -> Iterator[Nodes]:
         nodes.close()
 
 
-class Command:
+class Command(RunView):
     """`clm-dist run` of the tiny job in a process of its own; its runs and its store lie in a directory."""
 
     def __init__(self, directory: Path, *settings: str) -> None:
@@ -99,7 +99,7 @@ class Command:
         self._job = directory / "tiny.yaml"
         self._job.write_text(yaml.safe_dump(tiny_job(write_corpus(directory))))
         self._job.write_text(yaml.safe_dump(load_job(self._job, settings).config.model_dump(mode="json")))
-        self.run = RunDir(directory / "runs" / "tiny")
+        super().__init__(RunDir(directory / "runs" / "tiny"))
         self._said = directory / "said.txt"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -137,25 +137,6 @@ class Command:
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.02)
         return time.monotonic()
-
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in read_records(self.run.metrics) if record["kind"] == kind]
-
-    def last_step(self) -> int:
-        """The last step that is on disk."""
-        return max((record["step"] for record in self.records("step")), default=0)
-
-    def starts(self) -> list[tuple[int, int]]:
-        """After which step, and with how many workers."""
-        return [(record["step"], record["workers"]) for record in self.records("start")]
-
-    def has_step_of_start(self, number: int) -> bool:
-        """Whether a step is finished since the workers started for the so many-th time."""
-        starts = self.starts()
-        return len(starts) >= number and self.last_step() > starts[number - 1][0]
-
-    def weights(self) -> bytes:
-        return (self.run.final / "model.safetensors").read_bytes()
 
 
 @dataclass(frozen=True)
@@ -265,27 +246,6 @@ def drain_elastic(directory: Path, grace_s: float = 10) -> Seen:
         f"end of the {grace_s:g} s to the next finished step, with 1": shrunk - drained - grace_s,
     }
     return Seen(command, (code,), step, times)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A run held against one that nobody touched."""
-
-    same_weights: bool
-    same_blocks: bool
-    """Every step once, in order, and computed from the same blocks."""
-    loss_deviation: float
-    """The largest of a step, relative."""
-
-
-def compare(command: Command, other: Command) -> Comparison:
-    steps, others = command.records("step"), other.records("step")
-    pairs = list(zip(steps, others, strict=False))
-    return Comparison(
-        same_weights=command.weights() == other.weights(),
-        same_blocks=[(s["step"], s["blocks"]) for s in steps] == [(s["step"], s["blocks"]) for s in others],
-        loss_deviation=max(abs(one["loss"] / two["loss"] - 1) for one, two in pairs),
-    )
 
 
 DRILLS: dict[str, tuple[Callable[[Path], Seen], Sequence[str]]] = {
