@@ -281,7 +281,7 @@ say "the driver ended with $status"
 # --- the end
 case $(cat "$state/attempt") in
     ended | "$SLURM_JOB_ID.$attempt") ;;
-    *) say "a later attempt has begun"; kill -KILL $ray; exit 1 ;;
+    *) say "a later attempt has begun"; kill -KILL $ray; rm -rf "$tmp"; exit 1 ;;
 esac
 echo "ended" >"$state/attempt"
 for ((i = 0; i < 100; i++)); do kill -0 $ray 2>/dev/null || break; sleep 0.2; done
