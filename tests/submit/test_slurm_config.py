@@ -1,0 +1,133 @@
+"""The section cluster.slurm: what a job file may say, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+
+from clm_dist.errors import ConfigError
+from clm_dist.job import job_text, load_job
+from clm_dist.slurm_config import SlurmConfig
+
+GOOD = "name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a job.yaml"
+
+
+def slurm_of(path: Path, text: str, *overrides: str) -> SlurmConfig:
+    """The section of a job whose cluster.slurm is one line, the fourth."""
+    path.write_text(f"{GOOD}cluster: {{slurm: {{{text}}}}}\n")
+    return load_job(path, overrides).config.cluster.slurm
+
+
+def error_of(path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        slurm_of(path, text, *overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "time", ["90", "90:30", "2:00:00", "100:00:00", "1-12", "1-12:30", "1-12:30:15", "UNLIMITED", "infinite"]
+)
+def test_every_time_that_slurm_reads_is_taken_as_it_is(path: Path, time: str) -> None:
+    assert slurm_of(path, f'time: "{time}"').time == time
+    assert slurm_of(path, "", f'cluster.slurm.time="{time}"').time == time
+    # The saved job gives it back as a text.
+    path.write_text(job_text(load_job(path, [f'cluster.slurm.time="{time}"']).config))
+    assert load_job(path).config.cluster.slurm.time == time
+
+
+@pytest.mark.parametrize(
+    "time", ["2h", "two hours", "1:2:3:4", "-5", "1-", ":30", "2:00:", "1-12:00:00:00", "", "1\\n"]
+)
+def test_what_is_no_time_is_refused_with_its_line(path: Path, time: str) -> None:
+    said = error_of(path, f'time: "{time}"')
+    assert said.startswith(f"{path}:4: cluster.slurm.time is ")
+    assert said.endswith(": no time of Slurm; it takes minutes, [hours:]minutes:seconds or days-hours[:minutes]")
+
+
+def test_a_time_that_yaml_reads_as_a_number_is_refused(path: Path) -> None:
+    advice = 'a number; write it in quotes, "2:00:00"; it takes minutes'
+    assert f"{path}:4: cluster.slurm.time is 7200: {advice}" in error_of(path, "time: 2:00:00")
+    assert f"{path}:4: cluster.slurm.prepare.time is 7200: {advice}" in error_of(path, "prepare: {time: 2:00:00}")
+    assert f"cluster.slurm.time is 90: {advice}" in error_of(path, "time: 90")
+    said = error_of(path, "", "cluster.slurm.time=2:00:00")
+    assert said.startswith(f"--set cluster.slurm.time=2:00:00: cluster.slurm.time is 7200: {advice}")
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        ("nodes: 2", "nodes has a place of its own: cluster.slurm.nodes"),
+        ("job-name: a", "job-name has a place of its own: name"),
+        ("array: 0-3", "array has a place of its own: --array"),
+        ("gpus: 2", "gpus has a place of its own: cluster.slurm.gpus_per_node"),
+        ("no-requeue: true", "no-requeue has a place of its own: cluster.slurm.max_requeues"),
+        ("signal: USR2", "signal has a place of its own: cluster.slurm.signal_s"),
+        ("output: log", "output is set by clm-dist, which rests on it; leave it out"),
+        ("wrap: true", "wrap is set by clm-dist, which rests on it; leave it out"),
+        ("ntasks: 3", "ntasks is set by clm-dist, which rests on it; leave it out"),
+        ("--exclusive: true", "'--exclusive' is no long option of sbatch; write it without dashes in front"),
+        ("C: a100", "'C' is no long option of sbatch"),
+        ('"comment=a b": true', "'comment=a b' is no long option of sbatch"),
+        ('"exclusive\\n#SBATCH": true', "is no long option of sbatch"),
+        ('comment: "a\\nb"', "it must be text without line breaks, which #SBATCH cannot hold"),
+        ('comment: ""', "it must be text without line breaks"),
+    ],
+)
+def test_an_option_that_cannot_be_set_says_where_its_place_is(path: Path, option: str, field: str) -> None:
+    for section, name in (("{}", "cluster.slurm.options"), ("prepare: {{{}}}", "cluster.slurm.prepare.options")):
+        said = error_of(path, section.format(f"options: {{{option}}}"))
+        assert said.startswith(f"{path}:4: {name} is ")
+        assert field in said
+
+
+def test_any_other_option_is_passed_through_with_its_type(path: Path) -> None:
+    options = slurm_of(
+        path, 'options: {exclusive: true, mem: 0, comment: "it\'s # 5%", hold: false, qos: null}'
+    ).options
+    assert options == {"exclusive": True, "mem": 0, "comment": "it's # 5%", "hold": False, "qos": None}
+    assert options["exclusive"] is True
+    assert options["mem"] is not False
+
+
+@pytest.mark.parametrize("field", ["partition", "account", "prepare: {partition", "container: {image"])
+def test_a_line_break_cannot_get_into_an_option(path: Path, field: str) -> None:
+    close = "}" if "{" in field else ""
+    assert "it must be text without line breaks" in error_of(path, f'{field}: "a\\n#SBATCH --wrap=ls"{close}')
+
+
+def test_two_environments_are_one_too_many(path: Path) -> None:
+    assert error_of(path, "venv: /a, conda: b") == (
+        f"{path}:4: cluster.slurm has venv and conda; keep one of them and set the other to null"
+    )
+    said = error_of(path, "conda: b", "cluster.slurm.container.image=a.sif")
+    assert "cluster.slurm has conda and container; keep one of them" in said
+    assert slurm_of(path, "venv: /a, conda: b", "cluster.slurm.venv=null").conda == "b"
+
+
+def test_an_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
+    assert error_of(path, "partitoin: gpu") == (
+        f"{path}:4: unknown key cluster.slurm.partitoin; did you mean partition?"
+    )
+    assert "unknown key cluster.slurm.prepare.cpu; did you mean cpus?" in error_of(path, "prepare: {cpu: 3}")
+    assert "unknown key cluster.slurm.container.img; did you mean image?" in error_of(path, "container: {img: a}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodes: 0", "cluster.slurm.nodes is 0: input should be greater than 0"),
+        ("nodes: true", "cluster.slurm.nodes is True: input should not be true or false"),
+        ("gpus_per_node: -1", "cluster.slurm.gpus_per_node is -1: input should be greater than or equal to 0"),
+        ("max_requeues: -1", "cluster.slurm.max_requeues is -1: input should be greater than or equal to 0"),
+        ("signal_s: 0", "cluster.slurm.signal_s is 0: input should be greater than 0"),
+        ('interface: "ib0; ls"', "cluster.slurm.interface is 'ib0; ls': string should match pattern"),
+        ('modules: ["cuda; ls"]', "cluster.slurm.modules is 'cuda; ls': string should match pattern"),
+        ("container: {image: a, runtime: docker}", "cluster.slurm.container.runtime is 'docker': input should be"),
+    ],
+)
+def test_a_wrong_value_names_field_value_and_line(path: Path, text: str, message: str) -> None:
+    assert error_of(path, text).startswith(f"{path}:4: {message}")
