@@ -1,0 +1,183 @@
+"""A whole script on a host that there is not: what it passes on, how it ends, and when it requeues itself."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from clm_dist.submit.slurm import render_run
+from tests.submit.fakes import full_job, request_of, submission
+
+_WAIT_S = 20
+_PROGRAMS = {
+    # Ray works until the attempt ends, or until it is told to fail; the driver does what a test wrote.
+    "python": """
+case "$2" in
+    clm_dist.submit.ray_node)
+        while [ "$(<"$3"/attempt)" = "$4" ] && [ ! -f "$HERE/ray-fails" ]; do /usr/bin/sleep 0.02; done
+        [ ! -f "$HERE/ray-fails" ] || exit 1 ;;
+    clm_dist)
+        env >"$HERE/environment"
+        stat -c %a "$RAY_AUTH_TOKEN_PATH" "$TMPDIR" >"$HERE/modes"
+        echo "$*" >"$HERE/part" && mv "$HERE/part" "$HERE/driver-started"
+        . "$HERE/driver" ;;
+esac
+""",
+    "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
+    "scontrol": '[ "$1" = requeue ] && echo "$2" >>"$HERE/requeued"\n[ "$1" = requeue ] || echo n1',
+    # Seconds are short here, and what waits for Slurm to end it is ended.
+    "sleep": '[ "$1" = 300 ] || exec /usr/bin/sleep 0.05',
+}
+_WORKS = "while true; do /usr/bin/sleep 0.02; done"
+
+
+@dataclass
+class Host:
+    """Where scripts run, with programs that stand for Slurm's, Ray and the driver."""
+
+    here: Path
+    job_id: str
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def state(self) -> Path:
+        return submission(self.here / "it's the runs").root
+
+    def start(self, driver: str, *settings: str, restarts: int = 0) -> subprocess.Popen[str]:
+        """Start a job whose driver is some lines of bash."""
+        (self.here / "driver").write_text(driver)
+        one = request_of(submission(self.here / "it's the runs"), venv=self.here / "the venv")
+        script = self.here / "script"
+        script.write_text(render_run(full_job(*settings), one))
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HERE": str(self.here),
+            "SLURM_CONF": "/dev/null",  # a Slurm that is on this machine is not asked
+            "SLURM_JOB_ID": self.job_id,
+            "SLURM_JOB_NODELIST": "n1",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "32",
+            **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
+        }
+        command = ["bash", str(script)]
+        self.processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        return self.processes[-1]
+
+    def run(self, driver: str, *settings: str, restarts: int = 0) -> tuple[int, str]:
+        """The exit code of a job, and what it said."""
+        return self.end(self.start(driver, *settings, restarts=restarts))
+
+    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        said, _ = process.communicate(timeout=_WAIT_S)
+        return process.returncode, said
+
+    def wait_for_driver(self) -> None:
+        end = time.monotonic() + _WAIT_S
+        while not (self.here / "driver-started").exists():
+            assert time.monotonic() < end, "the driver did not start"
+            time.sleep(0.02)
+
+    @property
+    def requeued(self) -> bool:
+        return (self.here / "requeued").exists()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    programs = tmp_path / "the venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, text in _PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    made = Host(tmp_path, str(10_000_000 + os.getpid()))
+    made.state.mkdir(parents=True)
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.wait()
+    assert not Path(f"/tmp/clm-dist-{made.job_id}-driver").exists()
+
+
+@pytest.mark.parametrize(
+    ("driver", "restarts", "code", "requeued"),
+    [
+        ("exit 0", 0, 0, False),
+        ("exit 2", 0, 2, False),
+        ("exit 1", 0, 1, False),
+        ("exit 127", 0, 127, False),
+        ("exit 75", 0, 75, True),
+        ("exit 75", 19, 75, True),
+        ("exit 75", 20, 75, False),
+        ("touch $HERE/ray-fails; exit 1", 0, 1, True),
+        ("touch $HERE/ray-fails; exit 2", 0, 2, False),
+        ("touch $HERE/ray-fails; exit 0", 0, 0, False),
+        (f"touch $HERE/ray-fails; {_WORKS}", 0, 137, True),
+        (f"touch $HERE/ray-fails; {_WORKS}", 20, 137, False),
+    ],
+)
+def test_a_job_is_requeued_where_running_again_helps(
+    host: Host, driver: str, restarts: int, code: int, requeued: bool
+) -> None:
+    assert host.run(driver, restarts=restarts)[0] == code
+    assert host.requeued == requeued
+    assert (host.state / "attempt").read_text() == "ended\n"
+    assert not (host.state / "token").exists()
+
+
+def test_a_job_that_was_requeued_too_often_starts_nothing(host: Host) -> None:
+    code, said = host.run("exit 0", "cluster.slurm.max_requeues=2", restarts=3)
+    assert (code, host.requeued) == (1, False)
+    assert f"job {host.job_id}, attempt 3: this is requeue 3, and cluster.slurm.max_requeues is 2\n" in said
+    assert not (host.here / "driver-started").exists()
+
+
+@pytest.mark.parametrize(("number", "code", "requeued"), [(signal.SIGUSR1, 75, True), (signal.SIGTERM, 143, False)])
+def test_a_signal_reaches_the_driver_which_saves(host: Host, number: signal.Signals, code: int, requeued: bool) -> None:
+    name = number.name.removeprefix("SIG")
+    process = host.start(f"trap 'touch \"$HERE/saved\"; exit 75' {name}; {_WORKS}")
+    host.wait_for_driver()
+    process.send_signal(number)
+    ended, said = host.end(process)
+    assert (ended, host.requeued, (host.here / "saved").exists()) == (code, requeued, True)
+    assert f"signal {name}\n" in said
+    assert "the driver ended with 75\n" in said
+
+
+def test_an_attempt_that_a_later_one_has_replaced_touches_nothing(host: Host) -> None:
+    code, said = host.run(f"echo {host.job_id}.1 >{shlex.quote(str(host.state))}/attempt; exit 75")
+    assert (code, host.requeued) == (1, False)
+    assert "a later attempt has begun" in said
+    assert (host.state / "attempt").read_text() == f"{host.job_id}.1\n"
+    assert (host.state / "token").exists()
+    Path(f"/tmp/clm-dist-{host.job_id}-driver").rmdir()
+
+
+def test_the_driver_is_told_where_its_ray_is_and_has_a_token_that_nobody_reads(host: Host) -> None:
+    host.run("exit 0", "cluster.workers=[4,16]", restarts=4)
+    assert (host.here / "driver-started").read_text() == f"-m clm_dist run {host.state}/job.yaml\n"
+    assert (host.here / "modes").read_text() == "600\n700\n"
+    environment = dict(
+        line.split("=", 1) for line in (host.here / "environment").read_text().splitlines() if "=" in line
+    )
+    address, _, port = environment["RAY_ADDRESS"].rpartition(":")
+    assert int(port) == 20_000 + (int(host.job_id) + 4 * 1009) % 10_000
+    assert address in environment["NO_PROXY"]
+    assert environment["CLM_DIST_NODES"] == "2"
+    assert environment["CLM_DIST_RUNS"] == str(host.here / "it's the runs")
+    assert (environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN_PATH"]) == ("token", f"{host.state}/token")
+    assert environment["SRUN_CPUS_PER_TASK"] == "32"
+
+
+def test_each_attempt_has_a_port_of_its_own(host: Host) -> None:
+    ports = set()
+    for restarts in range(3):
+        host.run("exit 75", restarts=restarts)
+        text = (host.here / "environment").read_text()
+        ports.add(next(line for line in text.splitlines() if line.startswith("RAY_ADDRESS=")))
+    assert len(ports) == 3
