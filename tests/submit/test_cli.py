@@ -1,0 +1,229 @@
+"""`clm-dist submit slurm` and `cancel`: what is queued, what is refused, and what a person is told."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clm_dist.job import job_text, load_job
+from clm_dist.run_dir import write_json
+from clm_dist.submit.launch import local_places
+from clm_dist.submit.spec import Submission
+from tests.submit.fakes import Commands, FakeSlurm, request_of, submission
+
+
+def test_a_submission_leaves_job_and_script_and_says_its_number(commands: Commands, slurm: FakeSlurm) -> None:
+    said = commands.submit("--time", "2:00:00", "--partition", "gpu", "--gpus-per-node", 4, "--set", "train.seed=7")
+    assert said.code == 0, said.err
+    assert said.out.splitlines() == [
+        "submitted tiny as job 101",
+        "clm-dist status tiny · clm-dist logs -f tiny · clm-dist cancel tiny",
+    ]
+    files = commands.files()
+    assert slurm.calls("sbatch") == [["--parsable", str(files / "script")]]
+    script = (files / "script").read_text()
+    for line in ("--time=2:00:00", "--partition=gpu", "--gpus-per-node=4", f"--output='{files}/log'"):
+        assert f"\n#SBATCH {line}\n" in script
+    job = load_job(files / "job.yaml").config
+    assert (job.train.seed, job.cluster.slurm.time, job.cluster.slurm.gpus_per_node) == (7, "2:00:00", 4)
+    one = Submission.read(files)
+    assert (one.job_id, one.prepare_id, one.run_names, one.sweep) == ("101", None, ("tiny",), False)
+
+
+def test_a_dry_run_prints_what_is_submitted_and_asks_nobody(commands: Commands, slurm: FakeSlurm) -> None:
+    for name in ("sbatch", "sinfo", "scontrol", "scancel"):
+        slurm.remove(name)
+    said = commands.submit("--dry-run", "--partition", "nowhere")
+    assert (said.code, said.err) == (0, "")
+    assert not commands.runs.exists()
+    slurm.install("sbatch", "sinfo", "scontrol", "scancel")
+    slurm.answer("sinfo", "nowhere|(null)|1\n")
+    commands.submit("--partition", "nowhere")
+    assert (commands.files() / "script").read_text() == said.out
+
+
+def test_a_dry_run_prints_the_job_that_prepares_first(commands: Commands) -> None:
+    said = commands.submit("--dry-run", "--prepare-first")
+    assert said.out.index("#SBATCH --job-name=tiny-prepare\n") < said.out.index("#SBATCH --job-name=tiny\n")
+    assert said.out.count("#!/bin/bash") == 2
+
+
+def test_without_sbatch_nothing_is_written(commands: Commands, slurm: FakeSlurm) -> None:
+    slurm.remove("sbatch")
+    said = commands.submit()
+    assert (said.code, "error: there is no sbatch on the PATH" in said.err) == (1, True)
+    assert not commands.runs.exists()
+
+
+def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Commands, slurm: FakeSlurm) -> None:
+    slurm.refuse("sbatch", "sbatch: error: [bold]AssocGrpSubmitJobsLimit[/bold]\nsbatch: error: second line")
+    said = commands.submit()
+    assert said.code == 1
+    assert said.err.endswith(
+        "error: sbatch refused: sbatch: error: [bold]AssocGrpSubmitJobsLimit[/bold]\nsbatch: error: second line\n"
+    )
+    assert commands.call("status").err.startswith(f"error: nothing was submitted from {commands.runs}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--time", "2h"), "cluster.slurm.time is '2h': no time of Slurm"),
+        (("--nodes", 0), "cluster.slurm.nodes is 0: input should be greater than 0"),
+        (("--option", "output=x"), "output is set by clm-dist"),
+        (("--option", "nodes=3"), "nodes has a place of its own: cluster.slurm.nodes"),
+        (("--partition", "gup"), ": there is no partition gup; there are cpu, gpu\n"),
+        (("--gpus-per-node", 4), ": --gpus-per-node 4, and a node of the default partition has 0 at most"),
+        (
+            ("--set", "cluster.workers=2", "--set", "batch.global_size=16", "--partition", "gpu", "--gpus-per-node", 1),
+            "take --nodes 2 or --set cluster.workers=1",
+        ),
+        (("--array", "lr=1,2"), "--array lr=1,2: lr is no field of a job"),
+        (("--set", "train.epoch=3"), "--set train.epoch=3: unknown key train.epoch; did you mean epochs?"),
+        (("--array", "seed=1,2"), "--array seed=1,2: seed could be data.seed, train.seed; write one of them"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_queued(
+    commands: Commands, slurm: FakeSlurm, options: tuple[object, ...], message: str
+) -> None:
+    said = commands.submit(*options)
+    assert said.code == 2
+    assert said.err.startswith("error: --")
+    assert message in said.err
+    assert slurm.calls("sbatch") == []
+    assert not commands.runs.exists()
+
+
+def test_options_are_passed_through_as_they_are(commands: Commands, slurm: FakeSlurm) -> None:
+    said = commands.submit("--option", 'comment=it\'s # 5% "x" \\', "--option", "exclusive", "--option", "begin=16:00")
+    assert said.code == 0, said.err
+    lines = (commands.files() / "script").read_text().splitlines()
+    assert {"#SBATCH --exclusive", "#SBATCH --begin=16:00"} <= set(lines)
+    assert """#SBATCH --comment='it'"'"'s # 5% "x" \\\\'""" in lines
+
+
+def test_a_second_submission_of_a_queued_run_is_refused(commands: Commands, slurm: FakeSlurm) -> None:
+    commands.submit()
+    slurm.job(101, "JobState=PENDING Reason=Resources")
+    said = commands.submit("--overwrite")
+    assert said.code == 2
+    assert "the run tiny is queued or running already, as job 101; see it with `clm-dist status tiny`" in said.err
+    assert "end it with `clm-dist cancel tiny`, or make another run with --set name=..." in said.err
+    assert len(slurm.calls("sbatch")) == 1
+    # Another run is no second one, and a job that has ended is in nobody's way.
+    assert commands.submit("--set", "name=other").code == 0
+    slurm.job(101, "JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0")
+    assert commands.submit().out.startswith("submitted tiny as job 103")
+
+
+def finish(commands: Commands, slurm: FakeSlurm) -> Path:
+    """A run that is done, and of which Slurm knows nothing any more."""
+    commands.submit()
+    slurm.forget(101)
+    run = commands.runs / "tiny"
+    run.mkdir()
+    (run / "job.yaml").write_text(job_text(load_job(commands.job).config))
+    write_json(run / "result.json", {"name": "tiny", "status": "done"})
+    return run
+
+
+def test_a_run_that_is_done_is_refused_and_stays(commands: Commands, slurm: FakeSlurm) -> None:
+    run = finish(commands, slurm)
+    said = commands.submit()
+    assert said.code == 2
+    assert f"the run {run} is done already; start it again with --overwrite, or make another run" in said.err
+    assert (len(slurm.calls("sbatch")), (run / "result.json").exists()) == (1, True)
+
+
+def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(commands: Commands, slurm: FakeSlurm) -> None:
+    run = finish(commands, slurm)
+    slurm.refuse("sbatch", "sbatch: error: no", call=2)
+    assert commands.submit("--overwrite").code == 1
+    assert (run / "result.json").exists()
+    assert commands.submit("--overwrite").code == 0
+    assert not run.exists()
+    assert (commands.files() / "submission.json").exists()
+
+
+def test_a_run_with_another_job_goes_on_with_resume(commands: Commands, slurm: FakeSlurm) -> None:
+    finish(commands, slurm)
+    said = commands.submit("--set", "train.epochs=9")
+    assert "exists with another job (different: train.epochs)" in said.err
+    assert commands.submit("--set", "train.epochs=9", "--resume").code == 0
+    assert "-m clm_dist run --resume " in (commands.files() / "script").read_text()
+
+
+def test_the_job_waits_for_the_one_that_prepares(commands: Commands, slurm: FakeSlurm) -> None:
+    said = commands.submit("--prepare-first")
+    assert said.out.startswith("submitted tiny as job 102 after job 101, which prepares\n")
+    first, second = slurm.calls("sbatch")
+    assert first == ["--parsable", str(commands.files() / "prepare-script")]
+    chained = ["--dependency=afterok:101", "--kill-on-invalid-dep=yes"]
+    assert second == ["--parsable", *chained, str(commands.files() / "script")]
+    assert Submission.read(commands.files()).prepare_id == "101"
+
+
+def test_a_dependency_of_one_s_own_comes_on_top(commands: Commands, slurm: FakeSlurm) -> None:
+    commands.submit("--prepare-first", "--option", "dependency=afterany:7")
+    assert "--dependency=afterok:101,afterany:7" in slurm.calls("sbatch")[1]
+    commands.submit("--set", "name=other", "--option", "dependency=afterany:7")
+    assert "#SBATCH --dependency=afterany:7\n" in (commands.files("other") / "script").read_text()
+
+
+def test_a_refused_job_takes_the_one_that_prepares_with_it(commands: Commands, slurm: FakeSlurm) -> None:
+    slurm.refuse("sbatch", "sbatch: error: no GPUs for you", call=2)
+    said = commands.submit("--prepare-first")
+    assert (said.code, "sbatch: error: no GPUs for you" in said.err) == (1, True)
+    assert slurm.calls("scancel") == [["101"]]
+    assert not (commands.files() / "submission.json").exists()
+
+
+def test_places_on_one_host_s_disk_are_warned_of(commands: Commands) -> None:
+    said = commands.submit()
+    for option, place in (("--runs", commands.runs), ("--store", commands.store)):
+        assert f"warning: {option} {place} looks like a disk of this host alone; every node must see it." in said.err
+    shared = request_of(submission(), store="s3://bucket/tmp")
+    assert local_places(shared) == []
+    assert local_places(request_of(submission(), store="/tmpfoo/store")) == []
+    assert local_places(request_of(submission(Path("/local/runs")))) == ["--runs /local/runs"]
+
+
+def test_gpus_that_are_missing_or_idle_are_warned_of(commands: Commands) -> None:
+    without, idle = "no GPUs are asked for, so this trains on CPUs", "3 of the GPUs stay idle: cluster.workers is 1"
+    said = commands.submit()
+    assert (without in said.err, "idle" in said.err) == (True, False)
+    said = commands.submit("--set", "name=other", "--partition", "gpu", "--gpus-per-node", 4)
+    assert (without in said.err, idle in said.err) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "a\tb"])
+def test_a_directory_that_sbatch_cannot_write_to_is_refused(commands: Commands, slurm: FakeSlurm, name: str) -> None:
+    said = replace(commands, runs=commands.runs / name).submit()
+    assert said.code == 2
+    assert "has a backslash or a line break, with which Slurm finds no path to a log" in said.err
+    assert slurm.calls("sbatch") == []
+
+
+def test_what_is_cancelled_twice_had_ended(commands: Commands, slurm: FakeSlurm) -> None:
+    commands.submit("--prepare-first")
+    slurm.job(101, "JobState=RUNNING Reason=None NodeList=n1")
+    slurm.job(102, "JobState=PENDING Reason=Dependency")
+    said = commands.call("cancel")
+    assert said.out.startswith(
+        "cancelled job 102; `clm-dist submit` with the same job goes on from its last checkpoint"
+    )
+    assert slurm.calls("scancel") == [["101"], ["102"]]
+    said = commands.call("cancel", "tiny")
+    assert (said.code, said.out) == (0, "job 102 has ended already; nothing to cancel\n")
+    assert len(slurm.calls("scancel")) == 2
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel"])
+def test_where_nothing_was_submitted_each_command_says_how(commands: Commands, command: str) -> None:
+    said = commands.call(command)
+    assert (said.code, said.out) == (2, "")
+    assert said.err == (
+        f"error: nothing was submitted from {commands.runs}; --runs names another directory, and "
+        "`clm-dist submit slurm JOB` submits\n"
+    )
+    assert "no submission x from" in commands.call(command, "x").err
