@@ -131,7 +131,9 @@ def job_states(job_id: str) -> dict[str, JobState]:
         SubmitError: Slurm does not answer.
     """
     try:
-        text = _ask("scontrol", "show", "job", "--oneliner", job_id)
+        # Of a list of an array's tasks it writes 64 characters otherwise.
+        whole = {**os.environ, "SLURM_BITSTR_LEN": "0"}
+        text = _ask("scontrol", "show", "job", "--oneliner", job_id, environment=whole)
     except SubmitError as error:
         if "Invalid job id" not in str(error):
             raise
@@ -205,11 +207,12 @@ def _accounted_states(job_id: str) -> dict[str, JobState]:
 
 
 def _expand(tasks: str) -> list[int]:
-    """`0-2,5%4` as 0, 1, 2, 5."""
+    """`0-2,5%4` as 0, 1, 2, 5, and `0-4:2` as 0, 2, 4."""
     found: list[int] = []
     for part in tasks.partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        ends, _, step = part.partition(":")
+        first, _, last = ends.partition("-")
+        found += range(int(first), int(last or first) + 1, int(step or 1))
     return found
 
 

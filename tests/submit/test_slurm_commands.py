@@ -165,6 +165,8 @@ def test_a_job_that_has_ended_says_how(slurm: FakeSlurm, line: str, reason: str)
         ("3", {3}),
         ("0-1", {0, 1}),
         ("1,3%1", {1, 3}),
+        ("0-6:2", {0, 2, 4, 6}),
+        ("1-7:3%2", {1, 4, 7}),
     ],
 )
 def test_tasks_of_an_array_that_wait_are_told_apart(slurm: FakeSlurm, tasks: str, waiting: set[int]) -> None:
@@ -178,6 +180,13 @@ def test_tasks_of_an_array_that_wait_are_told_apart(slurm: FakeSlurm, tasks: str
     assert {number for number, state in states.items() if state.state == "PENDING"} == {f"20_{n}" for n in waiting}
     assert states["20_9"].nodes == "n1"
     assert len(states) == len(waiting) + 1
+
+
+def test_slurm_is_asked_for_the_whole_list_of_tasks(slurm: FakeSlurm) -> None:
+    """It cuts one of more than 64 characters short otherwise."""
+    slurm.job(20, "JobState=PENDING Reason=Resources")
+    job_states("20")
+    assert slurm.environment("scontrol")["SLURM_BITSTR_LEN"] == "0"
 
 
 def test_a_job_that_slurm_has_forgotten_is_looked_up_in_the_accounts(slurm: FakeSlurm) -> None:
