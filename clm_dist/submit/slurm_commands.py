@@ -108,6 +108,13 @@ def num_gpus(gres: str) -> int:
     return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
 
 
+# Of sbatch, by other names than the options that a script has, or against what it rests on.
+_OVERRULING = {
+    *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_GPUS", "SBATCH_GPUS_PER_TASK", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
+    *("SBATCH_REQUEUE", "SBATCH_TIMELIMIT", "SBATCH_WAIT"),
+}
+
+
 def submit_script(script: Path, *options: str) -> str:
     """Queue a script; gives the job's number. Raises SubmitError with all that sbatch says."""
     own = set(re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -117,7 +124,7 @@ def submit_script(script: Path, *options: str) -> str:
 def _environment(options: set[str]) -> dict[str, str]:
     """This process's environment without what would overrule a script's own options."""
     # Inside a job, such as an interactive one, SLURM_* speaks of that; SBATCH_* goes before what the script says.
-    names = {f"SBATCH_{name.upper().replace('-', '_')}" for name in options} | {"SBATCH_TIMELIMIT"}
+    names = {f"SBATCH_{name.upper().replace('-', '_')}" for name in options} | _OVERRULING
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith("SLURM_") or k in names)}
 

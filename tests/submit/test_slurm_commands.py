@@ -105,6 +105,10 @@ def test_the_submitter_s_own_job_does_not_reach_into_the_new_one(
         "SBATCH_PARTITION": "old",
         "SBATCH_JOB_NAME": "other",
         "SBATCH_TIMELIMIT": "1",
+        "SBATCH_ARRAY_INX": "0-3",
+        "SBATCH_ERROR": "elsewhere",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_WAIT": "1",
     }
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "here", "SBATCH_ACCOUNT": "me", "A": "it's\nkept"}
     for name, value in {**gone, **kept}.items():
