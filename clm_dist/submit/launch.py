@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from clm_dist.config import JobConfig
@@ -53,7 +54,7 @@ def check_submission(
 def local_places(request: slurm.Request) -> list[str]:
     """Directories that every node must see, and that by their names are on one host's own disk."""
     places = {"--runs": str(request.submission.runs), "--store": request.store}
-    return [f"{name} {place}" for name, place in places.items() if place.startswith(tuple(f"{d}/" for d in _LOCAL))]
+    return [f"{name} {place}" for name, place in places.items() if any(Path(place).is_relative_to(d) for d in _LOCAL)]
 
 
 def submit(

@@ -186,6 +186,7 @@ def test_places_on_one_host_s_disk_are_warned_of(commands: Commands) -> None:
     assert local_places(shared) == []
     assert local_places(request_of(submission(), store="/tmpfoo/store")) == []
     assert local_places(request_of(submission(Path("/local/runs")))) == ["--runs /local/runs"]
+    assert local_places(request_of(submission(), store="/tmp")) == ["--store /tmp"]
 
 
 def test_gpus_that_are_missing_or_idle_are_warned_of(commands: Commands) -> None:
