@@ -95,6 +95,10 @@ def slurm(
     with located(job):
         for config in configs:
             check_size(config)
+        if twice := [name for name in submission.run_names if submission.run_names.count(name) > 1]:
+            raise ConfigError(f"--array: two of its runs would be {twice[0]}; give values that tell them apart")
+        if len({render_run(config, request) for config in configs}) > 1:
+            raise ConfigError("--array: its runs ask Slurm for different things; submit them one by one")
         if dry_run:
             if prepare_first:
                 typer.echo(render_prepare(configs[0], request))
