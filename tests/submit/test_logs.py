@@ -84,6 +84,16 @@ def test_runs_of_a_sweep_are_named_in_front_of_the_host(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_job_wrote_before_it_ended_is_not_missed(tmp_path: Path) -> None:
+    merged = Logs(submission(tmp_path))
+
+    def ended() -> bool:
+        write(merged.submission.files(0).log, "last")
+        return False
+
+    assert list(merged.follow(ended)) == ["[driver] last"]
+
+
 def test_following_ends_with_the_job_and_prints_its_last_lines(
     commands: Commands, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

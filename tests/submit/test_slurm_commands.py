@@ -124,7 +124,8 @@ def test_a_running_job_tells_hosts_attempt_and_time_left(slurm: FakeSlurm) -> No
     slurm.job(
         101,
         "JobName=a JobState=RUNNING Reason=None Requeue=1 Restarts=2 ExitCode=0:0 "
-        f"StartTime=2026-01-01T00:00:00 EndTime={end} ReqNodeList=(null) NodeList=n[1-2] Comment=JobState=FAILED",
+        f"StartTime=2026-01-01T00:00:00 EndTime={end} ReqNodeList=(null) NodeList=n[1-2] "
+        "Comment=was JobState=FAILED Restarts=9",
     )
     state = job_states("101")["101"]
     assert (state.state, state.reason, state.nodes, state.restarts) == ("RUNNING", "", "n[1-2]", 2)
