@@ -25,6 +25,8 @@ _OWN_OPTIONS = {
 }
 """Options of sbatch that have a field of their own, and its name."""
 _FIXED_OPTIONS = ("error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "wrap")
+_TIME_OPTIONS = ("begin", "deadline", "time-min")
+"""YAML reads 16:00 as the number 960."""
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
@@ -80,6 +82,8 @@ class SlurmPart(Section):
                 )
             if isinstance(value, str):
                 _one_line(value)
+            if name in _TIME_OPTIONS and isinstance(value, int):
+                raise PydanticCustomError("option", f'{name} is the number {value}; write it in quotes, "16:00"')
         return options
 
 

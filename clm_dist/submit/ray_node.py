@@ -62,6 +62,11 @@ def granted(environment: Mapping[str, str], *, available_mib: int, shm_mib: int)
     }
 
 
+def _in_words(amounts: Mapping[str, int]) -> str:
+    memory, store = amounts["memory"] // _MIB, amounts["object-store-memory"] // _MIB
+    return f"{amounts['num-cpus']} CPUs, {amounts['num-gpus']} GPUs, {memory} MiB and {store} MiB of object store"
+
+
 def address_towards(host: str) -> str:
     """The address of this host on the network that leads to another; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -94,7 +99,7 @@ class RayNode:
         self._address = environment["RAY_ADDRESS"]
         self._host = socket.gethostname()
         # Short, because sockets lie there, and local, because they cannot lie on a network file system.
-        self._local = Path(f"/tmp/clm-dist-{attempt}")
+        self._local = Path(f"/tmp/clm-dist-job-{attempt}")
         self._of_driver = Path(f"{self._local}-driver")
         self._environment = environment
         self._told = False
@@ -107,8 +112,8 @@ class RayNode:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self._make_local()
         try:
-            self._make_local()
             return self._keep()
         finally:
             end_descendants()
@@ -121,10 +126,12 @@ class RayNode:
             if not self._is_head and not self._head_answers():
                 time.sleep(_POLL_S)
                 continue
-            self._say(f"starting Ray, {'the head' if self._is_head else 'a node of ' + self._address}")
+            amounts = self._granted()
+            place = "the head" if self._is_head else f"a node of {self._address}"
+            self._say(f"starting Ray, {place}, with {_in_words(amounts)}")
             said = self._local / "ray-start.txt"
             with said.open("wb") as file:
-                ray = subprocess.Popen(self._command(), stdout=file, stderr=file, env=self._ray_environment())
+                ray = subprocess.Popen(self._command(amounts), stdout=file, stderr=file, env=self._ray_environment())
             while ray.poll() is None and not self._is_over():
                 time.sleep(_POLL_S)
             if self._is_over():
@@ -158,15 +165,17 @@ class RayNode:
             return False
         return True
 
-    def _command(self) -> list[str]:
+    def _granted(self) -> dict[str, int]:
+        free_shm = shutil.disk_usage("/dev/shm").free // _MIB
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
+        return granted(self._environment, available_mib=available, shm_mib=free_shm)
+
+    def _command(self, amounts: Mapping[str, int]) -> list[str]:
         host, _, port = self._address.rpartition(":")
         place = ["--head", f"--port={port}", "--include-dashboard=false"]
         if not self._is_head:
             place = [f"--address={self._address}"]
         own = host if self._is_head else address_towards(host)
-        free_shm = shutil.disk_usage("/dev/shm").free // _MIB
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
-        amounts = granted(self._environment, available_mib=available, shm_mib=free_shm)
         return [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *place,
@@ -184,7 +193,7 @@ class RayNode:
         return {name: value for name, value in environment.items() if name not in _OF_A_TASK}
 
     def _make_local(self) -> None:
-        for directory in Path("/tmp").glob("clm-dist-*[0-9]"):
+        for directory in Path("/tmp").glob("clm-dist-job-*[0-9]"):
             _remove_unless_in_use(directory)
         self._local.mkdir(mode=0o700)
         # Held until this process ends, however it ends.

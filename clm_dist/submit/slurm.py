@@ -90,7 +90,7 @@ def render_run(job: JobConfig, request: Request) -> str:
         max_requeues=slurm.max_requeues,
         environment=_environment_lines(slurm, request),
         find_head=_head_by_interface(slurm.interface) if slurm.interface else _HEAD_BY_ROUTE,
-        srun=" ".join(["srun", *(["--no-kill"] if job.cluster.elastic else []), *inside.step]),
+        srun=" ".join(["srun --export=ALL", *(["--no-kill"] if job.cluster.elastic else []), *inside.step]),
         on_bad_exit=0 if job.cluster.elastic else 1,
         python=inside.python,
         driver=" ".join([*inside.driver, inside.python, "-m clm_dist run", *(["--resume"] if request.resume else [])]),
@@ -134,7 +134,7 @@ class _Inside:
     """Options of srun for the step of Ray's nodes."""
     driver: Sequence[str] = ()
     """What stands before the driver's command."""
-    python: str = "python"
+    python: str = "python3"
 
     @classmethod
     def of(cls, slurm: SlurmConfig, request: Request) -> "_Inside":
@@ -148,7 +148,7 @@ class _Inside:
         options = (f"--container-image={image}", f"--container-mounts={mounts}")
         # Pyxis starts containers in steps only.
         return cls(
-            options, ("srun --overlap --nodes=1 --ntasks=1", '--nodelist="$SLURMD_NODENAME"', *options), "python3"
+            options, ("srun --export=ALL --overlap --nodes=1 --ntasks=1", '--nodelist="$SLURMD_NODENAME"', *options)
         )
 
 
@@ -203,7 +203,7 @@ def _environment_lines(slurm: SlurmConfig, request: Request) -> str:
     if slurm.setup:
         lines.append(slurm.setup.rstrip("\n"))
     if slurm.container is None:
-        lines.append("python -c 'import clm_dist' || exit 2")
+        lines.append("python3 -c 'import clm_dist' || exit 2")
     return "\n".join(lines)
 
 
@@ -225,7 +225,7 @@ _RUN = """\
 # - Step 0 runs one Ray node a host; the driver, `clm_dist run`, runs in this script, on the first host.
 # - A signal USR1 (time limit, preemption) makes the driver save a checkpoint and exit with 75. Then, and where Ray
 #   has failed, the job requeues itself and goes on from the last checkpoint.
-# - Local files are in /tmp/clm-dist-JOBID*, which step 0 removes. Logs are in the directory that `state` names.
+# - Local files are in /tmp/clm-dist-job-JOBID.*, which step 0 removes. Logs are in the directory that `state` names.
 {options}
 
 state={state}
@@ -252,7 +252,7 @@ export CLM_DIST_NODES=$SLURM_JOB_NUM_NODES
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' >"$state/token")
 export no_proxy=${{no_proxy:+$no_proxy,}}$head NO_PROXY=${{NO_PROXY:+$NO_PROXY,}}$head
-tmp=/tmp/clm-dist-$SLURM_JOB_ID.$attempt-driver     # step 0 removes it, too, in case this script is killed
+tmp=/tmp/clm-dist-job-$SLURM_JOB_ID.$attempt-driver     # step 0 removes it, too, in case this script is killed
 (umask 077; mkdir -p "$tmp")
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK      # srun no longer takes it from sbatch
 # The attempt runs while this file says so: the head's end writes another word, a later attempt its own number.

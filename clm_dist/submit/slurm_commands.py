@@ -197,8 +197,6 @@ def describe_reason(reason: str) -> str:
 
 def _accounted_states(job_id: str) -> dict[str, JobState]:
     """From the accounting database, if the cluster has one."""
-    if shutil.which("sacct") is None:
-        return {}
     try:
         fields = "JobID,State,ExitCode,NodeList"
         text = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", f"--format={fields}")
@@ -230,7 +228,8 @@ def _ask(program: str, *arguments: str, environment: Mapping[str, str] | None = 
     except FileNotFoundError:
         raise SubmitError(f"there is no {program} on the PATH; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise SubmitError(f"{program} did not answer within {_TIMEOUT_S} s; is the Slurm controller up?") from None
+        problem = f"{program} did not answer within {_TIMEOUT_S} s"
+        raise SubmitError(f"{problem}; is the Slurm controller up? `squeue --me` shows what it took") from None
     if ended.returncode:
         said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
         raise SubmitError(f"{program} refused: {said}")

@@ -1,7 +1,9 @@
 """Ray's node on a host: what it gives Ray, when it starts again, and that it leaves nothing."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,7 +113,7 @@ class Node:
 
     @property
     def local(self) -> Path:
-        return Path(f"/tmp/clm-dist-{self.job_id}")
+        return Path(f"/tmp/clm-dist-job-{self.job_id}.0")
 
     @property
     def log(self) -> str:
@@ -223,7 +225,8 @@ def test_a_head_that_fails_ends_the_attempt_and_says_what_ray_said(node: Node) -
     assert (node.state / "attempt").read_text() == "ended\n"
     node.check_nothing_is_left()
     said = node.log.splitlines()
-    assert said[0].endswith(": starting Ray, the head")
+    assert said[0].endswith(" MiB and 1024 MiB of object store")
+    assert ": starting Ray, the head, with 3 CPUs, 0 GPUs, " in said[0]
     assert said[1].endswith(": Ray has ended with 3; the last that it said:")
     assert said[2:] == [f"line {n}" for n in range(12, 20)]
 
@@ -246,7 +249,7 @@ def test_another_node_waits_for_the_head_and_starts_again_after_ray_ends(node: N
     (node.state / "attempt").write_text("ended\n")
     assert process.wait(_WAIT_S) == 0
     node.check_nothing_is_left(2)
-    assert node.log.count(f": starting Ray, a node of {node.address}\n") == 2
+    assert node.log.count(f": starting Ray, a node of {node.address}, with 3 CPUs") == 2
 
 
 def test_a_node_whose_storage_is_away_for_a_moment_goes_on(node: Node) -> None:
@@ -259,14 +262,20 @@ def test_a_node_whose_storage_is_away_for_a_moment_goes_on(node: Node) -> None:
     assert process.wait(_WAIT_S) == 0
 
 
-def test_what_a_killed_attempt_left_is_removed(node: Node) -> None:
-    for directory in (node.local, Path(f"{node.local}-driver")):
+def test_what_killed_jobs_left_is_removed_but_not_what_is_in_use(node: Node, tmp_path: Path) -> None:
+    killed, used = (Path(f"/tmp/clm-dist-job-{node.job_id}-{number}.0") for number in (1, 2))
+    for directory in (killed, Path(f"{killed}-driver"), used):
         directory.mkdir()
         (directory / "old").touch()
-    process = node.start()
-    node.call()
-    assert not (node.local / "old").exists()
-    process.send_signal(signal.SIGTERM)
-    process.wait(_WAIT_S)
-    node.check_nothing_is_left()
-    assert not Path(f"{node.local}-driver").exists()
+    handle = os.open(used, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        process = node.start()
+        node.call()
+        assert (killed.exists(), Path(f"{killed}-driver").exists(), used.exists()) == (False, False, True)
+        process.send_signal(signal.SIGTERM)
+        process.wait(_WAIT_S)
+        node.check_nothing_is_left()
+    finally:
+        os.close(handle)
+        shutil.rmtree(used)

@@ -170,9 +170,9 @@ def test_elastic_workers_outlive_a_node() -> None:
     elastic = render_run(full_job("cluster.workers=[4,16]"), request_of(submission()))
     rigid = render_run(full_job(), request_of(submission()))
     assert "--no-kill" in options(elastic)
-    assert "\nsrun --no-kill --kill-on-bad-exit=0 python -m clm_dist.submit.ray_node " in elastic
+    assert "\nsrun --export=ALL --no-kill --kill-on-bad-exit=0 python3 -m clm_dist.submit.ray_node " in elastic
     assert "--no-kill" not in rigid
-    assert "\nsrun --kill-on-bad-exit=1 python -m clm_dist.submit.ray_node " in rigid
+    assert "\nsrun --export=ALL --kill-on-bad-exit=1 python3 -m clm_dist.submit.ray_node " in rigid
 
 
 def test_a_sweep_is_one_array() -> None:

@@ -17,7 +17,7 @@ from tests.submit.fakes import full_job, request_of, submission
 _WAIT_S = 20
 _PROGRAMS = {
     # Ray works until the attempt ends, or until it is told to fail; the driver does what a test wrote.
-    "python": """
+    "python3": """
 case "$2" in
     clm_dist.submit.ray_node)
         while [ "$(<"$3"/attempt)" = "$4" ] && [ ! -f "$HERE/ray-fails" ]; do /usr/bin/sleep 0.02; done
@@ -30,7 +30,10 @@ case "$2" in
 esac
 """,
     "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
-    "scontrol": '[ "$1" = requeue ] && echo "$2" >>"$HERE/requeued"\n[ "$1" = requeue ] || echo n1',
+    "scontrol": '[ "$1" = requeue ] && echo "$2" >>"$HERE/requeued"\n[ "$1" = requeue ] || printf "n1\\nn2\\n"',
+    # The second host, whose name stands for 127.0.1.1 as well, and the route to it.
+    "getent": '[ "$2" = n2 ] && printf "127.0.1.1 n2\\n10.1.2.4 n2\\n"',
+    "ip": '[ "$4" = 10.1.2.4 ] && echo "10.1.2.4 dev eth0 src 10.1.2.3 uid 0"',
     # Seconds are short here, and what waits for Slurm to end it is ended.
     "sleep": '[ "$1" = 300 ] || exec /usr/bin/sleep 0.05',
 }
@@ -101,7 +104,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
     for process in made.processes:
         process.kill()
         process.wait()
-    assert not Path(f"/tmp/clm-dist-{made.job_id}-driver").exists()
+    assert not list(Path("/tmp").glob(f"clm-dist-job-{made.job_id}*"))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,6 @@ def test_an_attempt_that_a_later_one_has_replaced_touches_nothing(host: Host) ->
     assert "a later attempt has begun" in said
     assert (host.state / "attempt").read_text() == f"{host.job_id}.1\n"
     assert (host.state / "token").exists()
-    Path(f"/tmp/clm-dist-{host.job_id}-driver").rmdir()
 
 
 def test_the_driver_is_told_where_its_ray_is_and_has_a_token_that_nobody_reads(host: Host) -> None:
@@ -167,6 +169,7 @@ def test_the_driver_is_told_where_its_ray_is_and_has_a_token_that_nobody_reads(h
     )
     address, _, port = environment["RAY_ADDRESS"].rpartition(":")
     assert int(port) == 20_000 + (int(host.job_id) + 4 * 1009) % 10_000
+    assert address == "10.1.2.3"
     assert address in environment["NO_PROXY"]
     assert environment["CLM_DIST_NODES"] == "2"
     assert environment["CLM_DIST_RUNS"] == str(host.here / "it's the runs")
@@ -181,3 +184,9 @@ def test_each_attempt_has_a_port_of_its_own(host: Host) -> None:
         text = (host.here / "environment").read_text()
         ports.add(next(line for line in text.splitlines() if line.startswith("RAY_ADDRESS=")))
     assert len(ports) == 3
+
+
+def test_without_clm_dist_in_the_environment_nothing_is_started(host: Host) -> None:
+    (host.here / "the venv" / "bin" / "python3").write_text('#!/bin/sh\n[ "$1" != -c ]\n')
+    assert host.run("exit 0")[0] == 2
+    assert not (host.state / "attempt").exists()

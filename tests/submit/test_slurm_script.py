@@ -106,18 +106,18 @@ def hostile_request(runs: Path = Path("/shared/runs")) -> Request:
 
 
 def test_the_environment_of_the_submitter_comes_first_on_the_path(run: Run) -> None:
-    values = run(render_run(full_job(), hostile_request()), until="\npython -c")
+    values = run(render_run(full_job(), hostile_request()), until="\npython3 -c")
     assert values["PATH"].startswith(f"/{HOSTILE}\nvenv/bin:")
 
 
 def test_an_environment_that_the_job_names_comes_instead(run: Run) -> None:
     job = full_job('cluster.slurm.venv="/envs/it\'s mine"')
-    assert run(render_run(job, hostile_request()), until="\npython -c")["PATH"].startswith("/envs/it's mine/bin:")
+    assert run(render_run(job, hostile_request()), until="\npython3 -c")["PATH"].startswith("/envs/it's mine/bin:")
 
 
 def test_setup_runs_last_and_what_it_exports_stays(run: Run) -> None:
     job = full_job(r'cluster.slurm.setup="export A=\"{x}\"\nexport B=\"$A $PATH\"\n"')
-    values = run(render_run(job, request_of(submission())), until="\npython -c")
+    values = run(render_run(job, request_of(submission())), until="\npython3 -c")
     assert values["A"] == "{x}"
     assert values["B"] == f"{{x}} {values['PATH']}"
     assert values["PATH"].startswith("/shared/clm_dist/.venv/bin:")
@@ -127,7 +127,7 @@ def test_modules_are_loaded_and_conda_is_activated_in_the_order_written(run: Run
     job = full_job("cluster.slurm.modules=[cuda/12.8, nccl]", "cluster.slurm.conda='it''s mine'")
     text = render_run(job, request_of(submission()))
     assert "/shared/clm_dist/.venv" not in text
-    run(text, ("module", "conda"), until="\npython -c")
+    run(text, ("module", "conda"), until="\npython3 -c")
     calls = [line.rpartition("/")[2] for line in (tmp_path / "called").read_text().splitlines()]
     assert calls == ["12.8", "module: load nccl", "conda: shell.bash hook", "conda: activate it's mine"]
 
@@ -135,8 +135,8 @@ def test_modules_are_loaded_and_conda_is_activated_in_the_order_written(run: Run
 def test_an_environment_without_clm_dist_ends_the_job_as_its_own_fault(tmp_path: Path) -> None:
     for render in (render_run, render_prepare):
         beginning = render(full_job(), request_of(submission())).partition("import clm_dist' || exit 2")
-        (tmp_path / "python").write_text("#!/bin/bash\nexit 1\n")
-        (tmp_path / "python").chmod(0o755)
+        (tmp_path / "python3").write_text("#!/bin/bash\nexit 1\n")
+        (tmp_path / "python3").chmod(0o755)
         script = "".join(beginning[:2]).replace("/shared/clm_dist/.venv/bin", str(tmp_path))
         assert subprocess.run(["bash"], input=script, text=True).returncode == 2
 
@@ -146,8 +146,8 @@ def test_pyxis_starts_ray_and_driver_in_steps_with_the_image() -> None:
     mounts = "--container-mounts='/shared/runs:/shared/runs,/shared/store:/shared/store,/data:/data,/x y:/mnt'"
     image = f"--container-image='a b.sqsh' {mounts}"
     text = render_run(job, request_of(submission()))
-    assert f"\nsrun {image} --kill-on-bad-exit=1 python3 -m clm_dist.submit.ray_node " in text
-    step = f'srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {image}'
+    assert f"\nsrun --export=ALL {image} --kill-on-bad-exit=1 python3 -m clm_dist.submit.ray_node " in text
+    step = f'srun --export=ALL --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {image}'
     assert f'\nTMPDIR=$tmp {step} python3 -m clm_dist run "$state/job.yaml" &\n' in text
     assert f"\n{step} python3 -m clm_dist prepare --tasks 4 " in render_prepare(job, request_of(submission()))
     assert ".venv" not in text
@@ -158,7 +158,7 @@ def test_apptainer_sees_gpus_where_the_job_has_some() -> None:
     request = request_of(submission(), store="s3://bucket/store", resume=True)
     bind = "--bind /shared/runs:/shared/runs 'a b.sif' python3"
     text = render_run(full_job(container), request)
-    assert f"\nsrun --kill-on-bad-exit=1 apptainer exec --nv {bind} -m clm_dist.submit.ray_node " in text
+    assert f"\nsrun --export=ALL --kill-on-bad-exit=1 apptainer exec --nv {bind} -m clm_dist.submit.ray_node " in text
     assert f"\nTMPDIR=$tmp apptainer exec --nv {bind} -m clm_dist run --resume " in text
     without = render_run(full_job(container, "cluster.slurm.gpus_per_node=0"), request)
     assert f"apptainer exec {bind} -m clm_dist run" in without
