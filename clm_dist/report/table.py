@@ -139,7 +139,7 @@ def checkpoint_table(checkpoints: Checkpoints) -> Table | None:
 def comparison_table(results: Sequence[Result]) -> Table:
     """One row a run."""
     table = Table(title="Runs", box=box.SIMPLE_HEAVY, title_justify="left")
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     columns = (
         "status",
         "data",

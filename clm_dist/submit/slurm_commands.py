@@ -37,6 +37,7 @@ _REASONS = {
     "JobHeldUser": "it is held; `scontrol release` lets it go",
     "JobLaunchFailure": "it could not be launched, and is held; ask an administrator",
     "NodeDown": "a node that it needs is down",
+    "NonZeroExitCode": "",  # which code says more
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition starts no jobs now",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives one job",
