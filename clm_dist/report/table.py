@@ -139,7 +139,7 @@ def checkpoint_table(checkpoints: Checkpoints) -> Table | None:
 def comparison_table(results: Sequence[Result]) -> Table:
     """One row a run."""
     table = Table(title="Runs", box=box.SIMPLE_HEAVY, title_justify="left")
-    table.add_column("run", no_wrap=True)
+    table.add_column("run", overflow="fold")
     columns = (
         "status",
         "data",
@@ -153,7 +153,7 @@ def comparison_table(results: Sequence[Result]) -> Table:
         "bits per byte",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column in ("status", "data", "strategy") else "right")
+        table.add_column(column, justify="left" if column in ("status", "data", "strategy") else "right", no_wrap=True)
     for result in results:
         last = result["final"] or (result["evals"] or [None])[-1] or {}
         table.add_row(
