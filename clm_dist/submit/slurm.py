@@ -145,7 +145,8 @@ class _Inside:
         if container.runtime == "apptainer":
             nv = "--nv " if slurm.gpus_per_node else ""
             return cls(python=f"apptainer exec {nv}--bind {mounts} {image} python3")
-        options = (f"--container-image={image}", f"--container-mounts={mounts}")
+        # Ray's step and the driver meet at sockets in /tmp, which each container has for itself otherwise.
+        options = (f"--container-image={image}", f"--container-mounts=/tmp:/tmp,{mounts}")
         # Pyxis starts containers in steps only.
         return cls(
             options, ("srun --export=ALL --overlap --nodes=1 --ntasks=1", '--nodelist="$SLURMD_NODENAME"', *options)

@@ -40,7 +40,7 @@ SETTINGS = (
 DROPOUT = "model.config.resid_pdrop=0.1"
 TWO = (*SETTINGS, DROPOUT, "cluster.workers=2")
 LONGER = (*TWO, "train.max_steps=2500")
-THREE = (*SETTINGS, DROPOUT, "train.max_steps=100", "cluster.workers=3")
+THREE = (*SETTINGS, DROPOUT, "train.max_steps=100", "cluster.workers=3", "cluster.gpus_per_worker=0")
 # This machine alone may have no more than two cores.
 UNTOUCHED_THREE = (*THREE, "cluster.cpus_per_worker=0.5")
 ELASTIC = (*SETTINGS, "train.learning_rate=1e-4", "cluster.workers=[1,2]")

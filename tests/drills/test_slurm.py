@@ -43,7 +43,7 @@ def test_two_jobs_on_the_same_hosts_train_to_the_local_loss_one_of_them_not_root
     three = SlurmJob(slurm, "three", drills.THREE)
     two.submit()
     # The other way to find the network: by the name of its interface.
-    three.submit("--set", "cluster.slurm.interface=eth0", nodes=3)
+    three.submit("--set", "cluster.slurm.interface=eth0", "--gpus-per-node=1", nodes=3)
     assert (two.wait_ended(), three.wait_ended()) == ("COMPLETED", "COMPLETED"), two.said() + three.said()
     assert sorted(two.hosts()[0]) == ["node1", "node2"]
     assert sorted(three.hosts()[0]) == ["node1", "node2", "node3"]
@@ -52,6 +52,9 @@ def test_two_jobs_on_the_same_hosts_train_to_the_local_loss_one_of_them_not_root
         assert found.loss_deviation < 1e-5
         assert found.same_blocks
         assert found.same_weights
+    # What Slurm granted, and not what the host has.
+    assert "with 1 CPUs, 0 GPUs, 1639 MiB and 409 MiB of object store" in two.said()
+    assert "with 1 CPUs, 1 GPUs" in three.said()
     assert (two.run.root / "job.yaml").stat().st_uid == NOBODY
     slurm.wait_clean()
 

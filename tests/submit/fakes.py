@@ -148,6 +148,5 @@ def request_of(submission: Submission, **values: Any) -> Request:
 
 
 def full_job(*settings: str) -> JobConfig:
-    """jobs/eli5-full.yaml on two nodes of eight GPUs."""
-    given = ("cluster.slurm.nodes=2", "cluster.slurm.gpus_per_node=8", 'cluster.slurm.time="12:00:00"')
-    return load_job(ROOT / "jobs" / "eli5-full.yaml", [*given, *settings]).config
+    """jobs/eli5-full.yaml: two nodes of eight GPUs."""
+    return load_job(ROOT / "jobs" / "eli5-full.yaml", settings).config
