@@ -4,9 +4,10 @@ import pytest
 import ray
 
 from clm_dist.config import ClusterConfig
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, NotReadyError
 from clm_dist.prepare.tasks import open_pool
 from clm_dist.ray_address import check_ray_address
+from clm_dist.train import cluster
 from clm_dist.train.cluster import start_ray
 
 
@@ -32,3 +33,52 @@ def test_both_who_join_a_ray_say_so(address: str, problem: str, monkeypatch: pyt
     if problem == "Connection refused":
         with pytest.raises(ConfigError, match=said), open_pool(None, is_small=False):
             pass
+
+
+@pytest.fixture
+def starting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A Ray that is started beside this process: its head answers at the third try, and it gets nodes one by one."""
+    tries: list[str] = []
+
+    def check(address: str) -> None:
+        tries.append(address)
+        if len(tries) < 3:
+            raise ConfigError(f"RAY_ADDRESS {address}: Connection refused")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")
+    monkeypatch.setenv("CLM_DIST_NODES", "3")
+    monkeypatch.setattr(cluster, "check_ray_address", check)
+    monkeypatch.setattr(cluster, "_POLL_S", 0.01)
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: {f"n{i}": {"CPU": 1.0} for i in range(min(3, len(tries) - 2))})
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: len(tries) > 2)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    return tries
+
+
+def test_nodes_that_are_started_beside_the_driver_are_waited_for(starting: list[str]) -> None:
+    starting += ["", ""]
+    cluster._join_or_start("10.0.0.1:1", ClusterConfig())
+    assert len(starting) == 5
+
+
+def test_nodes_that_do_not_come_are_a_reason_to_try_again(starting: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_NODES_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: {"n0": {"CPU": 1.0}})
+    with pytest.raises(NotReadyError, match=r"10.0.0.1:1 is not complete after 0.1 s: it has 1 of 3 nodes") as said:
+        cluster._join_or_start("10.0.0.1:1", ClusterConfig())
+    assert said.value.exit_code == 75
+    # Elastic workers begin without the late ones.
+    cluster._join_or_start("10.0.0.1:1", ClusterConfig(workers=(1, 3)))
+
+
+def test_a_head_that_does_not_come_is_a_reason_to_try_again(
+    starting: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_NODES_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "check_ray_address", check_ray_address)
+    for workers in (1, (1, 3)):
+        with pytest.raises(NotReadyError, match="Connection refused"):
+            cluster._join_or_start("127.0.0.1:1", ClusterConfig(workers=workers))

@@ -301,8 +301,9 @@ _PREPARE = """\
 #!/bin/bash
 # {name}: prepares text for a job of clm_dist that starts after this one, so that no GPU waits for it.
 {options}
-set -euo pipefail
 {exports}
+unset RAY_ADDRESS       # the submitter's, if there is one, is no cluster of this job
 {environment}
+set -euo pipefail
 {calls}
 """

@@ -178,6 +178,17 @@ def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: Make
     assert not (tmp_path / "run").exists()
 
 
+def test_a_driver_that_a_scheduler_restarts_waits_for_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = FileLock(tmp_path / ".run.lock", thread_local=False)
+    held.acquire()
+    threading.Timer(0.5, held.release).start()
+    monkeypatch.setenv("CLM_DIST_NODES", "2")
+    with driver._only_driver(RunDir(tmp_path / "run")):
+        assert not held.is_locked
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
     fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
 ) -> None:

@@ -35,6 +35,11 @@ def shares(*by_rank: list[int], loss: float = 10.0) -> list[Message]:
     ]
 
 
+def test_the_start_of_workers_names_their_hosts(run: RunDir) -> None:
+    recorder(run).receive([{"host": "a", "records": [{"kind": "start", "step": 0}]}, {"host": "b"}, {"host": "a"}])
+    assert read_records(run.metrics) == [{"kind": "start", "step": 0, "hosts": ["a", "b", "a"]}]
+
+
 def test_the_driver_adds_up_what_the_ranks_ran(run: RunDir) -> None:
     evaluation = recorder(run).receive(shares([0, 2], [1]))
     assert evaluation
