@@ -143,9 +143,7 @@ def test_an_environment_without_clm_dist_ends_the_job_as_its_own_fault(tmp_path:
 
 def test_pyxis_starts_ray_and_driver_in_steps_with_the_image() -> None:
     job = full_job("cluster.slurm.container={image: 'a b.sqsh', mounts: [/data, '/x y:/mnt']}")
-    mounts = (
-        "--container-mounts=/tmp:/tmp,'/shared/runs:/shared/runs,/shared/store:/shared/store,/data:/data,/x y:/mnt'"
-    )
+    mounts = "'/shared/runs:/shared/runs,/shared/store:/shared/store,/data:/data,/x y:/mnt'"
     image = f"--container-image='a b.sqsh' --container-mounts=/tmp:/tmp,{mounts}"
     text = render_run(job, request_of(submission()))
     assert f"\nsrun --export=ALL {image} --kill-on-bad-exit=1 python3 -m clm_dist.submit.ray_node " in text
