@@ -117,7 +117,7 @@ def slurm(
 
 def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     """Show how far a submission is: in the queue, and in its steps."""
-    submission = find_submission(local_dir(runs, "--runs"), which)
+    submission, _ = find_submission(local_dir(runs, "--runs"), which)
     states = launch.run_states(submission)
     prepare = launch.prepare_state(submission)
     if prepare and prepare.state != "COMPLETED":
@@ -154,7 +154,7 @@ def logs(
     last: Annotated[int | None, typer.Option("--last", "-n", min=0, help="Only so many of the lines so far.")] = None,
 ) -> None:
     """Print the logs of a submission, all attempts and all hosts, the host in front of every line."""
-    submission = find_submission(local_dir(runs, "--runs"), which)
+    submission, _ = find_submission(local_dir(runs, "--runs"), which)
     merged = Logs(submission)
     lines = merged.new_lines()
     for line in lines if last is None else lines[len(lines) - min(last, len(lines)) :]:
@@ -166,11 +166,11 @@ def logs(
 
 def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     """End a submission; what its runs have saved stays, and submitting again goes on from it."""
-    submission = find_submission(local_dir(runs, "--runs"), which)
-    if launch.cancel(submission):
-        out.print(
-            f"cancelled job {submission.job_id}; `clm-dist submit` with the same job goes on from its last checkpoint"
-        )
+    submission, task = find_submission(local_dir(runs, "--runs"), which)
+    if launch.cancel(submission, task):
+        number = submission.job_id if task is None else submission.task_id(task)
+        then = "submitting the same job again goes on from its last checkpoint"
+        out.print(f"cancelled job {number}; {then}", soft_wrap=True)
     else:
         out.print(f"job {submission.job_id} has ended already; nothing to cancel")
 
@@ -183,9 +183,8 @@ def _option_setting(option: str) -> str:
 def _plain(runs: Path) -> Path:
     """A directory that sbatch can write a log to. Raises ConfigError where its path cannot be said to it."""
     if "\\" in str(runs) or any(ord(character) < 32 for character in str(runs)):
-        raise ConfigError(
-            f"--runs {str(runs)!r} has a backslash or a line break, with which Slurm finds no path to a log"
-        )
+        problem = f"--runs {str(runs)!r} has a backslash or a line break, and Slurm writes no log to such a path"
+        raise ConfigError(f"{problem}; name another")
     return runs
 
 
@@ -196,6 +195,7 @@ def _warnings(job: JobConfig, request: Request) -> Iterator[str]:
             "--runs and --store, or CLM_DIST_RUNS and CLM_DIST_STORE"
         )
     if idle := idle_gpus(job):
-        yield f"{idle} of the GPUs stay idle: cluster.workers is {job.cluster.max_workers}, and a worker takes one"
+        each = "none" if job.cluster.gpus_per_worker == 0 else "one"
+        yield f"{idle} of the GPUs stay idle: cluster.workers is {job.cluster.max_workers}, and a worker takes {each}"
     if not job.cluster.slurm.gpus_per_node:
         yield "no GPUs are asked for, so this trains on CPUs; --gpus-per-node asks"

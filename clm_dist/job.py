@@ -238,7 +238,11 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
     checkpoint = config.checkpoint
     if checkpoint.path is not None:
         checkpoint = checkpoint.model_copy(update={"path": absolute(checkpoint.path, "checkpoint.path")})
-    update = {"data": data, "tokenizer": tokenizer, "model": model, "checkpoint": checkpoint}
+    cluster = config.cluster
+    if cluster.slurm.venv is not None:
+        venv = absolute(cluster.slurm.venv, "cluster.slurm.venv")
+        cluster = cluster.model_copy(update={"slurm": cluster.slurm.model_copy(update={"venv": venv})})
+    update = {"data": data, "tokenizer": tokenizer, "model": model, "checkpoint": checkpoint, "cluster": cluster}
     return config.model_copy(update=update)
 
 

@@ -1,5 +1,6 @@
 """The section `cluster.slurm` of a job file: what a Slurm job asks for, and the environment that it runs in."""
 
+import math
 import re
 from typing import Annotated, Literal, Self
 
@@ -9,22 +10,24 @@ from pydantic_core import PydanticCustomError
 from clm_dist.section import MOST, Count, Section, wrong
 
 _OWN_OPTIONS = {
-    "account": "cluster.slurm.account",
-    "array": "--array",
-    "cpus-per-task": "cluster.slurm.cpus_per_node",
-    "gpus": "cluster.slurm.gpus_per_node",
-    "gpus-per-node": "cluster.slurm.gpus_per_node",
-    "gpus-per-task": "cluster.slurm.gpus_per_node",
-    "job-name": "name",
-    "nodes": "cluster.slurm.nodes",
-    "partition": "cluster.slurm.partition",
-    "requeue": "cluster.slurm.max_requeues",
-    "no-requeue": "cluster.slurm.max_requeues",
-    "signal": "cluster.slurm.signal_s",
-    "time": "cluster.slurm.time",
+    "account": "account",
+    "array": "--array of `clm-dist submit slurm`",
+    "cpus-per-task": "cpus_per_node, or cpus in prepare",
+    "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "job-name": "the job's name",
+    "nodes": "nodes",
+    "partition": "partition",
+    "requeue": "max_requeues",
+    "no-requeue": "max_requeues",
+    "signal": "signal_s",
+    "time": "time",
 }
 """Options of sbatch that have a field of their own, and its name."""
-_FIXED_OPTIONS = ("error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "wrap")
+_FIXED_OPTIONS = {"error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "wrap"}
+# With these sbatch queues nothing, or elsewhere.
+_FIXED_OPTIONS |= {"clusters", "help", "test-only", "version", "wait"}
 _TIME_OPTIONS = ("begin", "deadline", "time-min")
 """YAML reads 16:00 as the number 960."""
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
@@ -39,6 +42,21 @@ def _one_line(text: str) -> str:
 Line = Annotated[str, AfterValidator(_one_line)]
 Options = dict[str, str | int | float | bool | None]
 """Options of sbatch by their long names; true stands for one without a value, null and false for none."""
+
+
+def _seconds(time: str) -> float:
+    """A time as Slurm writes it, in seconds; see sbatch's manual, --time."""
+    if time[0] in "UIui":
+        return math.inf
+    days, dash, rest = time.rpartition("-")
+    parts = [float(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0, 0][:3]
+    elif len(parts) == 1:
+        hours, minutes, seconds = 0, parts[0], 0
+    else:
+        hours, minutes, seconds = [0, *parts][-3:]
+    return ((float(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_time(value: object) -> object:
@@ -73,7 +91,8 @@ class SlurmPart(Section):
     ) -> dict[str, str | int | float | bool | None]:
         for name, value in options.items():
             if name in _OWN_OPTIONS:
-                raise PydanticCustomError("option", f"{name} has a place of its own: {_OWN_OPTIONS[name]}")
+                place = f"{name} has a place of its own: {_OWN_OPTIONS[name]}"
+                raise PydanticCustomError("option", f"{place}; leave it out here")
             if name in _FIXED_OPTIONS:
                 raise PydanticCustomError("option", f"{name} is set by clm-dist, which rests on it; leave it out")
             if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
@@ -123,7 +142,7 @@ class SlurmConfig(SlurmPart):
     modules: list[Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]+$")]] = []
     """Modules to load (`module load`)."""
     setup: str | None = None
-    """Shell lines that are run on the first host before anything else; what they export, every host sees."""
+    """Shell lines that are run on the first host before modules are loaded; what they export, every host sees."""
     venv: str | None = None
     """Virtual environment that clm-dist is installed in; null is the one that `submit` runs in."""
     conda: str | None = None
@@ -132,6 +151,15 @@ class SlurmConfig(SlurmPart):
     """Container image instead."""
     prepare: PrepareJob = PrepareJob()
     """What `--prepare-first` asks for."""
+
+    @model_validator(mode="after")
+    def _there_is_time_before_the_signal(self) -> Self:
+        # Slurm looks every half minute.
+        if self.time is not None and _seconds(self.time) <= self.signal_s + 30:
+            problem = f"cluster.slurm.time {self.time} leaves no time before the signal {self.signal_s} s from its end"
+            advice = "raise it, or lower cluster.slurm.signal_s"
+            raise wrong("cluster.slurm.time", f"{problem}; {advice}", "cluster.slurm.signal_s")
+        return self
 
     @model_validator(mode="after")
     def _one_environment(self) -> Self:

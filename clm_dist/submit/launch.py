@@ -34,11 +34,12 @@ def check_submission(
     slurm_commands.check_cluster(jobs[0].cluster.slurm, prepare_first=prepare_first)
     for earlier in submissions(submission.runs):
         names = set(earlier.run_names) & set(submission.run_names)
-        if names and is_active(earlier):
+        # A name is a directory, too, which a job that runs has its files in.
+        if (names or earlier.name == submission.name) and is_active(earlier):
+            what = f"{min(names, default=earlier.name)} is queued or running already, as job {earlier.job_id}"
             raise ConfigError(
-                f"the run {min(names)} is queued or running already, as job {earlier.job_id}; see it with `clm-dist "
-                f"status {earlier.name}`, end it with `clm-dist cancel {earlier.name}`, or make another run with "
-                "--set name=...",
+                f"{what}; see it with `clm-dist status {earlier.name}`, end it with `clm-dist cancel {earlier.name}`, "
+                "or make another run with --set name=...",
                 field="name",
             )
     for job in jobs:
@@ -67,24 +68,26 @@ def submit(
         make_dir(files.nodes)
         write_text(files.job, job_text(job))
     write_text(submission.script, slurm.render_run(jobs[0], request))
-    prepare_id, options = None, []
+    # What is overwritten is there until sbatch has taken the job, and gone before that starts.
+    prepare_id, options = None, ["--hold"] if overwrite else []
     if prepare_first:
         script = submission.root / "prepare-script"
         write_text(script, slurm.render_prepare(jobs[0], request))
         prepare_id = slurm_commands.submit_script(script)
         dependencies = [f"afterok:{prepare_id}", *_own_dependency(jobs[0])]
-        options = [f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"]
+        options += [f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"]
     try:
         job_id = slurm_commands.submit_script(submission.script, *options)
     except SubmitError:
         if prepare_id:
             slurm_commands.cancel_job(prepare_id)
         raise
+    submitted = replace(submission, job_id=job_id, prepare_id=prepare_id, submitted=time.time())
+    submitted.write()
     if overwrite:
         for job in jobs:
             remove_run(job, RunDir(submission.runs / job.name))
-    submitted = replace(submission, job_id=job_id, prepare_id=prepare_id, submitted=time.time())
-    submitted.write()
+        slurm_commands.release_job(job_id)
     return submitted
 
 
@@ -130,7 +133,10 @@ def run_states(submission: Submission) -> list[RunState]:
     for task, name in enumerate(submission.run_names):
         job_id = submission.task_id(task)
         run = RunDir(submission.runs / name)
-        result = read_json(run.result) if run.result.exists() else None
+        result = None
+        # Not that of a run which this submission is to go on with.
+        if run.result.exists() and run.result.stat().st_mtime >= submission.submitted:
+            result = read_json(run.result)
         found.append(RunState(name, job_id, states.get(job_id), result=result, **_progress(run)))
     return found
 
@@ -148,11 +154,11 @@ def is_active(submission: Submission) -> bool:
     return any(state is not None and state.active for state in states)
 
 
-def cancel(submission: Submission) -> bool:
-    """End a submission's jobs; false where they have ended already. What runs have saved stays."""
-    ids = [submission.prepare_id] if submission.prepare_id else []
+def cancel(submission: Submission, task: int | None = None) -> bool:
+    """End a submission's jobs, or one run of a sweep; false where they have ended. What runs have saved stays."""
+    whole = [submission.prepare_id, submission.job_id]
     cancelled = False
-    for job_id in [*ids, str(submission.job_id)]:
+    for job_id in filter(None, whole if task is None else [submission.task_id(task)]):
         if any(state.active for state in slurm_commands.job_states(job_id).values()):
             slurm_commands.cancel_job(job_id)
             cancelled = True

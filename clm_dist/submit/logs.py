@@ -1,15 +1,18 @@
 """The logs of a submission's hosts as one: the driver's and those of the nodes, the host in front of every line."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clm_dist.errors import SubmitError
 from clm_dist.submit.spec import Submission
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _POLL_S = 1.0
+_ASK_INTERVAL_S = 5.0
 
 
 @dataclass
@@ -60,9 +63,12 @@ class Logs:
 
     def follow(self, active: Callable[[], bool]) -> Iterator[str]:
         """The lines that come while the job is active."""
-        goes_on = True
+        goes_on, asked = True, -float("inf")
         while goes_on:
-            goes_on = active()
+            if time.monotonic() - asked >= _ASK_INTERVAL_S:
+                with contextlib.suppress(SubmitError):  # Slurm may be away for a moment
+                    goes_on = active()
+                asked = time.monotonic()
             yield from self.new_lines()
             time.sleep(_POLL_S if goes_on else 0)
 

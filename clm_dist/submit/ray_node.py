@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -50,13 +51,14 @@ def granted(environment: Mapping[str, str], *, available_mib: int, shm_mib: int)
     """
     cpus = int(environment.get("SLURM_CPUS_PER_TASK") or environment["SLURM_CPUS_ON_NODE"])
     memory = int(environment.get("SLURM_MEM_PER_NODE") or 0)
-    memory = memory or int(environment.get("SLURM_MEM_PER_CPU") or 0) * cpus or available_mib
-    # Blocks come from files, not from the object store.
-    store = min(1024, memory // 5, shm_mib * 8 // 10)
-    devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    memory = memory or int(environment.get("SLURM_MEM_PER_CPU") or 0) * cpus
+    gpus = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    memory = memory or int(environment.get("SLURM_MEM_PER_GPU") or 0) * gpus or available_mib
+    # Blocks come from files, not from the object store; Ray refuses one of less than 75 MiB.
+    store = max(80, min(1024, memory // 5, shm_mib * 8 // 10))
     return {
         "num-cpus": cpus,
-        "num-gpus": int(environment.get("SLURM_GPUS_ON_NODE") or len(devices)),
+        "num-gpus": gpus,
         "memory": (memory - store) * _MIB,
         "object-store-memory": store * _MIB,
     }
@@ -141,7 +143,8 @@ class RayNode:
             end_descendants()
             if self._is_head:
                 # Without it the other nodes have nothing to join.
-                (self._state / "attempt").write_text("ended\n")
+                if not self._is_over():
+                    (self._state / "attempt").write_text(f"{self._attempt} ended\n")
                 return 1
             time.sleep(_POLL_S)
         self._say("the end")
@@ -167,12 +170,14 @@ class RayNode:
 
     def _granted(self) -> dict[str, int]:
         free_shm = shutil.disk_usage("/dev/shm").free // _MIB
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
+        # What is free and what the system gives back when asked: its cache of files.
+        available = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) // 1024
         return granted(self._environment, available_mib=available, shm_mib=free_shm)
 
     def _command(self, amounts: Mapping[str, int]) -> list[str]:
         host, _, port = self._address.rpartition(":")
-        place = ["--head", f"--port={port}", "--include-dashboard=false"]
+        # Ray's own port for clients is the same for all on a host.
+        place = ["--head", f"--port={port}", f"--ray-client-server-port={int(port) + 1}", "--include-dashboard=false"]
         if not self._is_head:
             place = [f"--address={self._address}"]
         own = host if self._is_head else address_towards(host)
@@ -195,10 +200,22 @@ class RayNode:
     def _make_local(self) -> None:
         for directory in Path("/tmp").glob("clm-dist-job-*[0-9]"):
             _remove_unless_in_use(directory)
-        self._local.mkdir(mode=0o700)
-        # Held until this process ends, however it ends.
-        fcntl.flock(os.open(self._local, os.O_RDONLY), fcntl.LOCK_EX)
+        while not self._is_locked():
+            self._local.mkdir(mode=0o700)
         (self._state / "nodes").mkdir(exist_ok=True)
+
+    def _is_locked(self) -> bool:
+        """Hold the directory until this process ends, however it ends; false where it is not there.
+
+        Another job of this user that starts beside this one may take it for a leaving until it is held.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(self._local, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), self._local.stat()):
+                return True
+            os.close(handle)
+        return False
 
     def _keep_logs(self) -> None:
         logs = self._local / "session_latest" / "logs"

@@ -83,20 +83,21 @@ def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
             "there is no sbatch on the PATH, so no Slurm to submit to; run this on a login node of the cluster, or "
             "see the script with --dry-run"
         )
-    # A line for each partition and kind of node: its name, a star after that of the default, and its GPUs.
-    rows = [line.split("|") for line in _ask("sinfo", "--noheader", "--format=%P|%G|%D").splitlines()]
+    # A line for each partition and kind of node: its name, with a star after the default's, and the node's GPUs.
+    rows = [line.split("|") for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%G").splitlines()]
     parts: list[tuple[str, SlurmPart]] = [("cluster.slurm.partition", slurm)]
     parts += [("cluster.slurm.prepare.partition", slurm.prepare)] if prepare_first else []
-    names = {name.rstrip("*") for name, *_ in rows}
+    names = {name.rstrip("*") for name, _ in rows}
     for field, part in parts:
         for name in (part.partition or "").split(","):
             if name and name not in names:
-                raise ConfigError(f"there is no partition {name}; there are {', '.join(sorted(names))}", field=field)
-    wanted = set((slurm.partition or "").split(","))
-    own = [row for row in rows if row[0].rstrip("*") in wanted or (slurm.partition is None and row[0].endswith("*"))]
-    most = max((num_gpus(gres) for _, gres, _ in own), default=0)
+                known = ", ".join(sorted(names))
+                raise ConfigError(f"{field}: there is no partition {name}; there are {known}", field=field)
+    # Without a partition it is the default one, or what the site or the environment makes of it.
+    wanted = slurm.partition.split(",") if slurm.partition else names
+    most = max((num_gpus(gres) for name, gres in rows if name.rstrip("*") in wanted), default=0)
     if slurm.gpus_per_node > most:
-        where = f"the partition {slurm.partition}" if slurm.partition else "the default partition"
+        where = f"the partition {slurm.partition}" if slurm.partition else "this cluster"
         raise ConfigError(
             f"--gpus-per-node {slurm.gpus_per_node}, and a node of {where} has {most} at most; take fewer, or another "
             "partition (`sinfo -o '%P %G'` lists them)",
@@ -119,14 +120,17 @@ _OVERRULING = {
 def submit_script(script: Path, *options: str) -> str:
     """Queue a script; gives the job's number. Raises SubmitError with all that sbatch says."""
     own = set(re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
-    return _ask("sbatch", "--parsable", *options, str(script), environment=_environment(own)).strip().split(";")[0]
+    said = _ask("sbatch", "--parsable", *options, str(script), environment=_environment(own))
+    if not (number := re.fullmatch(r"(\d+)(;.*)?", said.strip())):
+        raise SubmitError(f"sbatch gave no job's number, but: {said.strip() or 'nothing'}")
+    return number[1]
 
 
 def _environment(options: set[str]) -> dict[str, str]:
     """This process's environment without what would overrule a script's own options."""
     # Inside a job, such as an interactive one, SLURM_* speaks of that; SBATCH_* goes before what the script says.
     names = {f"SBATCH_{name.upper().replace('-', '_')}" for name in options} | _OVERRULING
-    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith("SLURM_") or k in names)}
 
 
@@ -162,6 +166,11 @@ def job_states(job_id: str) -> dict[str, JobState]:
 def cancel_job(job_id: str) -> None:
     """Raises SubmitError where Slurm refuses."""
     _ask("scancel", job_id)
+
+
+def release_job(job_id: str) -> None:
+    """Let go of a job that was queued with --hold. Raises SubmitError where Slurm refuses."""
+    _ask("scontrol", "release", job_id)
 
 
 def _job_state(values: Mapping[str, str]) -> JobState:

@@ -97,18 +97,21 @@ def submissions(runs: Path) -> list[Submission]:
     return sorted((one for one in found if one.job_id), key=lambda one: one.submitted, reverse=True)
 
 
-def find_submission(runs: Path, which: str | None) -> Submission:
-    """The submission of a name, a run's name or a job's number; the last one for None.
+def find_submission(runs: Path, which: str | None) -> tuple[Submission, int | None]:
+    """The submission of a name or a job's number, the last one for None; and a run of a sweep, if it is one's.
 
     Raises:
         ConfigError: there is none.
     """
     found = submissions(runs)
     if which is None and found:
-        return found[0]
+        return found[0], None
     for one in found:
-        if which in (one.name, *one.run_names, one.job_id, one.prepare_id):
-            return one
+        if which in (one.name, one.job_id, one.prepare_id):
+            return one, None
+        for task, name in enumerate(one.run_names):
+            if which in (name, one.task_id(task)):
+                return one, task
     where = f"from {runs}; --runs names another directory"
     if which is None:
         raise ConfigError(f"nothing was submitted {where}, and `clm-dist submit slurm JOB` submits")

@@ -96,9 +96,9 @@ def _join_once_there(address: str, num_nodes: int, options: Mapping[str, Any], *
             problem = f"it has {found} of {num_nodes} nodes"
             if found >= num_nodes or (elastic and time.monotonic() > deadline):
                 return
-        except (ConfigError, ConnectionError, RuntimeError, ValueError) as error:
+        except (ConfigError, ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             problem = first_line(error)
-        if time.monotonic() > deadline and not (elastic and ray.is_initialized()):
+        if time.monotonic() > deadline:
             raise NotReadyError(
                 f"the Ray at {address} is not complete after {_NODES_TIMEOUT_S} s: {problem}; its nodes' logs say why"
             )

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from clm_dist.checkpoints import Checkpoints, DamagedError, TrainerState, check_state
 from clm_dist.config import JobConfig
-from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, RunError, describe_os_error
+from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, NotReadyError, RunError, describe_os_error
 from clm_dist.job import job_text
 from clm_dist.progress import Progress
 from clm_dist.ray_address import expected_nodes
@@ -174,6 +174,9 @@ def _only_driver(run: RunDir) -> Iterator[None]:
         # A driver on a host that a scheduler has given up may hold it until it is ended there.
         lock.acquire(timeout=_LOCK_TIMEOUT_S if expected_nodes() else 0)
     except Timeout:
+        if expected_nodes():
+            held = f"the run {run.root} is held by another driver, {_LOCK_TIMEOUT_S} s after this one began"
+            raise NotReadyError(f"{held}; where none runs any more, remove {lock.lock_file}") from None
         raise ConfigError(
             f"the run {run.root} is being trained by another process; wait for it, or make another run with "
             "--set name=..."

@@ -4,8 +4,9 @@ import time
 from collections.abc import Set
 
 from clm_dist.config import JobConfig
-from clm_dist.errors import RunError
+from clm_dist.errors import NotReadyError, RunError
 from clm_dist.progress import Progress
+from clm_dist.ray_address import expected_nodes
 from clm_dist.run_dir import RunDir
 from clm_dist.train.cluster import (
     Cluster,
@@ -41,7 +42,7 @@ class NodeWatch:
             used: the nodes on which workers are; none while they are started.
 
         Raises:
-            RunError: workers did not begin to train within `train.start_timeout_s`.
+            RunError: workers did not begin to train within `train.start_timeout_s`; NotReadyError under a scheduler.
         """
         if time.monotonic() - self._looked < _INTERVAL_S:
             return
@@ -84,7 +85,8 @@ class NodeWatch:
             self._progress.note(f"Waiting for nodes: {shortage.describe()}{most}")
         if timeout_s is not None and time.monotonic() - self._worked > timeout_s:
             why = shortage.describe() if shortage else "the resources of the Ray cluster may be in use"
-            raise RunError(
+            # Under a scheduler the same job may get other nodes.
+            raise (NotReadyError if expected_nodes() else RunError)(
                 f"no worker began to train within train.start_timeout_s ({timeout_s:g} s): {why}. The committed "
                 "checkpoints are whole; the same command goes on from the last"
             )

@@ -8,11 +8,11 @@ from functools import cache
 
 import pytest
 
-from clm_dist.run_dir import read_json
+from clm_dist.run_dir import RunDir, read_json
 from tests.drills import slurm as drills
 from tests.drills.nodes import Command
 from tests.drills.slurm import DRILLS, PROGRAM, TWO, Slurm, SlurmJob
-from tests.runs import compare
+from tests.runs import RunView, compare
 
 pytestmark = pytest.mark.slurm
 Untouched = Callable[[tuple[str, ...]], Command]
@@ -25,6 +25,8 @@ SHORT = ("train.max_steps=6", "cluster.workers=2")
 def slurm() -> Iterator[Slurm]:
     if not PROGRAM.exists():
         pytest.skip("../shared/slurm (a Slurm cluster on one machine) is not here; it is not part of the repository")
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm cluster on one machine needs root")
     with drills.a_cluster() as cluster:
         yield cluster
 
@@ -52,6 +54,8 @@ def test_two_jobs_on_the_same_hosts_train_to_the_local_loss_one_of_them_not_root
         assert found.loss_deviation < 1e-5
         assert found.same_blocks
         assert found.same_weights
+    # In peace: none of them found the other's ports or files.
+    assert (two.requeues(), three.requeues()) == (0, 0)
     # What Slurm granted, and not what the host has.
     assert "with 1 CPUs, 0 GPUs, 1639 MiB and 409 MiB of object store" in two.said()
     assert "with 1 CPUs, 1 GPUs" in three.said()
@@ -116,15 +120,21 @@ def test_a_job_that_fails_by_its_own_fault_is_not_requeued(slurm: Slurm) -> None
 
 
 @pytest.mark.slow
-def test_a_sweep_is_an_array_of_runs_for_which_the_text_is_prepared_first(slurm: Slurm) -> None:
-    job = SlurmJob(slurm, "sweep", SHORT)
+def test_a_sweep_is_an_array_whose_text_is_prepared_first_and_whose_runs_are_requeued_alone(slurm: Slurm) -> None:
+    job = SlurmJob(slurm, "sweep", (*TWO, "train.max_steps=300"))
     job.submit("--prepare-first", "--set", "cluster.slurm.prepare.cpus=2", "--array", "learning_rate=1e-3,2e-3")
     names = ["tiny-learning_rate-1e-3", "tiny-learning_rate-2e-3"]
     submission = read_json(job.directory / "runs/.submitted/tiny/submission.json")
     assert submission["run_names"] == names
     waits = job.clm_dist("status").stdout
     assert "waits for another job, such as the one that prepares" in waits
+    last = RunView(RunDir(job.directory / "runs" / names[1]))
+    job.wait_until(lambda: last.last_step() >= drills.BEGIN)
+    # The number of an array's last task is that of the array.
+    slurm.ask("scancel", "--signal=USR1", "--batch", f"{job.job_id}_1")
     job.wait_ended()
+    assert {state["ArrayTaskId"]: state["Restarts"] for state in job.states()} == {"0": "0", "1": "1"}
+    assert len(last.starts()) == 2
     results = [read_json(job.directory / "runs" / name / "result.json") for name in names]
     assert [result["status"] for result in results] == ["done", "done"]
     assert results[0]["final"]["loss"] != results[1]["final"]["loss"]

@@ -31,13 +31,14 @@ job="${{!#}}"
 case {name} in
     sbatch) echo $((100 + number)) ;;
     scontrol)
+        if [ "$1" = release ]; then exit 0; fi
         if [ ! -f "jobs/$job" ]; then echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
         printf '%s\n' "$(<"jobs/$job")" ;;
     scancel) printf '%s\n' "JobId=$job JobState=CANCELLED Reason=None ExitCode=0:15" >"jobs/$job" ;;
     *) printf '%s\n' "$(<{name}.txt)" ;;
 esac
 """
-SINFO = "cpu*|(null)|3\ngpu|gpu:a100:4(S:0-1)|2\ngpu|gpu:v100:8|1\n"
+SINFO = "cpu*|(null)\ngpu|gpu:a100:4(S:0-1)\ngpu|gpu:v100:8\n"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`clm-dist submit slurm` and `cancel`: what is queued, what is refused, and what a person is told."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_a_dry_run_prints_what_is_submitted_and_asks_nobody(commands: Commands, 
     assert (said.code, said.err) == (0, "")
     assert not commands.runs.exists()
     slurm.install("sbatch", "sinfo", "scontrol", "scancel")
-    slurm.answer("sinfo", "nowhere|(null)|1\n")
+    slurm.answer("sinfo", "nowhere|(null)\n")
     commands.submit("--partition", "nowhere")
     assert (commands.files() / "script").read_text() == said.out
 
@@ -71,9 +72,9 @@ def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Com
         (("--time", "2h"), "cluster.slurm.time is '2h': no time of Slurm"),
         (("--nodes", 0), "cluster.slurm.nodes is 0: input should be greater than 0"),
         (("--option", "output=x"), "output is set by clm-dist"),
-        (("--option", "nodes=3"), "nodes has a place of its own: cluster.slurm.nodes"),
-        (("--partition", "gup"), ": there is no partition gup; there are cpu, gpu\n"),
-        (("--gpus-per-node", 4), ": --gpus-per-node 4, and a node of the default partition has 0 at most"),
+        (("--option", "nodes=3"), "nodes has a place of its own: nodes"),
+        (("--partition", "gup"), "cluster.slurm.partition: there is no partition gup; there are cpu, gpu\n"),
+        (("--gpus-per-node", 9), ": --gpus-per-node 9, and a node of this cluster has 8 at most"),
         (
             ("--set", "cluster.workers=2", "--set", "batch.global_size=16", "--partition", "gpu", "--gpus-per-node", 1),
             "take --nodes 2 or --set cluster.workers=1",
@@ -110,7 +111,7 @@ def test_a_second_submission_of_a_queued_run_is_refused(commands: Commands, slur
     slurm.job(101, "JobState=PENDING Reason=Resources")
     said = commands.submit("--overwrite")
     assert said.code == 2
-    assert "the run tiny is queued or running already, as job 101; see it with `clm-dist status tiny`" in said.err
+    assert "tiny is queued or running already, as job 101; see it with `clm-dist status tiny`" in said.err
     assert "end it with `clm-dist cancel tiny`, or make another run with --set name=..." in said.err
     assert len(slurm.calls("sbatch")) == 1
     # Another run is no second one, and a job that has ended is in nobody's way.
@@ -146,6 +147,9 @@ def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(commands: Comma
     assert commands.submit("--overwrite").code == 0
     assert not run.exists()
     assert (commands.files() / "submission.json").exists()
+    # It does not start before the run is removed.
+    assert "--hold" in slurm.calls("sbatch")[-1]
+    assert slurm.calls("scontrol")[-1] == ["release", "103"]
 
 
 def test_a_run_with_another_job_goes_on_with_resume(commands: Commands, slurm: FakeSlurm) -> None:
@@ -204,7 +208,7 @@ def test_gpus_that_are_missing_or_idle_are_warned_of(commands: Commands) -> None
 def test_a_directory_that_sbatch_cannot_write_to_is_refused(commands: Commands, slurm: FakeSlurm, name: str) -> None:
     said = replace(commands, runs=commands.runs / name).submit()
     assert said.code == 2
-    assert "has a backslash or a line break, with which Slurm finds no path to a log" in said.err
+    assert "has a backslash or a line break, and Slurm writes no log to such a path; name another" in said.err
     assert slurm.calls("sbatch") == []
 
 
@@ -213,9 +217,7 @@ def test_what_is_cancelled_twice_had_ended(commands: Commands, slurm: FakeSlurm)
     slurm.job(101, "JobState=RUNNING Reason=None NodeList=n1")
     slurm.job(102, "JobState=PENDING Reason=Dependency")
     said = commands.call("cancel")
-    assert said.out.startswith(
-        "cancelled job 102; `clm-dist submit` with the same job goes on from its last checkpoint"
-    )
+    assert said.out == "cancelled job 102; submitting the same job again goes on from its last checkpoint\n"
     assert slurm.calls("scancel") == [["101"], ["102"]]
     said = commands.call("cancel", "tiny")
     assert (said.code, said.out) == (0, "job 102 has ended already; nothing to cancel\n")
@@ -231,3 +233,33 @@ def test_where_nothing_was_submitted_each_command_says_how(commands: Commands, c
         "`clm-dist submit slurm JOB` submits\n"
     )
     assert "no submission x from" in commands.call(command, "x").err
+
+
+def test_a_sweep_of_a_name_that_is_queued_is_refused_though_its_runs_are_others(
+    commands: Commands, slurm: FakeSlurm
+) -> None:
+    commands.submit("--array", "learning_rate=1e-5,2e-5")
+    slurm.job(101, "JobState=PENDING ArrayJobId=101 ArrayTaskId=0-1 Reason=Priority")
+    said = commands.submit("--array", "learning_rate=5e-5,6e-5")
+    assert (said.code, len(slurm.calls("sbatch"))) == (2, 1)
+    assert "tiny is queued or running already, as job 101" in said.err
+
+
+@pytest.mark.parametrize("which", ["tiny-learning_rate-2e-5", "101_1"])
+def test_one_run_of_a_sweep_is_cancelled_alone(commands: Commands, slurm: FakeSlurm, which: str) -> None:
+    commands.submit("--array", "learning_rate=1e-5,2e-5")
+    slurm.job("101_1", "ArrayJobId=101 ArrayTaskId=1 JobState=RUNNING Reason=None NodeList=n1")
+    assert commands.call("cancel", which).out.startswith("cancelled job 101_1; ")
+    assert slurm.calls("scancel") == [["101_1"]]
+
+
+def test_a_job_that_fails_at_once_is_not_taken_for_the_run_that_it_goes_on_with(
+    commands: Commands, slurm: FakeSlurm
+) -> None:
+    run = finish(commands, slurm)
+    os.utime(run / "result.json", (1, 1))
+    commands.submit("--set", "train.epochs=9", "--resume")
+    slurm.job(102, "JobState=FAILED Reason=NonZeroExitCode ExitCode=2:0")
+    said = commands.call("status").out
+    assert " failed " in said
+    assert "tiny: exit code 2\nwhy: clm-dist logs tiny" in said

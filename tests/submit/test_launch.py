@@ -81,7 +81,7 @@ def test_a_job_that_slurm_has_forgotten_is_told_by_its_run(commands: Commands, s
     (commands.runs / "tiny" / "result.json").unlink()
     said = commands.call("status")
     assert cells(said.out, "tiny")[:5] == ["tiny", "101", "failed", "n7", ""]
-    assert said.out.endswith("tiny: exit code 3\n")
+    assert said.out.endswith("tiny: exit code 3\nwhy: clm-dist logs tiny -n 40\n")
 
 
 def test_a_run_of_an_earlier_attempt_is_what_its_job_is_now(commands: Commands, slurm: FakeSlurm) -> None:

@@ -112,7 +112,7 @@ def test_following_ends_with_the_job_and_prints_its_last_lines(
             slurm.job(101, "JobState=COMPLETED Reason=None ExitCode=0:0")
         assert len(sleeps) < 4, "the job has ended, and logs -f has not"
 
-    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=work))
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=work, monotonic=lambda: 9.0 * len(sleeps)))
     said = commands.call("logs", "-f")
     assert said.out.splitlines() == ["[driver] first", "[driver] second", "[driver] last"]
     assert sleeps == [1.0, 1.0, 0]

@@ -39,7 +39,7 @@ def test_gpus_are_counted_as_sinfo_writes_them(gres: str, count: int) -> None:
 def test_a_partition_that_is_not_there_is_told_those_that_are(slurm: FakeSlurm) -> None:
     with pytest.raises(ConfigError) as caught:
         check_cluster(SlurmConfig(partition="gup"), prepare_first=False)
-    assert str(caught.value) == "there is no partition gup; there are cpu, gpu"
+    assert str(caught.value) == "cluster.slurm.partition: there is no partition gup; there are cpu, gpu"
     assert caught.value.field == "cluster.slurm.partition"
     # One of several is enough to be wrong.
     with pytest.raises(ConfigError, match="no partition gup"):
@@ -61,8 +61,12 @@ def test_more_gpus_than_any_node_of_the_partition_has_are_refused(slurm: FakeSlu
         check_cluster(SlurmConfig(partition="gpu", gpus_per_node=9), prepare_first=False)
     assert str(caught.value).startswith("--gpus-per-node 9, and a node of the partition gpu has 8 at most; take fewer")
     assert caught.value.field == "cluster.slurm.gpus_per_node"
-    with pytest.raises(ConfigError, match="a node of the default partition has 0 at most"):
-        check_cluster(SlurmConfig(gpus_per_node=1), prepare_first=False)
+    with pytest.raises(ConfigError, match="a node of the partition cpu has 0 at most"):
+        check_cluster(SlurmConfig(partition="cpu", gpus_per_node=1), prepare_first=False)
+    # Which partition a job gets that names none, the site or the environment may decide.
+    check_cluster(SlurmConfig(gpus_per_node=8), prepare_first=False)
+    with pytest.raises(ConfigError, match="a node of this cluster has 8 at most"):
+        check_cluster(SlurmConfig(gpus_per_node=9), prepare_first=False)
 
 
 def test_without_slurm_it_says_where_to_go(slurm: FakeSlurm) -> None:
@@ -150,7 +154,7 @@ def test_a_requeued_job_waits_on_no_host(slurm: FakeSlurm) -> None:
     ("line", "reason"),
     [
         ("JobState=COMPLETED Reason=None ExitCode=0:0", ""),
-        ("JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0", "NonZeroExitCode"),
+        ("JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0", "exit code 1"),
         ("JobState=FAILED Reason=None ExitCode=2:0", "exit code 2"),
         ("JobState=CANCELLED Reason=None ExitCode=0:15", "signal 15"),
         ("JobState=TIMEOUT Reason=TimeLimit ExitCode=0:0", "TimeLimit"),

@@ -60,12 +60,12 @@ def test_a_time_that_yaml_reads_as_a_number_is_refused(path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "field"),
     [
-        ("nodes: 2", "nodes has a place of its own: cluster.slurm.nodes"),
-        ("job-name: a", "job-name has a place of its own: name"),
+        ("nodes: 2", "nodes has a place of its own: nodes; leave it out here"),
+        ("job-name: a", "job-name has a place of its own: the job's name"),
         ("array: 0-3", "array has a place of its own: --array"),
-        ("gpus: 2", "gpus has a place of its own: cluster.slurm.gpus_per_node"),
-        ("no-requeue: true", "no-requeue has a place of its own: cluster.slurm.max_requeues"),
-        ("signal: USR2", "signal has a place of its own: cluster.slurm.signal_s"),
+        ("gpus: 2", "gpus has a place of its own: gpus_per_node"),
+        ("no-requeue: true", "no-requeue has a place of its own: max_requeues"),
+        ("signal: USR2", "signal has a place of its own: signal_s"),
         ("output: log", "output is set by clm-dist, which rests on it; leave it out"),
         ("wrap: true", "wrap is set by clm-dist, which rests on it; leave it out"),
         ("ntasks: 3", "ntasks is set by clm-dist, which rests on it; leave it out"),

@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,15 @@ case "$2" in
 esac
 """,
     "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
-    "scontrol": '[ "$1" = requeue ] && echo "$2" >>"$HERE/requeued"\n[ "$1" = requeue ] || printf "n1\\nn2\\n"',
+    "scontrol": """
+case $1 in
+    requeue)
+        refuse=$(cat "$HERE/refuse" 2>/dev/null || echo 0)
+        echo $((refuse - 1)) >"$HERE/refuse"
+        [ "$refuse" -le 0 ] && echo "$2" >>"$HERE/requeued" ;;
+    show) if [ "$2" = job ]; then cat "$HERE/job-state"; else printf "n1\\nn2\\n"; fi ;;
+esac
+""",
     # The second host, whose name stands for 127.0.1.1 as well, and the route to it.
     "getent": '[ "$2" = n2 ] && printf "127.0.1.1 n2\\n10.1.2.4 n2\\n"',
     "ip": '[ "$4" = 10.1.2.4 ] && echo "10.1.2.4 dev eth0 src 10.1.2.3 uid 0"',
@@ -46,16 +54,18 @@ class Host:
 
     here: Path
     job_id: str
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     @property
     def state(self) -> Path:
         return submission(self.here / "it's the runs").root
 
-    def start(self, driver: str, *settings: str, restarts: int = 0) -> subprocess.Popen[str]:
-        """Start a job whose driver is some lines of bash."""
+    def start(self, driver: str, *settings: str, restarts: int = 0, sweep: bool = False) -> "subprocess.Popen[bytes]":
+        """Start a job whose driver is some lines of bash, or the second run of a sweep."""
         (self.here / "driver").write_text(driver)
-        one = request_of(submission(self.here / "it's the runs"), venv=self.here / "the venv")
+        given = submission(self.here / "it's the runs", run_names=("a", "b") if sweep else (), sweep=sweep)
+        given.files(1).root.mkdir(parents=True, exist_ok=True)
+        one = request_of(given, venv=self.here / "the venv")
         script = self.here / "script"
         script.write_text(render_run(full_job(*settings), one))
         environment = {
@@ -67,23 +77,29 @@ class Host:
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_CPUS_PER_TASK": "32",
             **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
+            **({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"} if sweep else {}),
         }
-        command = ["bash", str(script)]
-        self.processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        with (self.here / "said").open("wb") as said:
+            self.processes.append(subprocess.Popen(["bash", str(script)], env=environment, stdout=said, stderr=said))
         return self.processes[-1]
 
-    def run(self, driver: str, *settings: str, restarts: int = 0) -> tuple[int, str]:
+    def run(self, driver: str, *settings: str, restarts: int = 0, sweep: bool = False) -> tuple[int, str]:
         """The exit code of a job, and what it said."""
-        return self.end(self.start(driver, *settings, restarts=restarts))
+        return self.end(self.start(driver, *settings, restarts=restarts, sweep=sweep))
 
-    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        said, _ = process.communicate(timeout=_WAIT_S)
-        return process.returncode, said
+    def end(self, process: "subprocess.Popen[bytes]") -> tuple[int, str]:
+        return process.wait(_WAIT_S), (self.here / "said").read_text()
 
     def wait_for_driver(self) -> None:
+        self.wait_until(lambda: (self.here / "driver-started").exists())
+
+    def wait_for_words(self, words: str) -> None:
+        self.wait_until(lambda: words in (self.here / "said").read_text())
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + _WAIT_S
-        while not (self.here / "driver-started").exists():
-            assert time.monotonic() < end, "the driver did not start"
+        while not condition():
+            assert time.monotonic() < end, (self.here / "said").read_text()
             time.sleep(0.02)
 
     @property
@@ -129,14 +145,14 @@ def test_a_job_is_requeued_where_running_again_helps(
 ) -> None:
     assert host.run(driver, restarts=restarts)[0] == code
     assert host.requeued == requeued
-    assert (host.state / "attempt").read_text() == "ended\n"
+    assert (host.state / "attempt").read_text() == f"{host.job_id}.{restarts} ended\n"
     assert not (host.state / "token").exists()
 
 
 def test_a_job_that_was_requeued_too_often_starts_nothing(host: Host) -> None:
     code, said = host.run("exit 0", "cluster.slurm.max_requeues=2", restarts=3)
     assert (code, host.requeued) == (1, False)
-    assert f"job {host.job_id}, attempt 3: this is requeue 3, and cluster.slurm.max_requeues is 2\n" in said
+    assert f"job {host.job_id}, attempt 3: this is requeue 3, and cluster.slurm.max_requeues is 2: submit" in said
     assert not (host.here / "driver-started").exists()
 
 
@@ -168,7 +184,7 @@ def test_the_driver_is_told_where_its_ray_is_and_has_a_token_that_nobody_reads(h
         line.split("=", 1) for line in (host.here / "environment").read_text().splitlines() if "=" in line
     )
     address, _, port = environment["RAY_ADDRESS"].rpartition(":")
-    assert int(port) == 20_000 + (int(host.job_id) + 4 * 1009) % 10_000
+    assert int(port) == 20_000 + 2 * ((int(host.job_id) + 4 * 1009) % 5_000)
     assert address == "10.1.2.3"
     assert address in environment["NO_PROXY"]
     assert environment["CLM_DIST_NODES"] == "2"
@@ -190,3 +206,57 @@ def test_without_clm_dist_in_the_environment_nothing_is_started(host: Host) -> N
     (host.here / "the venv" / "bin" / "python3").write_text('#!/bin/sh\n[ "$1" != -c ]\n')
     assert host.run("exit 0")[0] == 2
     assert not (host.state / "attempt").exists()
+
+
+def test_a_signal_before_the_driver_is_there_is_passed_on_to_it(host: Host) -> None:
+    process = host.start(f"trap 'exit 75' USR1; {_WORKS}", "cluster.slurm.setup='touch \"$HERE/begun\"; sleep 0.5'")
+    host.wait_until(lambda: (host.here / "begun").exists())
+    process.send_signal(signal.SIGUSR1)
+    _, said = host.end(process)
+    assert "signal USR1\n" in said
+    assert host.requeued
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("TIMEOUT", True), ("CANCELLED", False)])
+def test_a_save_that_is_late_for_the_time_limit_is_requeued_but_no_job_that_is_cancelled(
+    host: Host, state: str, requeued: bool
+) -> None:
+    (host.here / "job-state").write_text(f"JobState={state} Reason=None")
+    process = host.start(f"trap : USR1; trap 'exit 75' TERM; {_WORKS}")
+    host.wait_for_driver()
+    for number, name in ((signal.SIGUSR1, "USR1"), (signal.SIGTERM, "TERM")):
+        process.send_signal(number)
+        host.wait_for_words(f"signal {name}")
+    host.end(process)
+    assert host.requeued == requeued
+
+
+def test_a_run_of_a_sweep_is_requeued_and_not_the_array(host: Host) -> None:
+    host.run("exit 75", sweep=True)
+    assert (host.here / "requeued").read_text() == "7_1\n"
+
+
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(host: Host) -> None:
+    (host.here / "refuse").write_text("2")
+    _, said = host.run("exit 75")
+    assert host.requeued
+    (host.here / "requeued").unlink()
+    (host.here / "refuse").write_text("99")
+    code, said = host.run("exit 75")
+    assert (code, host.requeued) == (75, False)
+    assert "submit the job again to go on" in said
+
+
+def test_storage_that_is_away_at_the_end_is_no_later_attempt(host: Host) -> None:
+    state = shlex.quote(str(host.state))
+    code, _ = host.run(f"rm {state}/attempt; exit 75")
+    assert (code, host.requeued) == (75, True)
+
+
+@pytest.mark.parametrize("settings", [(), ("cluster.slurm.interface=ib9",)])
+def test_without_an_address_nothing_is_started(host: Host, settings: tuple[str, ...]) -> None:
+    (host.here / "the venv" / "bin" / "ip").write_text("#!/bin/sh\nexit 1\n")
+    code, said = host.run("exit 0", *settings)
+    assert code == 2
+    assert "no address of this host: is cluster.slurm.interface right" in said
+    assert not (host.here / "driver-started").exists()

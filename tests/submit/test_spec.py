@@ -34,7 +34,7 @@ def test_runs_that_were_moved_are_found_where_they_are_now(runs: Path, tmp_path:
     one = written(runs, "a", "12", 5.0)
     moved = tmp_path / "moved"
     shutil.move(runs, moved)
-    found = find_submission(moved, "a")
+    found, _ = find_submission(moved, "a")
     assert (found.runs, found.root, found.job_id) == (moved, moved / ".submitted" / "a", "12")
     assert found.root != one.root
 
@@ -42,10 +42,10 @@ def test_runs_that_were_moved_are_found_where_they_are_now(runs: Path, tmp_path:
 def test_a_submission_is_found_by_name_run_or_number(runs: Path) -> None:
     sweep = written(runs, "sweep", "20", 1.0, run_names=("sweep-1", "sweep-2"), sweep=True, prepare_id="19")
     other = written(runs, "other", "30", 2.0)
-    for which in ("sweep", "sweep-2", "20", "19"):
-        assert find_submission(runs, which) == sweep
-    assert find_submission(runs, "other") == other
-    assert find_submission(runs, None) == other
+    for which, task in {"sweep": None, "sweep-1": 0, "sweep-2": 1, "20": None, "20_1": 1, "19": None}.items():
+        assert find_submission(runs, which) == (sweep, task)
+    assert find_submission(runs, "other") == (other, None)
+    assert find_submission(runs, None) == (other, None)
     assert submissions(runs) == [other, sweep]
 
 
