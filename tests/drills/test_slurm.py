@@ -3,6 +3,7 @@
 All of them in directories with a space and a quote in their names, on hosts whose own names are 127.0.1.1.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
