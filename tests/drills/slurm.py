@@ -27,7 +27,7 @@ from tests.runs import RunView, compare
 
 PROGRAM = ROOT.parent / "shared" / "slurm" / "slurm-cluster"
 TIMEOUT_S = 240
-NUM_STEPS = 600
+NUM_STEPS = 400
 BEGIN = 70
 """Something happens when this step is on disk."""
 SETTINGS = (
