@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +58,9 @@ def slurm(
         list[str] | None,
         typer.Option("--array", metavar="FIELD=V1,V2,...", help="A run for each value of a field, as one job array."),
     ] = None,
+    at_once: Annotated[
+        int | None, typer.Option("--at-once", min=1, help="With --array: so many of its runs at the same time.")
+    ] = None,
     prepare_first: Annotated[
         bool, typer.Option("--prepare-first", help="Prepare in a job of its own, on CPUs, before this one.")
     ] = False,
@@ -76,27 +79,22 @@ def slurm(
     settings = [f"cluster.slurm.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     settings += [_option_setting(option) for option in options or ()]
     settings = [*(overrides or ()), *settings]
+    if at_once and not array:
+        raise ConfigError("--at-once goes with --array; leave it out")
     job = load_job(job_file, settings)
-    sweeps = sweep_settings(array or ())
-    jobs = [job]
-    if array:
-        names = [f"name={sweep_name(job.config.name, sweep)}" for sweep in sweeps]
-        jobs = [load_job(job_file, [*settings, *sweep, name]) for sweep, name in zip(sweeps, names, strict=True)]
+    configs = _sweep(job_file, settings, array) if array else [job.config]
     directory, url = open_stores(stores, DEFAULT_STORES)
     submission = Submission(
         name=job.config.name,
         backend="slurm",
         runs=_plain(local_dir(runs, "--runs")),
-        run_names=tuple(one.config.name for one in jobs),
+        run_names=tuple(config.name for config in configs),
         sweep=bool(array),
     )
-    request = Request(submission, store=url or str(directory), venv=Path(sys.prefix), resume=resume)
-    configs = [one.config for one in jobs]
+    request = Request(submission, store=url or str(directory), venv=Path(sys.prefix), resume=resume, at_once=at_once)
     with located(job):
         for config in configs:
             check_size(config)
-        if twice := [name for name in submission.run_names if submission.run_names.count(name) > 1]:
-            raise ConfigError(f"--array: two of its runs would be {twice[0]}; give values that tell them apart")
         if len({render_run(config, request) for config in configs}) > 1:
             raise ConfigError("--array: its runs ask Slurm for different things; submit them one by one")
         if dry_run:
@@ -173,6 +171,18 @@ def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
         out.print(f"cancelled job {number}; {then}", soft_wrap=True)
     else:
         out.print(f"job {submission.job_id} has ended already; nothing to cancel")
+
+
+def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str]) -> list[JobConfig]:
+    """The job of each run of a sweep."""
+    name = load_job(job_file, settings).config.name
+    jobs: dict[str, JobConfig] = {}
+    for sweep in sweep_settings(array):
+        run = sweep_name(name, sweep)
+        if run in jobs:
+            raise ConfigError(f"--array: two of its runs would be {run}; give values that tell them apart")
+        jobs[run] = load_job(job_file, [*settings, *sweep, f"name={run}"]).config
+    return list(jobs.values())
 
 
 def _option_setting(option: str) -> str:

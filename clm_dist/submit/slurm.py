@@ -27,6 +27,8 @@ class Request:
     """Where clm-dist is installed, unless the job says where."""
     resume: bool = False
     """Go on with runs though their job has changed."""
+    at_once: int | None = None
+    """Runs of a sweep that may run at the same time; None is all."""
 
 
 def check_size(job: JobConfig) -> None:
@@ -72,7 +74,7 @@ def render_run(job: JobConfig, request: Request) -> str:
         "time": slurm.time,
         "partition": slurm.partition,
         "account": slurm.account,
-        "array": f"0-{len(submission.run_names) - 1}" if submission.sweep else None,
+        "array": _array(request) if submission.sweep else None,
         "output": _log_pattern(submission),
         "open-mode": "append",
         "requeue" if slurm.max_requeues else "no-requeue": True,
@@ -159,6 +161,11 @@ def _mounts(container: Container, request: Request) -> Iterator[str]:
     places = [str(request.submission.runs), *([] if "://" in request.store else [request.store])]
     for mount in [*places, *container.mounts]:
         yield mount if ":" in mount else f"{mount}:{mount}"
+
+
+def _array(request: Request) -> str:
+    limit = f"%{request.at_once}" if request.at_once else ""
+    return f"0-{len(request.submission.run_names) - 1}{limit}"
 
 
 def _cpus_per_node(cluster: ClusterConfig) -> int:

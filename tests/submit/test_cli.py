@@ -79,6 +79,7 @@ def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Com
             ("--set", "cluster.workers=2", "--set", "batch.global_size=16", "--partition", "gpu", "--gpus-per-node", 1),
             "take --nodes 2 or --set cluster.workers=1",
         ),
+        (("--at-once", 2), "--at-once goes with --array; leave it out"),
         (("--array", "lr=1,2"), "--array lr=1,2: lr is no field of a job"),
         (("--array", "train.seed=1,2,1"), "--array: two of its runs would be tiny-seed-1; give values that tell"),
         (("--array", "cluster.slurm.nodes=1,2"), "--array: its runs ask Slurm for different things"),

@@ -177,6 +177,8 @@ def test_a_sweep_is_one_array() -> None:
     names = ("a", "b", "c")
     text = render_run(full_job(), request_of(submission(run_names=names, sweep=True)))
     assert "--array=0-2" in options(text)
+    limited = request_of(submission(run_names=names, sweep=True), at_once=2)
+    assert "--array=0-2%2" in options(render_run(full_job(), limited))
     assert "\nstate=/shared/runs/.submitted/eli5-full/$SLURM_ARRAY_TASK_ID\n" in text
     prepare = render_prepare(full_job(), request_of(submission(run_names=names, sweep=True)))
     assert not [option for option in options(prepare) if option.startswith("--array")]
