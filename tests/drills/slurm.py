@@ -334,7 +334,8 @@ class Drill:
     play: Callable[[Slurm], Seen]
     settings: Sequence[str] = TWO
     """Of the run that nobody touched."""
-    requeues: int = 1
+    requeues: int | None = 1
+    """None where it depends on how fast the machine is."""
     told: bool = False
     """The job is told before, so that it loses no step."""
     leaves_files: bool = False
@@ -347,7 +348,7 @@ DRILLS: Mapping[str, Drill] = {
         Drill(raylet, requeues=0),
         Drill(head),
         Drill(signalled, told=True),
-        Drill(time_limit, LONGER, told=True),
+        Drill(time_limit, LONGER, requeues=None, told=True),
         Drill(preempted, told=True),
         Drill(requeued),
         Drill(link),

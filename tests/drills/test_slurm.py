@@ -81,7 +81,7 @@ def test_after_a_fault_the_weights_are_those_of_the_run_that_nobody_touched(
         assert [workers for _, workers in seen.job.starts()] == [2, 1]
     else:
         assert found.same_weights
-    assert seen.job.requeues() == drill.requeues
+    assert drill.requeues in (None, seen.job.requeues())
     if drill.told:
         assert seen.steps_lost == 0
     if not drill.leaves_files:
