@@ -210,9 +210,11 @@ class RayNode:
         Another job of this user that starts beside this one may take it for a leaving until it is held.
         """
         with contextlib.suppress(FileNotFoundError):
-            handle = os.open(self._local, os.O_RDONLY)
+            handle = os.open(self._local, os.O_RDONLY | os.O_NOFOLLOW)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), self._local.stat()):
+            held = os.fstat(handle)
+            # One that somebody else made is not taken, and mkdir says why.
+            if held.st_uid == os.getuid() and os.path.samestat(held, self._local.stat()):
                 return True
             os.close(handle)
         return False
@@ -229,12 +231,13 @@ class RayNode:
 
 def _remove_unless_in_use(directory: Path) -> None:
     """Remove the local files of a job of this user that could not: killed without a warning, or by a power cut."""
-    with contextlib.suppress(OSError):  # another user's, or another process was quicker
+    with contextlib.suppress(OSError):  # in use, or another process was quicker
         handle = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory)
-            shutil.rmtree(f"{directory}-driver")
+            if os.fstat(handle).st_uid == os.getuid():
+                shutil.rmtree(directory)
+                shutil.rmtree(f"{directory}-driver")
         finally:
             os.close(handle)
 

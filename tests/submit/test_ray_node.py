@@ -281,3 +281,16 @@ def test_what_killed_jobs_left_is_removed_but_not_what_is_in_use(node: Node, tmp
     finally:
         os.close(handle)
         shutil.rmtree(used)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory another user's")
+def test_a_directory_that_another_user_made_is_not_used(node: Node) -> None:
+    node.local.mkdir()
+    os.chown(node.local, 65534, 65534)
+    process = node.start()
+    try:
+        assert process.wait(_WAIT_S) == 1
+        assert not (node.fake / "call-0").exists()
+        assert list(node.local.iterdir()) == []
+    finally:
+        node.local.rmdir()
