@@ -84,7 +84,7 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     assert "baseline" in out
     assert "A sample, from the prompt" in out
     # A fast machine is done with an epoch before a line within it is due; test_progress.py has such lines.
-    assert re.search(r"^\d+:\d+:\d+ Training$", err, re.MULTILINE)
+    assert re.search(r"^\d+-\d+-\d+ \d+:\d+:\d+ Training$", err, re.MULTILINE)
     assert "\x1b" not in out + err
     # Its Ray is gone with it.
     assert len(started) > 3

@@ -39,7 +39,7 @@ def test_a_log_has_a_line_a_partition_and_standard_output_the_store(prepare: Pre
     said = prepare(write_job(), "--partition-mib", "0.002", "--tasks", "2")
     assert (said.code, said.out) == (0, f"{prepare.store}\n")
     lines = [line for line in said.err.splitlines() if " partition " in line]
-    assert [line.split()[2] for line in lines] == [f"{i}:" for i in range(len(lines))]
+    assert [line.split()[3] for line in lines] == [f"{i}:" for i in range(len(lines))]
     assert len(lines) == 4
     assert "records, 0.00 MB of text, " in lines[0]
     assert "tokens with gigatoken (data.path" not in lines[0]

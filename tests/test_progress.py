@@ -24,7 +24,8 @@ def test_a_log_file_gets_plain_lines() -> None:
     log = io.StringIO()
     progress = LineProgress(Console(file=log), interval_s=0.1)
     work(progress)
-    lines = [line.split(" ", 1)[1] for line in log.getvalue().splitlines()]
+    times, lines = zip(*((line[:19], line[20:]) for line in log.getvalue().splitlines()), strict=True)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", when) for when in times)
     assert [lines[0], lines[2]] == ["Training", "Step 20: eval loss 2.4"]
     assert re.fullmatch(r"Training · step 20/40 · loss 2.5000 · tokens/s 9,100 · 0:0\d left", lines[1])
     assert "\x1b" not in log.getvalue()

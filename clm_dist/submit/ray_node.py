@@ -10,6 +10,7 @@ that it has ended, this node ends: also on a host that Slurm has given up and ca
 import contextlib
 import ctypes
 import fcntl
+import importlib.util
 import os
 import re
 import resource
@@ -176,8 +177,10 @@ class RayNode:
 
     def _command(self, amounts: Mapping[str, int]) -> list[str]:
         host, _, port = self._address.rpartition(":")
-        # Ray's own port for clients is the same for all on a host.
-        place = ["--head", f"--port={port}", f"--ray-client-server-port={int(port) + 1}", "--include-dashboard=false"]
+        place = ["--head", f"--port={port}", "--include-dashboard=false"]
+        if importlib.util.find_spec("grpc"):
+            # Ray serves clients then, at one port for all on a host; without grpc it refuses the option.
+            place.append(f"--ray-client-server-port={int(port) + 1}")
         if not self._is_head:
             place = [f"--address={self._address}"]
         own = host if self._is_head else address_towards(host)
