@@ -128,8 +128,8 @@ def test_a_sweep_is_an_array_whose_text_is_prepared_first_and_whose_runs_are_req
     names = ["tiny-learning_rate-1e-3", "tiny-learning_rate-2e-3"]
     submission = read_json(job.directory / "runs/.submitted/tiny/submission.json")
     assert submission["run_names"] == names
-    waits = job.clm_dist("status").stdout
-    assert "waits for another job, such as the one that prepares" in waits
+    # Slurm says why at its next look; the text is prepared for some seconds.
+    job.wait_until(lambda: "waits for another job, such as the one that prepares" in job.clm_dist("status").stdout)
     last = RunView(RunDir(job.directory / "runs" / names[1]))
     job.wait_until(lambda: last.last_step() >= drills.BEGIN)
     step = last.last_step()
