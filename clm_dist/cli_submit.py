@@ -82,7 +82,7 @@ def slurm(
     if at_once and not array:
         raise ConfigError("--at-once goes with --array; leave it out")
     job = load_job(job_file, settings)
-    configs = _sweep(job_file, settings, array) if array else [job.config]
+    configs = _sweep(job_file, settings, array, job.config.name) if array else [job.config]
     directory, url = open_stores(stores, DEFAULT_STORES)
     submission = Submission(
         name=job.config.name,
@@ -173,9 +173,8 @@ def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
         out.print(f"job {submission.job_id} has ended already; nothing to cancel")
 
 
-def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str]) -> list[JobConfig]:
-    """The job of each run of a sweep."""
-    name = load_job(job_file, settings).config.name
+def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str], name: str) -> list[JobConfig]:
+    """The job of each run of a sweep; `name` is that of the whole."""
     jobs: dict[str, JobConfig] = {}
     for sweep in sweep_settings(array):
         run = sweep_name(name, sweep)

@@ -86,9 +86,7 @@ class SlurmPart(Section):
 
     @field_validator("options")
     @classmethod
-    def _options_can_be_set(
-        cls, options: dict[str, str | int | float | bool | None]
-    ) -> dict[str, str | int | float | bool | None]:
+    def _options_can_be_set(cls, options: Options) -> Options:
         for name, value in options.items():
             if name in _OWN_OPTIONS:
                 place = f"{name} has a place of its own: {_OWN_OPTIONS[name]}"

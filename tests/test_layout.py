@@ -63,10 +63,13 @@ def test_ray_is_imported_by_tasks_and_what_surrounds_the_loop_alone() -> None:
     assert with_ray == {"prepare/tasks.py"} | {f"train/{name}.py" for name in names}
 
 
-def test_nothing_below_the_stages_imports_torch() -> None:
+def test_nothing_below_the_stages_and_nothing_that_submits_imports_torch() -> None:
     for layer in LAYERS[:3]:
         for name in layer:
             assert not {m.split(".")[0] for m in imports_of(PACKAGE / f"{name}.py")} & {"torch", "transformers", "ray"}
+    # Nor does what runs on a login node, and beside Ray on every host.
+    for file in (PACKAGE / "submit").glob("*.py"):
+        assert not {m.split(".")[0] for m in imports_of(file)} & {"torch", "transformers", "ray"}
 
 
 def test_help_takes_under_a_second_and_loads_neither_torch_nor_ray() -> None:

@@ -85,8 +85,12 @@ def submit(
     submitted = replace(submission, job_id=job_id, prepare_id=prepare_id, submitted=time.time())
     submitted.write()
     if overwrite:
-        for job in jobs:
-            remove_run(job, RunDir(submission.runs / job.name))
+        try:
+            for job in jobs:
+                remove_run(job, RunDir(submission.runs / job.name))
+        except BaseException:  # Ctrl-C, too: what is held is never let go
+            cancel(submitted)
+            raise
         slurm_commands.release_job(job_id)
     return submitted
 

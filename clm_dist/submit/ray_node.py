@@ -154,8 +154,9 @@ class RayNode:
     def _is_over(self) -> bool:
         """Whether this node is to end: by a signal, by the script, or because a later attempt has begun."""
         if not self._told:
-            with contextlib.suppress(OSError):  # a storage that is away for a moment ends no run
-                self._told = (self._state / "attempt").read_text().strip() != self._attempt
+            # Neither a storage that is away for a moment nor a file that is being written ends a run.
+            with contextlib.suppress(OSError):
+                self._told = (self._state / "attempt").read_text().strip() not in ("", self._attempt)
         return self._told
 
     def _end(self, _number: int, _frame: Any) -> None:
@@ -228,8 +229,10 @@ class RayNode:
             shutil.copytree(logs, self._state / "nodes" / self._host / self._attempt, dirs_exist_ok=True)
 
     def _say(self, text: str) -> None:
-        with (self._state / "nodes" / f"{self._host}.log").open("a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} attempt {self._attempt}: {text}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} attempt {self._attempt}: {text}\n"
+        path = self._state / "nodes" / f"{self._host}.log"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as log:  # nor does a full disk
+            log.write(line)
 
 
 def _remove_unless_in_use(directory: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.errors import ConfigError
 from clm_dist.job import job_text, load_job
 from clm_dist.run_dir import write_json
+from clm_dist.submit import launch
 from clm_dist.submit.launch import local_places
 from clm_dist.submit.spec import Submission
 from tests.submit.fakes import Commands, FakeSlurm, request_of, submission
@@ -151,6 +153,22 @@ def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(commands: Comma
     # It does not start before the run is removed.
     assert "--hold" in slurm.calls("sbatch")[-1]
     assert slurm.calls("scontrol")[-1] == ["release", "103"]
+
+
+def test_a_run_that_cannot_be_removed_takes_its_new_job_with_it(
+    commands: Commands, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(commands, slurm)
+    slurm.job(102, "JobState=PENDING Reason=JobHeldUser")
+
+    def fail(job: object, run: object) -> None:
+        raise ConfigError("the storage is away")
+
+    monkeypatch.setattr(launch, "remove_run", fail)
+    said = commands.submit("--overwrite")
+    assert (said.code, "the storage is away" in said.err) == (2, True)
+    assert slurm.calls("scancel") == [["102"]]
+    assert not [call for call in slurm.calls("scontrol") if call[0] == "release"]
 
 
 def test_a_run_with_another_job_goes_on_with_resume(commands: Commands, slurm: FakeSlurm) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from clm_dist.errors import SubmitError
 from clm_dist.submit import logs
 from clm_dist.submit.logs import Logs
 from tests.submit.fakes import Commands, FakeSlurm, submission
@@ -116,3 +117,20 @@ def test_following_ends_with_the_job_and_prints_its_last_lines(
     said = commands.call("logs", "-f")
     assert said.out.splitlines() == ["[driver] first", "[driver] second", "[driver] last"]
     assert sleeps == [1.0, 1.0, 0]
+
+
+def test_following_outlives_a_controller_that_is_away_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([SubmitError("scontrol refused: Unable to contact slurm controller"), False])
+
+    def active() -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    ticks = iter(range(0, 100, 10))
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: next(ticks)))
+    assert list(Logs(submission(tmp_path)).follow(active)) == []
+    assert next(answers, None) is None

@@ -1,6 +1,7 @@
 """Ray's node on a host: what it gives Ray, when it starts again, and that it leaves nothing."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.submit.ray_node import address_towards, granted, interface_of
+from clm_dist.submit.ray_node import RayNode, address_towards, granted, interface_of
 from tests.conftest import ROOT
 from tests.processes import running
 
@@ -260,6 +261,10 @@ def test_a_node_whose_storage_is_away_for_a_moment_goes_on(node: Node) -> None:
     (node.state / "attempt").unlink()
     time.sleep(1.5)
     assert process.poll() is None
+    # As a writer leaves it for a moment.
+    (node.state / "attempt").write_text("")
+    time.sleep(1.5)
+    assert process.poll() is None
     (node.state / "attempt").write_text("ended\n")
     assert process.wait(_WAIT_S) == 0
 
@@ -281,6 +286,27 @@ def test_what_killed_jobs_left_is_removed_but_not_what_is_in_use(node: Node, tmp
     finally:
         os.close(handle)
         shutil.rmtree(used)
+
+
+def test_a_log_that_cannot_be_written_ends_no_node(node: Node) -> None:
+    (node.state / "nodes" / f"{socket.gethostname()}.log").mkdir(parents=True)
+    process = node.start()
+    node.call()
+    (node.state / "attempt").write_text("ended\n")
+    assert process.wait(_WAIT_S) == 0
+    node.check_nothing_is_left()
+
+
+@pytest.mark.parametrize(("spec", "has_option"), [(None, False), ("grpc", True)])
+def test_clients_have_a_port_of_the_job_s_where_ray_serves_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: str | None, has_option: bool
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    environment = {"SLURM_NODEID": "0", "RAY_ADDRESS": "127.0.0.1:20012"}
+    command = RayNode(tmp_path, "1.0", environment)._command({})
+    assert ("--ray-client-server-port=20013" in command) == has_option
+    worker = RayNode(tmp_path, "1.0", environment | {"SLURM_NODEID": "1"})._command({})
+    assert not [option for option in worker if option.startswith(("--ray-client", "--port", "--head"))]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory another user's")

@@ -20,7 +20,7 @@ _PROGRAMS = {
     "python3": """
 case "$2" in
     clm_dist.submit.ray_node)
-        while [ "$(<"$3"/attempt)" = "$4" ] && [ ! -f "$HERE/ray-fails" ]; do /usr/bin/sleep 0.02; done
+        while now=$(<"$3"/attempt); [ "${now:-$4}" = "$4" ] && [ ! -f "$HERE/ray-fails" ]; do /usr/bin/sleep 0.02; done
         [ ! -f "$HERE/ray-fails" ] || exit 1 ;;
     clm_dist)
         env >"$HERE/environment"
@@ -36,7 +36,7 @@ case $1 in
         refuse=$(cat "$HERE/refuse" 2>/dev/null || echo 0)
         echo $((refuse - 1)) >"$HERE/refuse"
         [ "$refuse" -le 0 ] && echo "$2" >>"$HERE/requeued" ;;
-    show) if [ "$2" = job ]; then cat "$HERE/job-state"; else printf "n1\\nn2\\n"; fi ;;
+    show) if [ "$2" = job ]; then echo "$3" >"$HERE/shown"; cat "$HERE/job-state"; else printf "n1\\nn2\\n"; fi ;;
 esac
 """,
     # The second host, whose name stands for 127.0.1.1 as well, and the route to it.
@@ -260,3 +260,28 @@ def test_without_an_address_nothing_is_started(host: Host, settings: tuple[str, 
     assert code == 2
     assert "no address of this host: is cluster.slurm.interface right" in said
     assert not (host.here / "driver-started").exists()
+
+
+def test_a_driver_that_does_not_take_the_signal_yet_is_ended_by_it_and_the_job_requeued(host: Host) -> None:
+    process = host.start(_WORKS)
+    host.wait_for_driver()
+    process.send_signal(signal.SIGUSR1)
+    assert host.end(process)[0] == 128 + signal.SIGUSR1
+    assert host.requeued
+
+
+def test_a_file_that_is_being_written_does_not_end_the_attempt(host: Host) -> None:
+    state = shlex.quote(str(host.state))
+    code, said = host.run(f": >{state}/attempt; /usr/bin/sleep 1; echo {host.job_id}.0 >{state}/attempt; exit 0")
+    assert (code, "Ray has ended" in said) == (0, False)
+
+
+def test_a_run_of_a_sweep_asks_whether_it_was_cancelled_itself(host: Host) -> None:
+    (host.here / "job-state").write_text("JobState=CANCELLED Reason=None")
+    process = host.start(f"trap : USR1; trap 'exit 75' TERM; {_WORKS}", sweep=True)
+    host.wait_for_driver()
+    for number, name in ((signal.SIGUSR1, "USR1"), (signal.SIGTERM, "TERM")):
+        process.send_signal(number)
+        host.wait_for_words(f"signal {name}")
+    assert host.end(process)[0] == 143
+    assert (host.here / "shown").read_text() == "7_1\n"

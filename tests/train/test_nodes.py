@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.errors import RunError
+from clm_dist.errors import NotReadyError, RunError
 from clm_dist.run_dir import RunDir
 from clm_dist.train import nodes
 from clm_dist.train.cluster import Cluster
@@ -120,6 +120,16 @@ def test_a_run_says_what_it_waits_for_and_for_how_long(drive: Callable[..., Driv
     driver.fakes.alive[OTHER] = {"CPU": 1.0}
     with pytest.raises(RunError, match=r"\(60 s\): the resources of the Ray cluster may be in use"):
         driver.look()
+
+
+def test_under_a_scheduler_another_attempt_may_get_the_nodes(
+    drive: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLM_DIST_NODES", "2")
+    driver = drive(*TWO_WORKERS, "train.start_timeout_s=60")
+    del driver.fakes.alive[OTHER]
+    with pytest.raises(NotReadyError, match=r"no worker began to train within train.start_timeout_s \(60 s\)"):
+        driver.look(after_s=61)
 
 
 def test_a_node_that_comes_back_is_enough(drive: Callable[..., Driver]) -> None:
