@@ -12,7 +12,9 @@ import pytest
 from clm_dist.run_dir import RunDir, read_json
 from tests.drills import slurm as drills
 from tests.drills.nodes import Command
-from tests.drills.slurm import DRILLS, PROGRAM, TWO, Slurm, SlurmJob
+from tests.drills.nodes import untouched as untouched_run
+from tests.drills.slurm import DRILLS, TWO
+from tests.drills.slurm_cluster import PROGRAM, Slurm, SlurmJob, a_cluster
 from tests.runs import RunView, compare
 
 pytestmark = pytest.mark.slurm
@@ -29,14 +31,14 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip("../shared/slurm (a Slurm cluster on one machine) is not here; it is not part of the repository")
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on one machine needs root")
-    with drills.a_cluster() as cluster:
+    with a_cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Untouched:
     """Runs the job with some settings on this machine, without Slurm, once."""
-    return cache(lambda settings: drills.untouched(tmp_path_factory.mktemp("whole") / "run", settings))
+    return cache(lambda settings: untouched_run(tmp_path_factory.mktemp("whole") / "run", *settings))
 
 
 @pytest.mark.slow
