@@ -1,5 +1,6 @@
 """`clm-dist logs`: one text from the driver and all hosts, in the order of time."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,7 +123,9 @@ def test_following_ends_with_the_job_and_prints_its_last_lines(
 def test_following_outlives_a_controller_that_is_away_for_a_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([SubmitError("scontrol refused: Unable to contact slurm controller"), False])
+    answers: Iterator[SubmitError | bool] = iter(
+        [SubmitError("scontrol refused: Unable to contact slurm controller"), False]
+    )
 
     def active() -> bool:
         answer = next(answers)
