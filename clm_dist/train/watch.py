@@ -26,6 +26,7 @@ _MOST_INTERVAL_S = 5.0
 _BEATS = 10
 """Beats within the timeout."""
 _SHOWN_FRAMES = 8
+_PACKAGE = Path(__file__).resolve().parent.parent
 _START_S = 600.0
 """For a worker that has just started."""
 
@@ -117,9 +118,11 @@ def _interval(timeout_s: float | None) -> float:
 
 
 def _stack(thread_id: int) -> tuple[str, ...]:
+    """The innermost frames of a thread, and all of this package: a model's layers lie deeper than a reader's place."""
     frame = sys._current_frames().get(thread_id)
-    frames = traceback.extract_stack(frame)[-_SHOWN_FRAMES:] if frame else []
-    return tuple(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
+    frames = traceback.extract_stack(frame) if frame else []
+    own = [f for f in frames[:-_SHOWN_FRAMES] if Path(f.filename).is_relative_to(_PACKAGE)]
+    return tuple(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in [*own, *frames[-_SHOWN_FRAMES:]])
 
 
 def last_collective() -> tuple[str | None, bool]:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from clm_dist.train import watch
 from clm_dist.train.watch import Beat, Heart, Watch, read_beats
 from tests.workers import run_workers
 
@@ -147,3 +150,16 @@ def test_a_heart_stops_when_it_is_told(tmp_path: Path, timeout_s: float | None) 
     began = time.monotonic()
     Heart(tmp_path / "new", 0, "", timeout_s).stop()
     assert time.monotonic() - began < 2
+
+
+def test_the_loop_is_named_however_deep_in_a_library_a_worker_stands() -> None:
+    def layers(depth: int) -> tuple[str, ...]:
+        return layers(depth - 1) if depth else watch._stack(threading.get_ident())
+
+    scope: dict[str, Any] = {}
+    code = "def train(inner):\n    return inner(20)"
+    exec(compile(code, str(Path(watch.__file__).with_name("loop.py")), "exec"), scope)
+    stack = scope["train"](layers)
+    assert stack[0] == "loop.py:2 train"
+    assert len(stack) == 1 + watch._SHOWN_FRAMES
+    assert stack[-2].endswith(" layers")
