@@ -28,7 +28,7 @@ from clm_dist.remote import open_stores
 from clm_dist.run_dir import local_dir
 from clm_dist.submit import launch
 from clm_dist.submit.logs import Logs
-from clm_dist.submit.slurm import Request, check_size, idle_gpus, render_prepare, render_run
+from clm_dist.submit.slurm import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import Submission, find_submission, sweep_name, sweep_settings
 
 submit = typer.Typer(no_args_is_help=True, help="Submit a job to a cluster.")
@@ -94,7 +94,7 @@ def slurm(
     request = Request(submission, store=url or str(directory), venv=Path(sys.prefix), resume=resume, at_once=at_once)
     with located(job):
         for config in configs:
-            check_size(config)
+            hosts_of(config.cluster).check()
         if len({render_run(config, request) for config in configs}) > 1:
             raise ConfigError("--array: its runs ask Slurm for different things; submit them one by one")
         if dry_run:
@@ -203,7 +203,7 @@ def _warnings(job: JobConfig, request: Request) -> Iterator[str]:
             f"{place} looks like a disk of this host alone; every node must see it. Name one on shared storage with "
             "--runs and --store, or CLM_DIST_RUNS and CLM_DIST_STORE"
         )
-    if idle := idle_gpus(job):
+    if idle := hosts_of(job.cluster).idle_gpus:
         each = "none" if job.cluster.gpus_per_worker == 0 else "one"
         yield f"{idle} of the GPUs stay idle: cluster.workers is {job.cluster.max_workers}, and a worker takes {each}"
     if not job.cluster.slurm.gpus_per_node:

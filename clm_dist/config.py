@@ -5,6 +5,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from clm_dist.k8s_config import K8sConfig
 from clm_dist.section import MOST, Count, Section, wrong
 from clm_dist.slurm_config import SlurmConfig
 
@@ -250,6 +251,8 @@ class ClusterConfig(Section):
     """GPUs of a worker, 0 or 1; `auto` takes one where the cluster has any."""
     slurm: SlurmConfig = SlurmConfig()
     """What `clm-dist submit slurm` asks for."""
+    k8s: K8sConfig = K8sConfig()
+    """What `clm-dist submit k8s` asks for."""
 
     @property
     def min_workers(self) -> int:

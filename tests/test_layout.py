@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 # A module may import from its own layer's package and from what stands below it.
 LAYERS = [
     {"errors"},
-    {"section", "slurm_config", "config", "progress"},
+    {"section", "k8s_config", "slurm_config", "config", "progress"},
     {"job", "run_dir", "runs", "metrics", "shards", "remote", "checkpoints", "ray_address"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"run"},

@@ -16,7 +16,7 @@ _ASK_INTERVAL_S = 5.0
 
 
 @dataclass
-class _File:
+class LogFile:
     """A log, read as it grows."""
 
     label: str
@@ -46,7 +46,7 @@ class Logs:
     """The logs of a submission."""
 
     submission: Submission
-    _files: dict[Path, _File] = field(default_factory=dict)
+    _files: dict[Path, LogFile] = field(default_factory=dict)
 
     def new_lines(self) -> list[str]:
         """What came since the last call, in the order of its times."""
@@ -73,4 +73,4 @@ class Logs:
             time.sleep(_POLL_S if goes_on else 0)
 
     def _add(self, label: str, path: Path) -> None:
-        self._files.setdefault(path, _File(label, path))
+        self._files.setdefault(path, LogFile(label, path))

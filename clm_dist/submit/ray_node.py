@@ -30,7 +30,7 @@ _MIB = 2**20
 _LAST_LINES = 8
 _SIOCGIFADDR = 0x8915
 _PR_SET_CHILD_SUBREAPER = 36
-_RAY_SETTINGS = {
+RAY_SETTINGS = {
     # In seconds; what a node waits for a head that does not answer.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     # A host without a network is given up within 20 s, not within a minute.
@@ -194,7 +194,7 @@ class RayNode:
         ]
 
     def _ray_environment(self) -> dict[str, str]:
-        environment = {**_RAY_SETTINGS, **self._environment, "TMPDIR": str(self._local)}
+        environment = {**RAY_SETTINGS, **self._environment, "TMPDIR": str(self._local)}
         host = self._address.rpartition(":")[0]
         if interface := interface_of(address_towards(host)):
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

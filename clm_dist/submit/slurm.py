@@ -4,15 +4,14 @@ The script keeps to what an administrator can follow: it starts one `clm_dist.su
 runs the driver on the first host, passes signals on, and requeues itself where running again helps.
 """
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clm_dist.config import ClusterConfig, JobConfig
-from clm_dist.errors import ConfigError
 from clm_dist.slurm_config import Container, Options, SlurmConfig
+from clm_dist.submit.size import Hosts
 from clm_dist.submit.slurm_texts import HEAD_BY_ROUTE, PREPARE, RUN
 from clm_dist.submit.spec import Submission
 
@@ -32,35 +31,11 @@ class Request:
     """Runs of a sweep that may run at the same time; None is all."""
 
 
-def check_size(job: JobConfig) -> None:
-    """Raise ConfigError where the nodes that the job asks for do not fit its workers."""
-    cluster, slurm = job.cluster, job.cluster.slurm
-    workers = cluster.min_workers
-    if cluster.gpus_per_worker == 1 and not slurm.gpus_per_node:
-        raise ConfigError(
-            "cluster.gpus_per_worker is 1, and no GPUs are asked for; say how many a node has with --gpus-per-node",
-            field="cluster.slurm.gpus_per_node",
-        )
-    for kind, field, per_node, each in (
-        ("GPUs", "gpus_per_node", slurm.gpus_per_node, _gpus_each(cluster)),
-        ("CPUs", "cpus_per_node", _cpus_per_node(cluster), cluster.cpus_per_worker),
-    ):
-        fitting = slurm.nodes * int(per_node // each) if each else workers
-        if fitting < workers:
-            nodes = math.ceil(workers / (per_node // each)) if per_node >= each else None
-            advice = [f"--nodes {nodes}"] if nodes else [f"a larger cluster.slurm.{field}"]
-            advice += [f"--set cluster.workers={fitting}"] if fitting else []
-            raise ConfigError(
-                f"cluster.workers {workers} x {each:g} {kind} do not fit {slurm.nodes} x {per_node} "
-                f"(cluster.slurm.nodes x {field}); take {' or '.join(advice)}",
-                field="cluster.workers",
-            )
-
-
-def idle_gpus(job: JobConfig) -> int:
-    """GPUs that are asked for and that no worker takes."""
-    cluster = job.cluster
-    return max(0, cluster.slurm.nodes * cluster.slurm.gpus_per_node - cluster.max_workers * _gpus_each(cluster))
+def hosts_of(cluster: ClusterConfig) -> Hosts:
+    """The nodes that a job asks for."""
+    slurm = cluster.slurm
+    cpus = slurm.cpus_per_node or Hosts.cpus_for(cluster, slurm.nodes)
+    return Hosts(cluster, slurm.nodes, slurm.gpus_per_node, cpus, "cluster.slurm", "node", "--nodes", "--gpus-per-node")
 
 
 def render_run(job: JobConfig, request: Request) -> str:
@@ -70,7 +45,7 @@ def render_run(job: JobConfig, request: Request) -> str:
         "job-name": submission.name,
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": _cpus_per_node(job.cluster),
+        "cpus-per-task": hosts_of(job.cluster).cpus,
         "gpus-per-node": slurm.gpus_per_node or None,
         "time": slurm.time,
         "partition": slurm.partition,
@@ -167,15 +142,6 @@ def _mounts(container: Container, request: Request) -> Iterator[str]:
 def _array(request: Request) -> str:
     limit = f"%{request.at_once}" if request.at_once else ""
     return f"0-{len(request.submission.run_names) - 1}{limit}"
-
-
-def _cpus_per_node(cluster: ClusterConfig) -> int:
-    slurm = cluster.slurm
-    return slurm.cpus_per_node or math.ceil(math.ceil(cluster.max_workers / slurm.nodes) * cluster.cpus_per_worker)
-
-
-def _gpus_each(cluster: ClusterConfig) -> int:
-    return int(cluster.slurm.gpus_per_node > 0) if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
 
 
 def _option_lines(options: Options) -> str:

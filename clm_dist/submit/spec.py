@@ -25,6 +25,11 @@ from clm_dist.run_dir import damaged, read_json, write_json
 _DIRECTORY = ".submitted"
 
 
+def submitted_dir(runs: Path | str, name: str) -> Path:
+    """Where the files of a submission lie."""
+    return Path(runs) / _DIRECTORY / name
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """The files of one run of a submission."""
@@ -62,7 +67,7 @@ class Submission:
 
     @property
     def root(self) -> Path:
-        return self.runs / _DIRECTORY / self.name
+        return submitted_dir(self.runs, self.name)
 
     @property
     def script(self) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.job import load_job
-from clm_dist.submit.slurm import check_size, idle_gpus, render_prepare, render_run
+from clm_dist.submit.slurm import hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import sweep_name, sweep_settings
 from tests.conftest import ROOT
 from tests.submit.fakes import full_job, request_of, submission
@@ -23,7 +23,7 @@ def rendered() -> dict[str, str]:
     files = {}
     for path in (ROOT / "jobs").glob("*.yaml"):
         job = load_job(path).config
-        check_size(job)
+        hosts_of(job.cluster).check()
         files[f"{path.stem}.sbatch"] = render_run(job, request_of(submission(name=job.name)))
     sweep = sweep_settings(["learning_rate=1e-5,2e-5,5e-5"])
     names = tuple(sweep_name("eli5-full", settings) for settings in sweep)
@@ -223,7 +223,7 @@ def test_workers_that_do_not_fit_the_nodes_are_told_what_does(
     workers: str, nodes: int, gpus: int, setting: str, message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_size(sized(workers, nodes, gpus, f"cluster.{setting}"))
+        hosts_of(sized(workers, nodes, gpus, f"cluster.{setting}").cluster).check()
     assert message in str(caught.value)
     assert caught.value.field in ("cluster.workers", "cluster.slurm.gpus_per_node")
 
@@ -231,14 +231,14 @@ def test_workers_that_do_not_fit_the_nodes_are_told_what_does(
 @pytest.mark.parametrize(("nodes", "gpus", "workers"), [(1, 8, 8), (3, 4, 12), (2, 0, 16), (3, 0, 16)])
 def test_workers_that_fill_the_nodes_fit(nodes: int, gpus: int, workers: int) -> None:
     job = sized(str(workers), nodes, gpus)
-    check_size(job)
-    assert idle_gpus(job) == 0
+    hosts_of(job.cluster).check()
+    assert hosts_of(job.cluster).idle_gpus == 0
 
 
 def test_gpus_that_no_worker_takes_are_counted() -> None:
-    assert idle_gpus(sized("10", 2, 8)) == 6
-    assert idle_gpus(sized("[2,10]", 2, 8)) == 6
-    assert idle_gpus(sized("16", 2, 8, "cluster.gpus_per_worker=0")) == 16
+    assert hosts_of(sized("10", 2, 8).cluster).idle_gpus == 6
+    assert hosts_of(sized("[2,10]", 2, 8).cluster).idle_gpus == 6
+    assert hosts_of(sized("16", 2, 8, "cluster.gpus_per_worker=0").cluster).idle_gpus == 16
 
 
 if __name__ == "__main__":

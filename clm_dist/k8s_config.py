@@ -1,0 +1,142 @@
+"""The section `cluster.k8s` of a job file: what a job on Kubernetes asks for, and what its pods are made of."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
+
+from clm_dist.section import MOST, Count, Section, wrong
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_KEY = r"([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+_LEAST_BYTES = 2**30
+"""With less, Ray's object store, a part of /dev/shm, is smaller than Ray takes one."""
+
+
+def num_bytes(quantity: str) -> int:
+    """Bytes of a quantity as Kubernetes writes it: `16Gi`, `500M`."""
+    number, unit = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", quantity).groups()  # type: ignore[union-attr]
+    return int(float(number) * _UNITS[unit])
+
+
+def _quantity(text: str) -> str:
+    if not re.fullmatch(rf"\d+(\.\d+)?({'|'.join(filter(None, _UNITS))})?", text):
+        raise PydanticCustomError("quantity", "no quantity of Kubernetes; write it as 16Gi or 500M")
+    return text
+
+
+def _memory(text: str) -> str:
+    if num_bytes(_quantity(text)) < _LEAST_BYTES:
+        raise PydanticCustomError("quantity", "less than 1Gi, in which Ray does not run")
+    return text
+
+
+Quantity = Annotated[str, AfterValidator(_quantity)]
+Memory = Annotated[str, AfterValidator(_memory)]
+Name = Annotated[str, Field(pattern=rf"^{_LABEL}(\.{_LABEL})*$", max_length=253)]
+"""Of an object of Kubernetes."""
+Text = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]+$")]
+Key = Annotated[str, Field(pattern=f"^{_KEY}$")]
+"""Of a label, or of a resource such as `nvidia.com/gpu`."""
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
+Directory = Annotated[str, Field(pattern=r"^/[^\x00-\x1f:]*[^/\x00-\x1f:]$")]
+
+
+class HeadPod(Section):
+    """The pod of Ray's head and of the driver, which has no GPU."""
+
+    cpus: Count = 2
+    """CPUs."""
+    memory: Memory = "8Gi"
+    """Memory; the driver holds the final model in it once."""
+
+
+class K8sConfig(Section):
+    """A job on Kubernetes: its pods, its storage, and the image in which clm-dist is installed."""
+
+    image: Text | None = None
+    """Image of all pods."""
+    pull_secret: Name | None = None
+    """Secret with which the image is pulled."""
+    namespace: Annotated[str, Field(pattern=f"^{_LABEL}$", max_length=63)] | None = None
+    """Namespace; null is that of the current context of kubectl."""
+    pods: Count = 1
+    """Pods with workers."""
+    gpus_per_pod: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """GPUs of each of them."""
+    cpus_per_pod: Count | None = None
+    """CPUs of each of them; null is what its workers take."""
+    memory_per_pod: Memory = "16Gi"
+    """Memory of each of them; a quarter of it, 16Gi at most, is /dev/shm."""
+    scratch: Quantity = "20Gi"
+    """Local disk of each pod, for checkpoints on their way and shards that are fetched."""
+    gpu_resource: Key = "nvidia.com/gpu"
+    """What the cluster calls a GPU."""
+    resources: dict[Key, Quantity] = {}
+    """Other resources of a worker pod: `{rdma/hca: "1"}`."""
+    head: HeadPod = HeadPod()
+    claim: Name = "clm-dist"
+    """PersistentVolumeClaim that all pods mount; runs, blocks and downloaded models lie on it."""
+    mount: Directory = "/shared"
+    """Where it is mounted; runs lie in `runs` there, and blocks in `store`."""
+    store: str | None = None
+    """Directory in the pods, or URL (s3://, gs://), of the prepared blocks instead."""
+    secret: Name | None = None
+    """Secret whose keys become environment variables of the pods: HF_TOKEN, AWS_SECRET_ACCESS_KEY, ..."""
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """Environment variables of the pods; nothing secret, which anybody who may see pods would read."""
+    user: Annotated[int, Field(ge=1, le=MOST)] = 1000
+    """Numeric user that programs run as."""
+    group: Annotated[int, Field(ge=1, le=MOST)] = 1000
+    """Its group, to which the claim is made writable."""
+    scheduler: Literal["default", "kueue", "volcano", "yunikorn"] = "default"
+    """Who admits the job: the cluster's scheduler, pod by pod, or a queue that starts it as a whole."""
+    queue: LabelValue | None = None
+    """Its queue."""
+    priority_class: Name | None = None
+    """Priority class of the pods."""
+    node_selector: dict[Key, LabelValue] = {}
+    """Labels of the nodes that worker pods run on."""
+    tolerations: list[dict[str, JsonValue]] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    """Taints that worker pods with GPUs bear, as Kubernetes writes tolerations."""
+    max_retries: Annotated[int, Field(ge=0, le=MOST)] = 3
+    """How often the run goes on with new pods after a failure; a run that saved because pods were to end goes on in any
+    case."""
+    grace_s: Annotated[int, Field(ge=60, le=86400)] = 120
+    """Seconds between the announcement that a pod ends and its end; the run saves within them."""
+    start_deadline_s: Count | None = 3600
+    """Seconds within which all pods are there, or the attempt fails; null waits for ever. Not with a queue."""
+
+    @model_validator(mode="after")
+    def _queue_has_a_scheduler(self) -> Self:
+        if self.queue is not None and self.scheduler == "default":
+            problem = "cluster.k8s.queue is set, and the default scheduler has no queues"
+            raise wrong(
+                "cluster.k8s.queue",
+                f"{problem}; set cluster.k8s.scheduler to kueue, volcano or yunikorn",
+                "cluster.k8s.scheduler",
+            )
+        if self.scheduler == "kueue" and self.queue is None:
+            raise wrong("cluster.k8s.scheduler", "cluster.k8s.scheduler is kueue, which needs cluster.k8s.queue")
+        return self
+
+    @model_validator(mode="after")
+    def _tolerations_are_tolerations(self) -> Self:
+        known = {"key", "operator", "value", "effect", "tolerationSeconds"}
+        for toleration in self.tolerations:
+            if unknown := set(toleration) - known:
+                problem = f"{min(unknown)} is no part of a toleration; there are {', '.join(sorted(known))}"
+                raise wrong("cluster.k8s.tolerations", problem)
+        return self
+
+
+def shm_bytes(memory: str) -> int:
+    """/dev/shm of a pod, which counts as memory of it."""
+    return min(num_bytes(memory) // 4, 16 * 2**30)
+
+
+def store_bytes(memory: str) -> int:
+    """Ray's object store in a pod's /dev/shm; the rest is for NCCL."""
+    return shm_bytes(memory) * 3 // 10

@@ -1,0 +1,77 @@
+"""What a pod does before it is ended, its preStop hook: `python -m clm_dist.submit.pod_end`.
+
+The run saves: where the driver is, it is told to; elsewhere Ray is told that this node goes. Then Ray's logs are kept,
+and Ray is ended.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from clm_dist.submit.pods import PORT, Pod, processes
+
+_RESERVE_S = 20
+"""Of the grace, for what comes after saving."""
+_POLL_S = 0.5
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+
+
+def main() -> int:
+    pod = Pod.this()
+    deadline = time.monotonic() + pod.grace_s - _RESERVE_S
+    if (pid := _driver(pod)) is not None:
+        pod.say("the pod is to end: telling the driver")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        _wait(lambda: _driver(pod) is None, deadline)
+    elif node := _ray_node():
+        pod.say("the pod is to end: draining its node of Ray")
+        _drain(node, deadline - time.monotonic())
+    _wait(lambda: not _is_training(), deadline)
+    pod.say("the run has saved" if not _is_training() else "the run has not saved in time")
+    with contextlib.suppress(OSError, shutil.Error):  # a full disk holds up no end
+        shutil.copytree("/tmp/ray/session_latest/logs", pod.nodes / pod.name, dirs_exist_ok=True)
+    subprocess.run([*_RAY, "stop", "--grace-period=5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return 0
+
+
+def _wait(is_over: Callable[[], bool], deadline: float) -> None:
+    while not is_over() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _driver(pod: Pod) -> int | None:
+    """The process of the driver, if it runs here."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(pod.driver_pid.read_text())
+    return None
+
+
+def _ray_node() -> str | None:
+    """The number of this pod's node of Ray, which its raylet was given."""
+    for _, words in processes():
+        if words[0].endswith("/raylet"):
+            return next((word.partition("=")[2] for word in words if word.startswith("--node_id=")), None)
+    return None
+
+
+def _is_training() -> bool:
+    return any("TrainWorker" in words[0] for _, words in processes())
+
+
+def _drain(node: str, seconds: float) -> None:
+    head = os.environ.get("FQ_RAY_IP") or os.environ["CLM_DIST_HEAD"]
+    command = [*_RAY, "drain-node", f"--address={head}:{PORT}", f"--node-id={node}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the pod is to end"]
+    command += [f"--deadline-remaining-seconds={max(1, int(seconds))}"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

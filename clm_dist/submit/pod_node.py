@@ -1,0 +1,97 @@
+"""Ray in a pod of an Indexed Job: `python -m clm_dist.submit.pod_node [OPTIONS of ray start] -- DRIVER...`.
+
+The first pod has Ray's head and runs the driver, whose exit code becomes the pod's. The others join the head, and join
+again when it was replaced; they run until the Job's successPolicy ends them.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from clm_dist.submit.pods import PORT, Pod
+from clm_dist.submit.ray_node import end_descendants
+
+_POLL_S = 1.0
+_ENDED_BY_SIGNAL = 128 + signal.SIGTERM
+
+
+class PodNode:
+    """Ray in this pod.
+
+    Args:
+        head: host name of the first pod.
+        options: of `ray start`: what the pod has.
+        driver: the command of the driver.
+    """
+
+    def __init__(self, pod: Pod, head: str, options: Sequence[str], driver: Sequence[str]) -> None:
+        self._pod, self._head, self._options, self._driver = pod, head, options, driver
+        self._told = False
+
+    def run(self, *, is_head: bool) -> int:
+        signal.signal(signal.SIGTERM, self._end)
+        try:
+            return self._run_head() if is_head else self._run_worker()
+        finally:
+            end_descendants()
+
+    def _run_head(self) -> int:
+        ray = self._start_ray("--head", f"--port={PORT}", "--include-dashboard=false")
+        environment = {**os.environ, "RAY_ADDRESS": f"{self._pod.address}:{PORT}"}
+        driver = subprocess.Popen(self._driver, env=environment)
+        while driver.poll() is None and ray.poll() is None:
+            time.sleep(_POLL_S)
+        if driver.poll() is None:
+            if not self._told:
+                self._pod.say(f"Ray's head has ended with {ray.returncode}")
+                driver.kill()
+            driver.wait()
+        code = driver.returncode if driver.returncode >= 0 else 128 - driver.returncode
+        # Where the pod was told to end, the Job replaces it; only success is the end of the Job.
+        return code
+
+    def _run_worker(self) -> int:
+        while not self._told:
+            if not self._head_answers():
+                time.sleep(_POLL_S)
+                continue
+            ray = self._start_ray(f"--address={self._head}:{PORT}")
+            while ray.poll() is None and not self._told:
+                time.sleep(_POLL_S)
+            if not self._told:
+                self._pod.say(f"Ray has ended with {ray.returncode}; waiting for its head")
+                end_descendants()
+                time.sleep(_POLL_S)
+        # A pod that exits with 0 is done, and the Job would not replace it.
+        return _ENDED_BY_SIGNAL
+
+    def _start_ray(self, *place: str) -> "subprocess.Popen[bytes]":
+        self._pod.say(f"starting Ray: {' '.join([*place, *self._options])}")
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        return subprocess.Popen([*start, *place, f"--node-ip-address={self._pod.address}", *self._options])
+
+    def _head_answers(self) -> bool:
+        try:
+            socket.create_connection((self._head, PORT), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def _end(self, _number: int, _frame: Any) -> None:
+        self._told = True
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    split = words.index("--")
+    node = PodNode(Pod.this(), os.environ["CLM_DIST_HEAD"], words[:split], words[split + 1 :])
+    return node.run(is_head=os.environ["JOB_COMPLETION_INDEX"] == "0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What the programs in pods share with who renders the pods. Their settings are environment variables of the pod."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clm_dist.submit.ray_node import RAY_SETTINGS as _RAY_SETTINGS
+
+JOB_DIR = "/etc/clm-dist"
+"""Where pods see the job file."""
+CODE = "code.zip"
+"""Beside it, the package of a working tree, if that goes before the image's."""
+PORT = 6379
+"""Ray's, of the head; every pod has an address of its own."""
+DASHBOARD_PORT = 8265
+RAY_SETTINGS = {
+    **_RAY_SETTINGS,
+    # The preStop hook has made the run save already.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # Seconds that the driver has to save, where its job is stopped.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+}
+
+
+@dataclass(frozen=True)
+class Pod:
+    """This pod."""
+
+    name: str
+    address: str
+    """Its IP address."""
+    state: Path
+    """The submission's files, on the claim."""
+    grace_s: float
+    """Seconds between the announcement that the pod ends and its end."""
+    local: Path = Path("/tmp/clm-dist")
+
+    @classmethod
+    def this(cls) -> "Pod":
+        env = os.environ
+        return cls(env["POD_NAME"], env["POD_IP"], Path(env["CLM_DIST_STATE"]), float(env["CLM_DIST_GRACE_S"]))
+
+    @property
+    def driver_pid(self) -> Path:
+        """Holds the process of the driver, while it runs in this pod."""
+        return self.local / "driver.pid"
+
+    def say(self, text: str) -> None:
+        """Add to what the submission keeps of this pod, and to the pod's own log."""
+        print(f"{now()} {text}", flush=True)
+        with contextlib.suppress(OSError):  # a full or absent disk ends nothing
+            self.nodes.mkdir(parents=True, exist_ok=True)
+            with (self.nodes / f"{self.name}.log").open("a", encoding="utf-8") as log:
+                log.write(f"{now()} {text}\n")
+
+    @property
+    def nodes(self) -> Path:
+        return self.state / "nodes"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def processes() -> Iterator[tuple[int, list[str]]]:
+    """The processes of this container, and the words of their command lines."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            yield int(directory.name), words

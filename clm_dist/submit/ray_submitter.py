@@ -1,0 +1,63 @@
+"""What the submitter pod of a RayJob runs: `python -m clm_dist.submit.ray_submitter DRIVER...`.
+
+It submits the driver to Ray, asks how it is until it has ended, and prints its log from the claim, that of all
+attempts. The operator's own submitter follows the log instead, and takes the end of that stream, which a busy head
+brings about, for the end of the job (ray-project/kuberay#4921). A head that has come back empty gets the job again.
+
+Exits with 0 where the job has ended, however it did; the operator asks Ray how. With 1 where there is no head for
+280 s, which is below the 300 s after which the operator gives the RayJob up; then this pod is started again.
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from clm_dist.errors import SubmitError
+from clm_dist.submit.logs import LogFile
+from clm_dist.submit.pods import now
+from clm_dist.submit.ray_jobs import ENDED, RayJobs
+
+_PATIENCE_S = 280
+_POLL_S = 2.0
+
+
+def follow(jobs: RayJobs, job_id: str, driver: Sequence[str], log: LogFile, *, patience_s: float = _PATIENCE_S) -> int:
+    """Submit a driver and follow it to its end; gives the exit code."""
+    answered = time.monotonic()
+    while True:
+        try:
+            info = jobs.info(job_id)
+            if info is None:
+                # The driver is told its number, to end itself by.
+                jobs.submit(job_id, shlex.join([*driver, f"--ray-job={job_id}"]))
+                _say(f"submitted the driver to Ray as {job_id}")
+            answered = time.monotonic()
+        except SubmitError as error:
+            info = None
+            if time.monotonic() - answered > patience_s:
+                _say(f"no head of Ray for {patience_s:.0f} s: {error}")
+                return 1
+        for _, line in log.new_lines():
+            print(line, flush=True)
+        if info is not None and info["status"] in ENDED:
+            _say(f"Ray's job {job_id} has ended: {info['status']}; {info.get('message') or ''}")
+            return 0
+        time.sleep(_POLL_S)
+
+
+def _say(text: str) -> None:
+    print(f"{now()} {text}", flush=True)
+
+
+def main() -> int:
+    address = os.environ["RAY_DASHBOARD_ADDRESS"]
+    jobs = RayJobs(address if "://" in address else f"http://{address}", os.environ.get("RAY_AUTH_TOKEN"))
+    log = LogFile("", Path(os.environ["CLM_DIST_STATE"]) / "log")
+    return follow(jobs, os.environ["RAY_JOB_SUBMISSION_ID"], sys.argv[1:], log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
