@@ -77,6 +77,7 @@ class K8sConfig(Section):
     resources: dict[Key, Quantity] = {}
     """Other resources of a worker pod: `{rdma/hca: "1"}`."""
     head: HeadPod = HeadPod()
+    """The pod of Ray's head and of the driver."""
     claim: Name = "clm-dist"
     """PersistentVolumeClaim that all pods mount; runs, blocks and downloaded models lie on it."""
     mount: Directory = "/shared"

@@ -19,14 +19,13 @@ _ASK_INTERVAL_S = 5.0
 class LogFile:
     """A log, read as it grows."""
 
-    label: str
     path: Path
     position: int = 0
     when: str = ""
     """Of the last line that had a time; lines without one belong to it."""
 
     def new_lines(self) -> Iterator[tuple[str, str]]:
-        """The lines that are new and whole, each with its time and its label."""
+        """The lines that are new and whole, each with its time."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.position)
@@ -38,7 +37,7 @@ class LogFile:
         for line in new.decode(errors="replace").splitlines():
             if found := _TIME.match(line):
                 self.when = found[0]
-            yield self.when, f"[{self.label}] {line}"
+            yield self.when, line
 
 
 @dataclass
@@ -46,7 +45,8 @@ class Logs:
     """The logs of a submission."""
 
     submission: Submission
-    _files: dict[Path, LogFile] = field(default_factory=dict)
+    _files: dict[Path, tuple[str, LogFile]] = field(default_factory=dict)
+    """Each with what stands before its lines."""
 
     def new_lines(self) -> list[str]:
         """What came since the last call, in the order of its times."""
@@ -58,7 +58,8 @@ class Logs:
                 self._add(prefix + path.stem, path)
         if self.submission.sweep:
             self._add("prepare", self.submission.root / "log")
-        lines = [line for file in self._files.values() for line in file.new_lines()]
+        logs = self._files.values()
+        lines = [(when, f"[{label}] {line}") for label, log in logs for when, line in log.new_lines()]
         return [line for _, line in sorted(lines, key=lambda line: line[0])]
 
     def follow(self, active: Callable[[], bool]) -> Iterator[str]:
@@ -73,4 +74,4 @@ class Logs:
             time.sleep(_POLL_S if goes_on else 0)
 
     def _add(self, label: str, path: Path) -> None:
-        self._files.setdefault(path, LogFile(label, path))
+        self._files.setdefault(path, (label, LogFile(path)))

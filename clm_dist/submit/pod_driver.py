@@ -44,23 +44,23 @@ class PodDriver:
         self._process: subprocess.Popen[bytes] | None = None
         self._told = False
 
+    @property
+    def told(self) -> bool:
+        """Whether it was told to end."""
+        return self._told
+
     def run(self) -> int:
         """Run to the end; gives the exit code."""
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, self._end)
         self._pod.state.mkdir(parents=True, exist_ok=True)
         write_text(self._pod.state / "attempt", f"{self._attempt}\n")
-        self._pod.local.mkdir(exist_ok=True)
-        self._pod.driver_pid.write_text(str(os.getpid()))
         threading.Thread(target=self._give_way, daemon=True).start()
-        try:
-            self._say(f"an attempt begins in the pod {self._pod.name}")
-            while (code := self._run_once()) == _GOES_ON and not self._told:
-                self._say("it goes on here")
-                time.sleep(_PAUSE_S)
-            return code
-        finally:
-            self._pod.driver_pid.unlink()
+        self._say(f"an attempt begins in the pod {self._pod.name}")
+        while (code := self._run_once()) == _GOES_ON and not self._told:
+            self._say("it goes on here")
+            time.sleep(_PAUSE_S)
+        return code
 
     def _run_once(self) -> int:
         pipe = subprocess.PIPE
@@ -120,7 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pod.state.mkdir(parents=True, exist_ok=True)
         overwrite_once(Path(os.environ["CLM_DIST_RUNS"]), job, pod.state / "overwritten", options.overwrite_once)
     command = [sys.executable, "-m", "clm_dist", "run", str(job), *(["--resume"] if options.resume else [])]
-    code = PodDriver(pod, command).run()
+    driver = PodDriver(pod, command)
+    code = driver.run()
+    if code == _GOES_ON and driver.told and options.ray_job:
+        # Ended, Ray's job would have failed; as it is, the head that replaces this one gets it again.
+        time.sleep(pod.grace_s)
     if code == _OWN_FAULT and options.ray_job:
         # The operator tries again what has failed, and not what was stopped.
         with contextlib.suppress(SubmitError):

@@ -24,18 +24,20 @@ _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 def main() -> int:
     pod = Pod.this()
     deadline = time.monotonic() + pod.grace_s - _RESERVE_S
-    if (pid := _driver(pod)) is not None:
+    if pid := _process("clm_dist.submit.pod_driver"):
         pod.say("the pod is to end: telling the driver")
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        _wait(lambda: _driver(pod) is None, deadline)
-    elif node := _ray_node():
+        _wait(lambda: not _process("clm_dist"), deadline)
+    elif _is_training() and (node := _ray_node()):
         pod.say("the pod is to end: draining its node of Ray")
         _drain(node, deadline - time.monotonic())
     _wait(lambda: not _is_training(), deadline)
     pod.say("the run has saved" if not _is_training() else "the run has not saved in time")
-    with contextlib.suppress(OSError, shutil.Error):  # a full disk holds up no end
+    try:
         shutil.copytree("/tmp/ray/session_latest/logs", pod.nodes / pod.name, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:  # a full disk holds up no end
+        pod.say(f"not all of Ray's logs are kept: {error}"[:500])
     subprocess.run([*_RAY, "stop", "--grace-period=5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return 0
 
@@ -45,11 +47,9 @@ def _wait(is_over: Callable[[], bool], deadline: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _driver(pod: Pod) -> int | None:
-    """The process of the driver, if it runs here."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(pod.driver_pid.read_text())
-    return None
+def _process(module: str) -> int | None:
+    """The process of a module, if it runs here."""
+    return next((pid for pid, words in processes() if words[1:3] == ["-m", module]), None)
 
 
 def _ray_node() -> str | None:

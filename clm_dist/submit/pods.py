@@ -36,17 +36,11 @@ class Pod:
     """The submission's files, on the claim."""
     grace_s: float
     """Seconds between the announcement that the pod ends and its end."""
-    local: Path = Path("/tmp/clm-dist")
 
     @classmethod
     def this(cls) -> "Pod":
         env = os.environ
         return cls(env["POD_NAME"], env["POD_IP"], Path(env["CLM_DIST_STATE"]), float(env["CLM_DIST_GRACE_S"]))
-
-    @property
-    def driver_pid(self) -> Path:
-        """Holds the process of the driver, while it runs in this pod."""
-        return self.local / "driver.pid"
 
     def say(self, text: str) -> None:
         """Add to what the submission keeps of this pod, and to the pod's own log."""

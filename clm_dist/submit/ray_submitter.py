@@ -55,7 +55,7 @@ def _say(text: str) -> None:
 def main() -> int:
     address = os.environ["RAY_DASHBOARD_ADDRESS"]
     jobs = RayJobs(address if "://" in address else f"http://{address}", os.environ.get("RAY_AUTH_TOKEN"))
-    log = LogFile("", Path(os.environ["CLM_DIST_STATE"]) / "log")
+    log = LogFile(Path(os.environ["CLM_DIST_STATE"]) / "log")
     return follow(jobs, os.environ["RAY_JOB_SUBMISSION_ID"], sys.argv[1:], log)
 
 

@@ -1,0 +1,148 @@
+"""Pods that really run, for drills, and a job in them.
+
+`../shared/k8s/podrun` runs pods as namespaces of this machine, with their own command, environment, user, volumes,
+probes, grace and memory limit; its controllers do what the Job controller and the KubeRay operator do.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clm_dist.config import JobConfig
+from clm_dist.job import load_job
+from clm_dist.run_dir import RunDir
+from clm_dist.submit import k8s
+from tests.conftest import ROOT, tiny_job, write_corpus
+from tests.runs import RunView
+
+SHARED = ROOT.parent / "shared" / "k8s"
+TIMEOUT_S = 300
+_SETTINGS = (
+    "cluster.k8s.image=clm-dist:drill",
+    "cluster.k8s.pods=2",
+    "cluster.k8s.memory_per_pod=3Gi",
+    "cluster.k8s.head.memory=3Gi",
+    "cluster.k8s.start_deadline_s=120",
+)
+
+
+def controllers() -> Any:
+    """The modules `podrun` and `controllers`, which lie beside the repository."""
+    sys.path[:0] = [str(SHARED / "podrun")] if str(SHARED / "podrun") not in sys.path else []
+    import controllers  # type: ignore[import-not-found]
+
+    return controllers
+
+
+def _image() -> dict[str, Any]:
+    """What the pods run in: this machine's files, with the tests' own Python."""
+    python = Path(os.path.realpath(sys.executable)).parent.parent
+    places = [str(place) for place in (python, Path(sys.prefix), ROOT) if not str(place).startswith("/usr")]
+    # What lies in a place that is there is there.
+    places = [place for place in places if not any(place.startswith(f"{other}/") for other in places)]
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        # Tiny models: see tests.conftest.
+        **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")},
+    }
+    return {"rootfs": "/", "bind": places, "env": environment}
+
+
+class PodJob(RunView):
+    """The tiny job, as objects of Kubernetes whose pods run here; a context manager."""
+
+    def __init__(self, directory: Path, settings: Sequence[str], *, plain: bool = False, **request: Any) -> None:
+        self.directory = directory
+        self._claim = directory / "claim"
+        self._claim.mkdir(parents=True)
+        self._claim.chmod(0o777)
+        corpus = write_corpus(self._claim)
+        job = directory / "tiny.yaml"
+        job.write_text(yaml.safe_dump(tiny_job(corpus)))
+        self.job: JobConfig = load_job(job, [*_SETTINGS, *settings, "data.path=/shared/corpus.jsonl"]).config
+        super().__init__(RunDir(self._claim / "runs" / "tiny"))
+        self._request = k8s.Request(plain=plain, **request)
+        self.pods: list[Any] = []
+        self.status: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "PodJob":
+        k8s.check_job(self.job, self._request)
+        podrun = controllers().Pod.__init__.__globals__
+        self.node = podrun["Node"](
+            self.directory / "pods", images={"*": _image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
+        )
+        *others, self._object = k8s.objects(self.job, self._request)
+        for one in others:
+            self.node.add(one)
+        token = {"metadata": {"name": k8s.token_secret("tiny")}, "stringData": {"auth_token": "0123456789abcdef" * 2}}
+        self.node.add({"kind": "Secret", **token})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.node.close()
+
+    def _run(self) -> None:
+        if self._request.plain:
+            self.status = controllers().run_job(self.node, self._object, self.pods.append)
+        else:
+            self.status = controllers().run_rayjob(self.node, self._object, self.pods.append)
+
+    def running(self, part: str) -> Any:
+        """The pod that runs and has this in its name."""
+        return next(pod for pod in reversed(self.pods) if part in pod.name and pod.phase == "Running")
+
+    def said(self) -> str:
+        """What the driver logged, over all attempts, and the ends of the pods' own logs."""
+        logs = [self._claim / "runs/.submitted/tiny/log", *sorted((self.directory / "pods").glob("*/*.log"))]
+        return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
+
+    def wait_until(self, condition: Callable[[], Any]) -> float:
+        """Wait while the job runs; gives the time."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert self._thread.is_alive(), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+        return time.monotonic()
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: self.last_step() >= step)
+
+    def wait_ended(self) -> dict[str, Any]:
+        """What the controllers say of the job."""
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive(), self.said()
+        return self.status
+
+    def hosts(self) -> list[list[str]]:
+        """The pod of each worker, for every start."""
+        return [record["hosts"] for record in self.records("start")]
+
+
+@contextlib.contextmanager
+def a_directory() -> Iterator[Path]:
+    """Not below /tmp, which a volume covers in pods."""
+    directory = Path(tempfile.mkdtemp(prefix="clm-dist-drill-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def kill(pod: Any, container: str = "ray") -> None:
+    """End a pod's container with SIGKILL, as a machine that fails does."""
+    subprocess.run(["kill", "-9", str(pod.pid(container))], check=True)
