@@ -5,8 +5,10 @@ probes, grace and memory limit; its controllers do what the Job controller and t
 """
 
 import contextlib
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,12 +38,12 @@ _SETTINGS = (
 )
 
 
-def controllers() -> Any:
-    """The modules `podrun` and `controllers`, which lie beside the repository."""
-    sys.path[:0] = [str(SHARED / "podrun")] if str(SHARED / "podrun") not in sys.path else []
-    import controllers  # type: ignore[import-not-found]
-
-    return controllers
+def podrun(module: str = "podrun") -> Any:
+    """A module of `../shared/k8s/podrun`: `podrun` or `controllers`."""
+    place = str(SHARED / "podrun")
+    if place not in sys.path:
+        sys.path.insert(0, place)
+    return importlib.import_module(module)
 
 
 def _image() -> dict[str, Any]:
@@ -79,8 +81,7 @@ class PodJob(RunView):
 
     def __enter__(self) -> "PodJob":
         k8s.check_job(self.job, self._request)
-        podrun = controllers().Pod.__init__.__globals__
-        self.node = podrun["Node"](
+        self.node = podrun().Node(
             self.directory / "pods", images={"*": _image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
         )
         *others, self._object = k8s.objects(self.job, self._request)
@@ -96,9 +97,18 @@ class PodJob(RunView):
 
     def _run(self) -> None:
         if self._request.plain:
-            self.status = controllers().run_job(self.node, self._object, self.pods.append)
+            self.status = podrun("controllers").run_job(self.node, self._object, self.pods.append)
         else:
-            self.status = controllers().run_rayjob(self.node, self._object, self.pods.append)
+            self.status = podrun("controllers").run_rayjob(self.node, self._object, self.pods.append)
+
+    def kill(self, part: str) -> None:
+        """End a pod's container with SIGKILL, as a machine that fails does."""
+        os.kill(self.running(part).pid("ray"), signal.SIGKILL)
+
+    def drain(self, part: str) -> None:
+        """Begin to end a pod as `kubectl drain` does."""
+        pod = self.running(part)
+        threading.Thread(target=lambda: pod.delete(reason="DisruptionTarget"), daemon=True).start()
 
     def running(self, part: str) -> Any:
         """The pod that runs and has this in its name."""
@@ -143,6 +153,11 @@ def a_directory() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def kill(pod: Any, container: str = "ray") -> None:
-    """End a pod's container with SIGKILL, as a machine that fails does."""
-    subprocess.run(["kill", "-9", str(pod.pid(container))], check=True)
+def processes_of(pod: Any, pattern: str) -> list[int]:
+    """Processes of a pod, by this machine's numbers, whose command lines have this in them."""
+    found = []
+    for pid in subprocess.run(["ip", "netns", "pids", pod.netns], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(OSError):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [int(pid)] if pattern in line else []
+    return found

@@ -1,12 +1,12 @@
 """What a real Slurm cluster does to `clm-dist submit slurm`: `python -m tests.drills.slurm [DRILL...]`."""
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.drills.nodes import Command, untouched
 from tests.drills.slurm_cluster import Slurm, SlurmJob, a_cluster
+from tests.drills.watch import Seen, watch
 from tests.runs import compare
 
 NUM_STEPS = 400
@@ -30,32 +30,11 @@ ELASTIC = (*SETTINGS, "train.learning_rate=1e-4", "cluster.workers=[1,2]")
 UNTOUCHED_ELASTIC = (*SETTINGS, "train.learning_rate=1e-4", "cluster.workers=2")
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a drill found."""
-
-    job: SlurmJob
-    steps_lost: int
-    """Finished ones that were computed again."""
-    seconds_lost: float
-    """From what happened to the next step that was not there before."""
-
-
-def _watch(job: SlurmJob) -> Seen:
+def _watch(job: SlurmJob) -> Seen[SlurmJob]:
     """From something that has just happened to the end of the job."""
-    happened = time.monotonic()
-    number, last = len(job.starts()), job.last_step()
-
-    def goes_on() -> bool:
-        nonlocal last
-        if len(job.starts()) == number:
-            last = max(last, job.last_step())
-            return False
-        return job.last_step() > last
-
-    went_on = job.wait_until(goes_on)
+    seen = watch(job)
     assert job.wait_ended() == "COMPLETED", job.said()
-    return Seen(job, max(0, last - job.starts()[number][0]), went_on - happened)
+    return seen
 
 
 def _begun(slurm: Slurm, name: str, settings: Sequence[str] = TWO, *options: str) -> SlurmJob:
@@ -65,42 +44,42 @@ def _begun(slurm: Slurm, name: str, settings: Sequence[str] = TWO, *options: str
     return job
 
 
-def raylet(slurm: Slurm) -> Seen:
+def raylet(slurm: Slurm) -> Seen[SlurmJob]:
     """kill -9 of the raylet of a host that is not the head."""
     job = _begun(slurm, "raylet")
     slurm.kill("node2", "raylet/raylet ")
     return _watch(job)
 
 
-def head(slurm: Slurm) -> Seen:
+def head(slurm: Slurm) -> Seen[SlurmJob]:
     """kill -9 of the head's raylet."""
     job = _begun(slurm, "head")
     slurm.kill("node1", "raylet/raylet ")
     return _watch(job)
 
 
-def signalled(slurm: Slurm) -> Seen:
+def signalled(slurm: Slurm) -> Seen[SlurmJob]:
     """scancel --signal=USR1 --batch, as Slurm sends it before the time limit."""
     job = _begun(slurm, "signalled")
     slurm.ask("scancel", "--signal=USR1", "--batch", job.job_id)
     return _watch(job)
 
 
-def time_limit(slurm: Slurm) -> Seen:
+def time_limit(slurm: Slurm) -> Seen[SlurmJob]:
     """A time limit of two minutes, 90 s before which Slurm sends the signal."""
     job = _begun(slurm, "time limit", LONGER, "--time=2", "--set", "cluster.slurm.signal_s=60")
     job.wait_until(lambda: "signal USR1" in (job.directory / "runs/.submitted/tiny/log").read_text())
     return _watch(job)
 
 
-def requeued(slurm: Slurm) -> Seen:
+def requeued(slurm: Slurm) -> Seen[SlurmJob]:
     """scontrol requeue: SIGTERM to all, without time for a checkpoint."""
     job = _begun(slurm, "requeued")
     slurm.ask("scontrol", "requeue", job.job_id)
     return _watch(job)
 
 
-def preempted(slurm: Slurm) -> Seen:
+def preempted(slurm: Slurm) -> Seen[SlurmJob]:
     """A job in a partition that preempts."""
     job = _begun(slurm, "preempted")
     script = slurm.directory / "urgent.sh"
@@ -109,7 +88,7 @@ def preempted(slurm: Slurm) -> Seen:
     return _watch(job)
 
 
-def _broken(slurm: Slurm, name: str, node: str, kind: str, settings: Sequence[str] = TWO) -> Seen:
+def _broken(slurm: Slurm, name: str, node: str, kind: str, settings: Sequence[str] = TWO) -> Seen[SlurmJob]:
     job = _begun(slurm, name, settings)
     slurm.call("fault", node, kind)
     try:
@@ -118,34 +97,34 @@ def _broken(slurm: Slurm, name: str, node: str, kind: str, settings: Sequence[st
         slurm.call("heal", node)
 
 
-def power(slurm: Slurm) -> Seen:
+def power(slurm: Slurm) -> Seen[SlurmJob]:
     """The power of a host that is not the head goes."""
     return _broken(slurm, "power", "node2", "power")
 
 
-def head_power(slurm: Slurm) -> Seen:
+def head_power(slurm: Slurm) -> Seen[SlurmJob]:
     """The power of the first host goes, on which Ray's head and the driver are."""
     return _broken(slurm, "head power", "node1", "power")
 
 
-def link(slurm: Slurm) -> Seen:
+def link(slurm: Slurm) -> Seen[SlurmJob]:
     """The network of a host that is not the head goes; its processes live on."""
     return _broken(slurm, "link", "node2", "link")
 
 
-def head_link(slurm: Slurm) -> Seen:
+def head_link(slurm: Slurm) -> Seen[SlurmJob]:
     """The network of the first host goes; the driver and its worker live on."""
     return _broken(slurm, "head link", "node1", "link")
 
 
-def elastic(slurm: Slurm) -> Seen:
+def elastic(slurm: Slurm) -> Seen[SlurmJob]:
     """One or two workers, and the power of a host goes: the run goes on without it, and without a requeue."""
     return _broken(slurm, "elastic", "node2", "power", ELASTIC)
 
 
 @dataclass(frozen=True)
 class Drill:
-    play: Callable[[Slurm], Seen]
+    play: Callable[[Slurm], Seen[SlurmJob]]
     settings: Sequence[str] = TWO
     """Of the run that nobody touched."""
     requeues: int | None = 1
