@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clm_dist.errors import NotReadyError, SubmitError
+from clm_dist.errors import ClmDistError, ConfigError, NotReadyError, SubmitError
 from clm_dist.job import read_saved_job
-from clm_dist.run_dir import RunDir, write_text
+from clm_dist.run_dir import RunDir, make_dir, write_text
 from clm_dist.runs import remove_run
 from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, now
 from clm_dist.submit.ray_jobs import RayJobs
 
 _GOES_ON = NotReadyError.exit_code
-_OWN_FAULT = 2
+_OWN_FAULT = ConfigError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
 
@@ -53,7 +53,7 @@ class PodDriver:
         """Run to the end; gives the exit code."""
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, self._end)
-        self._pod.state.mkdir(parents=True, exist_ok=True)
+        make_dir(self._pod.state)
         write_text(self._pod.state / "attempt", f"{self._attempt}\n")
         threading.Thread(target=self._give_way, daemon=True).start()
         self._say(f"an attempt begins in the pod {self._pod.name}")
@@ -104,6 +104,7 @@ class PodDriver:
 def overwrite_once(runs: Path, job_file: Path, marker: Path, number: str) -> None:
     """Remove the run of a job, unless it was removed for this number already."""
     if not marker.exists() or marker.read_text() != number:
+        make_dir(marker.parent)
         job = read_saved_job(job_file)
         remove_run(job, RunDir(runs / job.name))
         write_text(marker, number)
@@ -116,12 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ray-job", metavar="ID", help="the job of Ray that this is the entrypoint of")
     options = parser.parse_args(arguments)
     pod, job = Pod.this(), Path(JOB_DIR) / "job.yaml"
-    if options.overwrite_once:
-        pod.state.mkdir(parents=True, exist_ok=True)
-        overwrite_once(Path(os.environ["CLM_DIST_RUNS"]), job, pod.state / "overwritten", options.overwrite_once)
     command = [sys.executable, "-m", "clm_dist", "run", str(job), *(["--resume"] if options.resume else [])]
     driver = PodDriver(pod, command)
-    code = driver.run()
+    try:
+        if options.overwrite_once:
+            overwrite_once(Path(os.environ["CLM_DIST_RUNS"]), job, pod.state / "overwritten", options.overwrite_once)
+        code = driver.run()
+    except ClmDistError as error:
+        pod.say(f"error: {error}")
+        code = error.exit_code
     if code == _GOES_ON and driver.told and options.ray_job:
         # Ended, Ray's job would have failed; as it is, the head that replaces this one gets it again.
         time.sleep(pod.grace_s)

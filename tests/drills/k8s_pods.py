@@ -29,8 +29,9 @@ from tests.runs import RunView
 
 SHARED = ROOT.parent / "shared" / "k8s"
 TIMEOUT_S = 300
+IMAGE = "clm-dist:drill"
 _SETTINGS = (
-    "cluster.k8s.image=clm-dist:drill",
+    f"cluster.k8s.image={IMAGE}",
     "cluster.k8s.pods=2",
     "cluster.k8s.memory_per_pod=3Gi",
     "cluster.k8s.head.memory=3Gi",
@@ -67,7 +68,7 @@ class PodJob(RunView):
     def __init__(self, directory: Path, settings: Sequence[str], *, plain: bool = False, **request: Any) -> None:
         self.directory = directory
         self._claim = directory / "claim"
-        self._claim.mkdir(parents=True)
+        self._claim.mkdir(parents=True, exist_ok=True)
         self._claim.chmod(0o777)
         corpus = write_corpus(self._claim)
         job = directory / "tiny.yaml"
@@ -82,7 +83,7 @@ class PodJob(RunView):
     def __enter__(self) -> "PodJob":
         k8s.check_job(self.job, self._request)
         self.node = podrun().Node(
-            self.directory / "pods", images={"*": _image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
+            self.directory / "pods", images={IMAGE: _image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
         )
         *others, self._object = k8s.objects(self.job, self._request)
         for one in others:

@@ -1,0 +1,78 @@
+"""Jobs in pods that really run: they give the local run's numbers, whatever happens to the pods."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.drills.k8s import DRILLS
+from tests.drills.k8s_pods import SHARED, PodJob, a_directory
+from tests.drills.nodes import Command, untouched
+from tests.drills.slurm import TWO
+from tests.runs import compare
+
+pytestmark = pytest.mark.k8s
+QUICK = ("drained worker",)
+SHORT = ("train.max_steps=6", "cluster.workers=2", "cluster.k8s.max_retries=0")
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    if not SHARED.exists():
+        pytest.skip("../shared/k8s (pods as namespaces of this machine) is not here; it is not part of the repository")
+    if os.geteuid() != 0:
+        pytest.skip("pods as namespaces of this machine need root")
+    if not all(map(shutil.which, ("ip", "unshare", "nsenter", "setpriv", "curl"))):
+        pytest.skip("pods as namespaces of this machine need iproute2, util-linux and curl")
+    with a_directory() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Command]:
+    """Runs the job without pods, once."""
+    return cache(lambda: untouched(tmp_path_factory.mktemp("local") / "run", *TWO))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long) for name in DRILLS],
+)
+def test_whatever_happens_to_pods_the_weights_are_those_of_the_run_that_nobody_touched(
+    name: str, directory: Path, local: Callable[[], Command]
+) -> None:
+    drill = DRILLS[name]
+    job, seen = drill.run(directory)
+    found = compare(job, local())
+    assert found.same_blocks
+    assert found.same_weights
+    assert found.loss_deviation < 1e-5
+    for hosts in job.hosts():
+        assert len(set(hosts)) == 2, hosts
+    if drill.told:
+        assert seen is not None
+        assert seen.steps_lost == 0
+
+
+@pytest.mark.long
+def test_a_fault_of_the_job_file_is_not_tried_again(directory: Path) -> None:
+    with PodJob(directory, [*SHORT, "tokenizer={path: /shared/absent}"]) as job:
+        (attempt,) = job.wait_ended()["attempts"]
+    # The operator takes what was stopped for complete, and does not try it again.
+    assert attempt["jobStatus"] == "STOPPED", job.said()
+    assert "the driver has ended with 2" in job.said()
+
+
+@pytest.mark.long
+def test_an_image_that_is_not_there_loses_nothing(directory: Path) -> None:
+    settings = [*SHORT, "cluster.k8s.image=clm-dist:absent", "cluster.k8s.start_deadline_s=20"]
+    with PodJob(directory, settings) as job:
+        status = job.wait_ended()
+    assert (status["jobDeploymentStatus"], status["reason"]) == ("Failed", "PreRunningDeadlineExceeded")
+    assert not job.run.exists()
+    with PodJob(directory, SHORT) as job:
+        assert job.wait_ended()["jobDeploymentStatus"] == "Complete", job.said()
+    assert job.last_step() == 6

@@ -1,0 +1,248 @@
+"""The programs in pods: the submitter against an API of Ray's jobs, and the driver's wrapper around other commands."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clm_dist.errors import SubmitError
+from clm_dist.job import load_job
+from clm_dist.run_dir import RunDir
+from clm_dist.submit import pod_driver, ray_submitter
+from clm_dist.submit.logs import LogFile
+from clm_dist.submit.pods import RAY_SETTINGS, Pod
+from clm_dist.submit.ray_jobs import RayJobs
+from tests.conftest import ROOT, WriteJob
+from tests.processes import running
+
+TOKEN = "a-token"
+DRIVER = ("python", "-m", "driver", "a b")
+
+
+class Head:
+    """A head of Ray with its API of jobs, and what a test makes of it."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.stopped: list[str] = []
+        head = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None: ...
+
+            def answer(self, code: int, body: Any) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                job = head.jobs.get(self.path.rpartition("/")[2])
+                if self.headers["Authorization"] != f"Bearer {TOKEN}":
+                    return self.answer(401, "who are you?")
+                return self.answer(200, job) if job else self.answer(404, "no such job")
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path.endswith("/stop"):
+                    head.stopped.append(self.path.split("/")[-2])
+                else:
+                    head.jobs[body["submission_id"]] = {"status": "RUNNING", "entrypoint": body["entrypoint"]}
+                self.answer(200, {})
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    monkeypatch.setattr(ray_submitter, "_POLL_S", 0.05)
+    # Pods are not asked through the proxy for the outside.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    one = Head()
+    yield one
+    one.close()
+
+
+def following(jobs: RayJobs, log: Path, **options: Any) -> tuple[threading.Thread, list[int]]:
+    codes: list[int] = []
+    file = LogFile(log)
+    thread = threading.Thread(
+        target=lambda: codes.append(ray_submitter.follow(jobs, "job-1", DRIVER, file, **options)), daemon=True
+    )
+    thread.start()
+    return thread, codes
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_driver_is_submitted_once_and_followed_to_its_end(
+    head: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("an earlier attempt\n")
+    thread, codes = following(RayJobs(head.url, TOKEN), log)
+    wait_until(lambda: head.jobs)
+    assert head.jobs["job-1"]["entrypoint"] == "python -m driver 'a b' --ray-job=job-1"
+    with log.open("a") as file:
+        file.write("step 1\n")
+    head.jobs["job-1"] |= {"status": "FAILED", "message": "exit code 1"}
+    thread.join(20)
+    assert codes == [0]
+    said = capsys.readouterr().out
+    assert said.index("an earlier attempt") < said.index("step 1") < said.index("has ended: FAILED; exit code 1")
+    assert said.count("submitted the driver") == 1
+
+
+def test_a_head_that_comes_back_empty_gets_the_job_again(head: Head, tmp_path: Path) -> None:
+    thread, codes = following(RayJobs(head.url, TOKEN), tmp_path / "log")
+    wait_until(lambda: head.jobs)
+    head.jobs.clear()
+    wait_until(lambda: head.jobs)
+    head.jobs["job-1"]["status"] = "SUCCEEDED"
+    thread.join(20)
+    assert codes == [0]
+
+
+def test_a_submitter_waits_for_its_head_and_gives_up_in_the_end(tmp_path: Path, head: Head) -> None:
+    nobody = RayJobs("http://127.0.0.1:9", TOKEN)
+    began = time.monotonic()
+    thread, codes = following(nobody, tmp_path / "log", patience_s=0.5)
+    thread.join(20)
+    assert codes == [1]
+    assert time.monotonic() - began > 0.5
+
+
+def test_a_refusal_of_the_head_says_what_it_said(head: Head) -> None:
+    with pytest.raises(SubmitError, match=r"401.*who are you"):
+        RayJobs(head.url, "another").info("job-1")
+    with pytest.raises(SubmitError, match="Connection refused"):
+        RayJobs("http://127.0.0.1:9").info("job-1")
+
+
+def a_pod(directory: Path) -> Pod:
+    return Pod("pod-1", "127.0.0.1", directory / "state", 60)
+
+
+_DRIVE = """
+import sys
+from pathlib import Path
+from clm_dist.submit import pod_driver
+from clm_dist.submit.pods import Pod
+pod_driver._POLL_S = pod_driver._PAUSE_S = 0.1
+sys.exit(pod_driver.PodDriver(Pod("pod-1", "127.0.0.1", Path(sys.argv[1]), 60), ["bash", "-c", sys.argv[2]]).run())
+"""
+
+
+def drive(directory: Path, script: str) -> "subprocess.Popen[str]":
+    """The wrapper around a script, in a process of its own, because it takes signals."""
+    command = [sys.executable, "-c", _DRIVE, str(directory / "state"), script]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def log_of(directory: Path) -> str:
+    path = directory / "state" / "log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_run_that_saved_because_another_pod_ends_goes_on(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    script = f"echo out; echo err >&2; echo x >>{count}; [ $(wc -l <{count}) -eq 3 ] || exit 75"
+    wrapper = drive(tmp_path, script)
+    said, _ = wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 0
+    log = log_of(tmp_path)
+    # Ray's own log of the job has it, too.
+    assert said == log
+    assert [line for line in log.splitlines() if line in ("out", "err")] == ["out", "err"] * 3
+    assert log.count("the driver has ended with 75") == 2
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 1", 1), ("exit 2", 2), ("kill -9 $$", 137)])
+def test_what_is_no_wish_to_go_on_ends_the_attempt(tmp_path: Path, script: str, code: int) -> None:
+    wrapper = drive(tmp_path, script)
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == code
+
+
+def test_a_pod_that_ends_tells_the_run_which_does_not_go_on_here(tmp_path: Path) -> None:
+    wrapper = drive(tmp_path, "trap 'echo saved; exit 75' TERM; echo begun; while :; do sleep 0.1; done")
+    wait_until(lambda: "begun" in log_of(tmp_path))
+    wrapper.send_signal(signal.SIGTERM)
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 75
+    assert "saved" in log_of(tmp_path)
+    assert "goes on" not in log_of(tmp_path)
+
+
+def test_an_attempt_gives_way_to_a_later_one(tmp_path: Path) -> None:
+    wrapper = drive(tmp_path, "echo $$; exec sleep 60")
+    attempt = tmp_path / "state" / "attempt"
+    wait_until(lambda: len(log_of(tmp_path).splitlines()) == 2)
+    pid = int(log_of(tmp_path).splitlines()[-1])
+    # A file that is being written is nobody's.
+    first = attempt.read_text()
+    attempt.write_text("")
+    time.sleep(0.5)
+    assert wrapper.poll() is None
+    attempt.write_text(first)
+    attempt.write_text("pod-2.5\n")
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 1
+    assert running([pid]) == []
+    assert "the attempt pod-2.5 has begun" in (tmp_path / "state" / "nodes" / "pod-1.log").read_text()
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path) -> None:
+    wrapper = drive(tmp_path, "echo said")
+    (tmp_path / "state").mkdir(exist_ok=True)
+    (tmp_path / "state" / "log").symlink_to("/dev/full")
+    said, _ = wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 0
+    assert "said" in said
+
+
+def test_a_run_is_overwritten_once_for_a_submission(tmp_path: Path, write_job: WriteJob) -> None:
+    job_file = write_job()
+    run = RunDir(tmp_path / "runs" / load_job(job_file).config.name)
+    marker = tmp_path / "overwritten"
+    for number, left in (("1", False), ("1", True), ("2", False)):
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.job.write_text(job_file.read_text())
+        pod_driver.overwrite_once(tmp_path / "runs", job_file, marker, number)
+        assert run.exists() is left
+
+
+def test_a_fault_of_the_job_file_stops_rays_job_which_is_not_tried_again(
+    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_driver, "DASHBOARD_PORT", int(head.url.rpartition(":")[2]))
+    monkeypatch.setattr(pod_driver, "JOB_DIR", str(tmp_path / "absent"))
+    monkeypatch.setattr(Pod, "this", lambda: Pod("pod-1", "127.0.0.1", tmp_path / "state", 0.1))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert pod_driver.main(["--ray-job=job-1"]) == 2
+    assert head.stopped == ["job-1"]
+    assert "there is no job file" in log_of(tmp_path)
+
+
+def test_a_lost_host_is_given_up_as_soon_as_on_slurm() -> None:
+    assert RAY_SETTINGS["RAY_health_check_period_ms"] == "2000"
