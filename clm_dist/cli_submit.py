@@ -20,6 +20,7 @@ from clm_dist.cli_options import (
     Stores,
     located,
 )
+from clm_dist.cli_submit_k8s import k8s
 from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.job import load_job
@@ -27,11 +28,12 @@ from clm_dist.progress import clock, err, out
 from clm_dist.remote import open_stores
 from clm_dist.run_dir import local_dir
 from clm_dist.submit import launch
-from clm_dist.submit.logs import Logs
 from clm_dist.submit.slurm import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import Submission, find_submission, sweep_name, sweep_settings
+from clm_dist.submit.states import describe
 
 submit = typer.Typer(no_args_is_help=True, help="Submit a job to a cluster.")
+submit.command()(k8s)
 
 Which = Annotated[
     str | None,
@@ -126,7 +128,7 @@ def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
         table.add_row(
             run.name,
             run.job_id,
-            launch.describe(run),
+            describe(run),
             run.job.nodes if run.job else "",
             "" if run.job is None or run.job.restarts is None else str(run.job.restarts),
             "" if run.step is None else f"{run.step}/{run.num_steps}",
@@ -153,7 +155,7 @@ def logs(
 ) -> None:
     """Print the logs of a submission, all attempts and all hosts, the host in front of every line."""
     submission, _ = find_submission(local_dir(runs, "--runs"), which)
-    merged = Logs(submission)
+    merged = launch.open_logs(submission)
     lines = merged.new_lines()
     for line in lines if last is None else lines[len(lines) - min(last, len(lines)) :]:
         typer.echo(line)
@@ -165,7 +167,13 @@ def logs(
 def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     """End a submission; what its runs have saved stays, and submitting again goes on from it."""
     submission, task = find_submission(local_dir(runs, "--runs"), which)
-    if launch.cancel(submission, task):
+    cancelled = launch.cancel(submission, task)
+    if submission.k8s:
+        where = f"in the namespace {submission.k8s.namespace}"
+        what = f"deleted {submission.job_id} {where}" if cancelled else f"there is no {submission.job_id} {where}"
+        then = "what the run has saved stays on the claim, and submitting the same job again goes on from it"
+        out.print(f"{what}; {then}", soft_wrap=True)
+    elif cancelled:
         number = submission.job_id if task is None else submission.task_id(task)
         then = "submitting the same job again goes on from its last checkpoint"
         out.print(f"cancelled job {number}; {then}", soft_wrap=True)
@@ -203,8 +211,4 @@ def _warnings(job: JobConfig, request: Request) -> Iterator[str]:
             f"{place} looks like a disk of this host alone; every node must see it. Name one on shared storage with "
             "--runs and --store, or CLM_DIST_RUNS and CLM_DIST_STORE"
         )
-    if idle := hosts_of(job.cluster).idle_gpus:
-        each = "none" if job.cluster.gpus_per_worker == 0 else "one"
-        yield f"{idle} of the GPUs stay idle: cluster.workers is {job.cluster.max_workers}, and a worker takes {each}"
-    if not job.cluster.slurm.gpus_per_node:
-        yield "no GPUs are asked for, so this trains on CPUs; --gpus-per-node asks"
+    yield from hosts_of(job.cluster).warnings()

@@ -16,7 +16,7 @@ LAYERS = [
     {"job", "run_dir", "runs", "metrics", "shards", "remote", "checkpoints", "ray_address"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"run"},
-    {"cli", "cli_submit", "cli_options"},
+    {"cli", "cli_submit", "cli_submit_k8s", "cli_options"},
     {"__main__"},
 ]
 STAGES = LAYERS[3]

@@ -1,9 +1,9 @@
-"""Submit, look at and cancel: what `clm-dist submit`, `status`, `logs` and `cancel` do."""
+"""Submit, look at and cancel: what `clm-dist submit slurm`, and `status`, `logs` and `cancel` on any cluster, do."""
 
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from clm_dist.errors import ConfigError, SubmitError
 from clm_dist.job import job_text
 from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_text
 from clm_dist.runs import find_run, remove_run
-from clm_dist.submit import slurm, slurm_commands
-from clm_dist.submit.slurm_commands import JobState
+from clm_dist.submit import k8s_launch, slurm, slurm_commands
+from clm_dist.submit.k8s_logs import PodLogs
+from clm_dist.submit.logs import Logs
 from clm_dist.submit.spec import Submission, submissions
+from clm_dist.submit.states import JobState, RunState
 
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/local", "/scratch/local", "/localscratch")
 _RECENT_STEPS = 50
@@ -32,16 +34,7 @@ def check_submission(
     """
     submission = request.submission
     slurm_commands.check_cluster(jobs[0].cluster.slurm, prepare_first=prepare_first)
-    for earlier in submissions(submission.runs):
-        names = set(earlier.run_names) & set(submission.run_names)
-        # A name is a directory, too, which a job that runs has its files in.
-        if (names or earlier.name == submission.name) and is_active(earlier):
-            what = f"{min(names, default=earlier.name)} is queued or running already, as job {earlier.job_id}"
-            raise ConfigError(
-                f"{what}; see it with `clm-dist status {earlier.name}`, end it with `clm-dist cancel {earlier.name}`, "
-                "or make another run with --set name=...",
-                field="name",
-            )
+    check_name(submission)
     for job in jobs:
         run, done = find_run(job, submission.runs, resume=request.resume, overwrite=overwrite)
         if done:
@@ -50,6 +43,30 @@ def check_submission(
                 "--set name=...",
                 field="name",
             )
+
+
+def check_name(submission: Submission) -> None:
+    """Raise ConfigError where one of its runs waits or runs already, as far as it was submitted from here."""
+    for earlier in submissions(submission.runs):
+        names = set(earlier.run_names) & set(submission.run_names)
+        # A name is a directory, too, which a job that runs has its files in.
+        if (names or earlier.name == submission.name) and _is_still_active(earlier, submission):
+            job = earlier.job_id if earlier.k8s else f"job {earlier.job_id}"
+            what = f"{min(names, default=earlier.name)} is queued or running already, as {job}"
+            raise ConfigError(
+                f"{what}; see it with `clm-dist status {earlier.name}`, end it with `clm-dist cancel {earlier.name}`, "
+                "or make another run with --set name=...",
+                field="name",
+            )
+
+
+def _is_still_active(earlier: Submission, submission: Submission) -> bool:
+    try:
+        return is_active(earlier)
+    except SubmitError:
+        if (earlier.backend, earlier.k8s) == (submission.backend, submission.k8s):
+            raise
+        return False  # another cluster, which may be gone
 
 
 def local_places(request: slurm.Request) -> list[str]:
@@ -100,38 +117,10 @@ def _own_dependency(job: JobConfig) -> list[str]:
     return [str(given)] if given else []
 
 
-@dataclass(frozen=True)
-class RunState:
-    """How far a run of a submission is."""
-
-    name: str
-    job_id: str
-    job: JobState | None
-    """None where Slurm has forgotten the job."""
-    step: int | None = None
-    num_steps: int | None = None
-    loss: float | None = None
-    seconds_left: float | None = None
-    """Reckoned from its last steps, without evaluations."""
-    result: dict[str, Any] | None = None
-    """Its result.json, if it has ended."""
-
-    @property
-    def is_training(self) -> bool:
-        return self.job is not None and self.job.state == "RUNNING" and self.result is None
-
-
-def describe(run: RunState) -> str:
-    """Where a run is, in a word or two."""
-    if run.job is not None and run.job.active:
-        return run.job.state.lower()
-    if run.result is not None:
-        return str(run.result["status"])
-    return run.job.state.lower() if run.job else "ended, and Slurm has forgotten how"
-
-
 def run_states(submission: Submission) -> list[RunState]:
-    """How far each run of a submission is. Raises SubmitError where Slurm does not answer."""
+    """How far each run of a submission is. Raises SubmitError where the cluster does not answer."""
+    if submission.k8s:
+        return [k8s_launch.run_state(submission)]
     states = _states(submission)
     found = []
     for task, name in enumerate(submission.run_names):
@@ -154,12 +143,16 @@ def prepare_state(submission: Submission) -> JobState | None:
 
 def is_active(submission: Submission) -> bool:
     """Whether one of a submission's jobs waits or runs."""
+    if submission.k8s:
+        return k8s_launch.is_active(submission)
     states = [prepare_state(submission), *_states(submission).values()]
     return any(state is not None and state.active for state in states)
 
 
 def cancel(submission: Submission, task: int | None = None) -> bool:
     """End a submission's jobs, or one run of a sweep; false where they have ended. What runs have saved stays."""
+    if submission.k8s:
+        return k8s_launch.cancel(submission)
     whole = [submission.prepare_id, submission.job_id]
     cancelled = False
     for job_id in filter(None, whole if task is None else [submission.task_id(task)]):
@@ -167,6 +160,11 @@ def cancel(submission: Submission, task: int | None = None) -> bool:
             slurm_commands.cancel_job(job_id)
             cancelled = True
     return cancelled
+
+
+def open_logs(submission: Submission) -> Logs | PodLogs:
+    """The logs of all hosts of a submission."""
+    return PodLogs(submission, submission.k8s) if submission.k8s else Logs(submission)
 
 
 def _states(submission: Submission) -> dict[str, JobState]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from clm_dist.errors import SubmitError
 from clm_dist.submit.spec import Submission
 
-_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _POLL_S = 1.0
 _ASK_INTERVAL_S = 5.0
 
@@ -35,7 +35,7 @@ class LogFile:
         new = new[: new.rfind(b"\n") + 1]
         self.position += len(new)
         for line in new.decode(errors="replace").splitlines():
-            if found := _TIME.match(line):
+            if found := TIME.match(line):
                 self.when = found[0]
             yield self.when, line
 
@@ -64,14 +64,20 @@ class Logs:
 
     def follow(self, active: Callable[[], bool]) -> Iterator[str]:
         """The lines that come while the job is active."""
-        goes_on, asked = True, -float("inf")
-        while goes_on:
-            if time.monotonic() - asked >= _ASK_INTERVAL_S:
-                with contextlib.suppress(SubmitError):  # Slurm may be away for a moment
-                    goes_on = active()
-                asked = time.monotonic()
-            yield from self.new_lines()
-            time.sleep(_POLL_S if goes_on else 0)
+        return follow(self.new_lines, active)
 
     def _add(self, label: str, path: Path) -> None:
         self._files.setdefault(path, (label, LogFile(path)))
+
+
+def follow(new_lines: Callable[[], list[str]], active: Callable[[], bool]) -> Iterator[str]:
+    """The lines that come while a job is active."""
+    goes_on, asked = True, -float("inf")
+    while goes_on:
+        if time.monotonic() - asked >= _ASK_INTERVAL_S:
+            with contextlib.suppress(SubmitError):  # the cluster may be away for a moment
+                goes_on = active()
+            asked = time.monotonic()
+        with contextlib.suppress(SubmitError):
+            yield from new_lines()
+        time.sleep(_POLL_S if goes_on else 0)

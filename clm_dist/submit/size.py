@@ -1,6 +1,7 @@
 """Whether a job's workers fit the hosts that it asks a cluster for."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clm_dist.config import ClusterConfig
@@ -38,6 +39,14 @@ class Hosts:
     def idle_gpus(self) -> int:
         """GPUs that are asked for and that no worker takes."""
         return max(0, self.count * self.gpus - self.cluster.max_workers * self.gpus_each)
+
+    def warnings(self) -> Iterator[str]:
+        """What a person may not have meant."""
+        if self.idle_gpus:
+            each, most = "none" if self.cluster.gpus_per_worker == 0 else "one", self.cluster.max_workers
+            yield f"{self.idle_gpus} of the GPUs stay idle: cluster.workers is {most}, and a worker takes {each}"
+        if not self.gpus:
+            yield f"no GPUs are asked for, so this trains on CPUs; {self.gpus_option} asks"
 
     def check(self) -> None:
         """Raise ConfigError where the workers do not fit."""

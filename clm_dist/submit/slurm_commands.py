@@ -6,25 +6,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from clm_dist.errors import ConfigError, SubmitError
 from clm_dist.slurm_config import SlurmConfig, SlurmPart
+from clm_dist.submit.states import JobState
 
 _TIMEOUT_S = 60
-_ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "REVOKED",
-    "TIMEOUT",
-}
 _REASONS = {
     "BadConstraints": "no node has what the job asks for; cancel it, and ask for less",
     "BeginTime": "it was requeued or has a begin time, and may start shortly",
@@ -50,25 +38,6 @@ _REASONS = {
     "launch_failed_requeued_held": "it could not be launched, and is held; `scontrol release` lets it go",
     "job_requeued_in_held_state": "it was requeued and is held; `scontrol release` lets it go",
 }
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What Slurm knows of a job."""
-
-    state: str
-    """As Slurm writes it: PENDING, RUNNING, COMPLETED, ..."""
-    reason: str = ""
-    """Why it waits or ended, in words."""
-    nodes: str = ""
-    restarts: int | None = None
-    """None where Slurm did not say."""
-    seconds_left: float | None = None
-    """Until its time limit."""
-
-    @property
-    def active(self) -> bool:
-        return self.state not in _ENDED
 
 
 def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
@@ -184,7 +153,7 @@ def _job_state(values: Mapping[str, str]) -> JobState:
     ended = f"exit code {code}" if code != "0" else f"signal {number}" if number != "0" else ""
     return JobState(
         state,
-        describe_reason(reason) or (ended if state in _ENDED else ""),
+        describe_reason(reason) or ("" if JobState(state).active else ended),
         "" if nodes == "(null)" else nodes,
         int(values.get("Restarts", 0)),
         left,

@@ -8,6 +8,8 @@
                            token, attempt    of the attempt that runs
 
 Of a sweep each run has the files from job.yaml on in a directory of its own, `NAME/0`, `NAME/1`, ...
+On Kubernetes the runs lie on a claim that may not be seen here, with files as these from `log` on; what lies here is
+`submission.json` and `job.yaml`.
 """
 
 import itertools
@@ -50,11 +52,22 @@ class RunFiles:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in which cluster of Kubernetes a job is."""
+
+    namespace: str
+    context: str | None = None
+    """Of kubectl; None where it has none, as in a pod."""
+    plain: bool = False
+    """It is a Job, and no RayJob."""
+
+
+@dataclass(frozen=True)
 class Submission:
     """A job, or a sweep of them, that was given to a cluster."""
 
     name: str
-    backend: Literal["slurm"]
+    backend: Literal["slurm", "k8s"]
     runs: Path
     """Directory of the runs."""
     run_names: tuple[str, ...]
@@ -62,6 +75,8 @@ class Submission:
     job_id: str | None = None
     prepare_id: str | None = None
     """The job that prepares first."""
+    k8s: Place | None = None
+    """Of the backend k8s."""
     submitted: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -91,7 +106,9 @@ class Submission:
         values = read_json(path)
         try:
             # The runs may have been moved.
-            return cls(**values | {"runs": root.parent.parent, "run_names": tuple(values["run_names"])})
+            names = tuple(values["run_names"])
+            place = Place(**values["k8s"]) if values.get("k8s") else None
+            return cls(**values | {"runs": root.parent.parent, "run_names": names, "k8s": place})
         except (TypeError, KeyError) as error:
             raise damaged(path, f"{error!r}") from None
 

@@ -8,7 +8,6 @@ import pytest
 from clm_dist.errors import ConfigError, SubmitError
 from clm_dist.slurm_config import PrepareJob, SlurmConfig
 from clm_dist.submit.slurm_commands import (
-    JobState,
     cancel_job,
     check_cluster,
     describe_reason,
@@ -16,6 +15,7 @@ from clm_dist.submit.slurm_commands import (
     num_gpus,
     submit_script,
 )
+from clm_dist.submit.states import JobState
 from tests.submit.fakes import FakeSlurm
 
 

@@ -1,0 +1,192 @@
+"""What a cluster of Kubernetes lacks for a job, found before anything is made."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.submit.k8s import Object, Request
+from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl, NoKindError, NoKubectlError
+
+_PLAIN_SINCE = (1, 31)
+"""Of Kubernetes: a Job that ends with the success of its first pod."""
+_KUEUE = "kueue.x-k8s.io"
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))},
+    **{f"{unit}i": 1024**power for power, unit in enumerate("KMGTPE", start=1)},
+    **{"n": 1e-9, "u": 1e-6, "m": 1e-3},
+}
+_CLAIM = """\
+kubectl --namespace={namespace} apply -f - <<END
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: {claim}}}
+spec:
+  accessModes: [ReadWriteMany]
+  resources: {{requests: {{storage: 500Gi}}}}
+END"""
+
+
+def check_cluster(kubectl: Kubectl, job: JobConfig, request: Request, objects: Sequence[Object]) -> None:
+    """Ask the cluster whether it has what a job needs; what the user may not ask is left out.
+
+    Args:
+        objects: what is to be applied.
+
+    Raises:
+        ConfigError: something is missing, or a quota is too small.
+        SubmitError: there is no kubectl, or no cluster answers.
+    """
+    try:
+        version = kubectl.raw("/version")
+    except NoKubectlError:
+        raise
+    except SubmitError as error:
+        raise SubmitError(
+            f"no cluster answers: {error}\n`kubectl config get-contexts` lists those that kubectl knows"
+        ) from None
+    with contextlib.suppress(ForbiddenError):
+        if kubectl.get("namespace", kubectl.namespace) is None:
+            raise ConfigError(
+                f"there is no namespace {kubectl.namespace}; name another with --namespace, or make it with `kubectl "
+                f"create namespace {kubectl.namespace}`",
+                field="cluster.k8s.namespace",
+            )
+    groups = {version["groupVersion"] for group in kubectl.raw("/apis")["groups"] for version in group["versions"]}
+    if request.plain:
+        _check_version(version)
+    elif "ray.io/v1" not in groups:
+        raise ConfigError(
+            "the cluster has no RayJob of ray.io/v1: the KubeRay operator is not installed; ask for it "
+            "(k8s/README.md), or submit with --plain, which needs Kubernetes 1.31 and no operator"
+        )
+    if job.cluster.k8s.scheduler == "kueue":
+        _check_queue(kubectl, job, has_kueue=any(group.startswith(f"{_KUEUE}/") for group in groups))
+    _check_claim(kubectl, job)
+    _check_secrets(kubectl, job)
+    _check_quotas(kubectl, objects)
+
+
+def _check_version(version: dict[str, str]) -> None:
+    major, minor = (int(re.sub(r"\D", "", version[part])) for part in ("major", "minor"))  # there are 31+
+    if (major, minor) < _PLAIN_SINCE:
+        raise ConfigError(
+            f"the cluster has Kubernetes {major}.{minor}, and --plain needs {'.'.join(map(str, _PLAIN_SINCE))}: an "
+            "older one does not end a Job with its first pod; leave out --plain where there is the KubeRay operator"
+        )
+
+
+def _check_queue(kubectl: Kubectl, job: JobConfig, *, has_kueue: bool) -> None:
+    queue, field = str(job.cluster.k8s.queue), "cluster.k8s.queue"
+    if not has_kueue:
+        raise ConfigError(
+            f"the cluster has no Kueue, so nothing would start a job of the queue {queue}; leave out --queue, or say "
+            "whose queue it is with --scheduler volcano or yunikorn",
+            field=field,
+        )
+    with contextlib.suppress(ForbiddenError):
+        names = [found["metadata"]["name"] for found in kubectl.find(f"localqueues.{_KUEUE}")]
+        if queue not in names:
+            there = f"there are {', '.join(sorted(names))}" if names else "there is none at all"
+            raise ConfigError(f"there is no queue {queue} in {kubectl.namespace}; {there}", field=field)
+
+
+def _check_claim(kubectl: Kubectl, job: JobConfig) -> None:
+    claim = job.cluster.k8s.claim
+    with contextlib.suppress(ForbiddenError):
+        if kubectl.get("persistentvolumeclaim", claim) is None:
+            makes = _CLAIM.format(namespace=kubectl.namespace, claim=claim)
+            raise ConfigError(
+                f"there is no PersistentVolumeClaim {claim} in {kubectl.namespace}; name another with --claim, or make "
+                f"it, which k8s/README.md says more of:\n{makes}",
+                field="cluster.k8s.claim",
+            )
+
+
+def _check_secrets(kubectl: Kubectl, job: JobConfig) -> None:
+    k8s = job.cluster.k8s
+    for name, field in ((k8s.secret, "cluster.k8s.secret"), (k8s.pull_secret, "cluster.k8s.pull_secret")):
+        if name is None:
+            continue
+        with contextlib.suppress(ForbiddenError):
+            secret = kubectl.get("secret", name)
+            if secret is None:
+                kind = "generic" if name == k8s.secret else "docker-registry"
+                raise ConfigError(
+                    f"there is no Secret {name} in {kubectl.namespace}; make it with `kubectl create secret {kind} "
+                    f"{name} --namespace={kubectl.namespace} ...`",
+                    field=field,
+                )
+            if name == k8s.secret and job.hub.push != "never" and "HF_TOKEN" not in secret.get("data", {}):
+                raise ConfigError(
+                    f"the Secret {name} has no key HF_TOKEN, and hub.push is {job.hub.push}; make it anew with "
+                    f"`kubectl create secret generic {name} --namespace={kubectl.namespace} "
+                    "--from-literal=HF_TOKEN=...`, or set hub.push to never",
+                    field=field,
+                )
+
+
+def _check_quotas(kubectl: Kubectl, objects: Sequence[Object]) -> None:
+    asked = asked_of(objects)
+    lacking = []
+    with contextlib.suppress(ForbiddenError, NoKindError):
+        for quota in kubectl.find("resourcequotas"):
+            lacking += [f"of {quota['metadata']['name']}: {line}" for line in lacking_of(quota, asked)]
+    if lacking:
+        raise ConfigError(
+            f"a quota of {kubectl.namespace} is too small; wait for other jobs to end, or ask for less with --workers, "
+            "--gpus-per-worker, or --set cluster.k8s.cpus_per_pod and memory_per_pod (`kubectl describe quota "
+            f"--namespace={kubectl.namespace}`):\n" + "\n".join(lacking)
+        )
+
+
+def asked_of(objects: Sequence[Object]) -> dict[str, float]:
+    """What all pods of a job ask for together, by the names that a ResourceQuota has for it."""
+    asked: dict[str, float] = {}
+    for count, template in _templates(objects):
+        asked["pods"] = asked.get("pods", 0) + count
+        for container in template["spec"]["containers"]:
+            for kind, values in container["resources"].items():
+                for name, value in values.items():
+                    names = [f"{kind}.{name}"] + ([name] if kind == "requests" else [])
+                    for key in names:
+                        asked[key] = asked.get(key, 0) + count * amount(value)
+    return asked
+
+
+def lacking_of(quota: Object, asked: dict[str, float]) -> Iterator[str]:
+    """Where what is left of a quota is less than what is asked for."""
+    if quota["spec"].get("scopes") or quota["spec"].get("scopeSelector"):
+        return  # it is for some pods only
+    status = quota.get("status", {})
+    for name, hard in status.get("hard", {}).items():
+        used = status.get("used", {}).get(name, "0")
+        wanted = asked.get(name.removeprefix("count/"), 0)
+        if wanted > amount(hard) - amount(used):
+            yield f"{name} is {hard}, of which {used} are used, and the job asks for {_shown(wanted)}"
+
+
+def amount(quantity: Any) -> float:
+    """A quantity as Kubernetes writes it: `100m`, `16Gi`, `1e3`."""
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)([a-zA-Z]*)", str(quantity))
+    assert match, quantity
+    return float(match[1]) * float(_UNITS[match[2]])
+
+
+def _shown(value: float) -> str:
+    return f"{value / 2**30:g}Gi" if value >= 2**30 else f"{value:g}"
+
+
+def _templates(objects: Sequence[Object]) -> Iterator[tuple[int, Object]]:
+    """The templates of pods, and how many there will be of each."""
+    for made in objects:
+        spec = made.get("spec", {})
+        if made["kind"] == "RayJob":
+            cluster = spec["rayClusterSpec"]
+            yield 1, cluster["headGroupSpec"]["template"]
+            yield 1, spec["submitterPodTemplate"]
+            yield from ((group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"])
+        elif made["kind"] == "Job":
+            yield spec["parallelism"], spec["template"]

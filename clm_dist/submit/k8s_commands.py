@@ -1,0 +1,136 @@
+"""What Kubernetes is asked and told, by kubectl.
+
+By kubectl and not by a library: it has the user's own ways to log in, and the server checks what it applies strictly.
+"""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from clm_dist.errors import SubmitError
+from clm_dist.submit.k8s import Object
+from clm_dist.submit.spec import Place
+
+_REQUEST_TIMEOUT_S = 30
+_TIMEOUT_S = 120
+"""Of a whole command, which may log in and makes several requests."""
+_POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+class ForbiddenError(SubmitError):
+    """The user may not ask this."""
+
+
+class NoKindError(SubmitError):
+    """The server knows no such kind of objects."""
+
+
+class NoKubectlError(SubmitError):
+    """There is no kubectl."""
+
+
+@dataclass(frozen=True)
+class Kubectl:
+    """kubectl, in one namespace of one cluster. What it refuses is a SubmitError with all that it says."""
+
+    namespace: str
+    context: str | None = None
+
+    @classmethod
+    def here(cls, namespace: str | None) -> Self:
+        """With the current context, and its namespace unless one is named."""
+        try:
+            view = json.loads(_run(["config", "view", "--minify", "--output=json"]))
+        except NoKubectlError:
+            raise
+        except SubmitError:  # there is no context, as in a pod
+            own = _POD_NAMESPACE.read_text() if _POD_NAMESPACE.is_file() else "default"
+            return cls(namespace or own)
+        (context,) = view["contexts"]
+        return cls(namespace or context["context"].get("namespace") or "default", view["current-context"])
+
+    @classmethod
+    def at(cls, place: Place) -> Self:
+        """Where a submission is."""
+        return cls(place.namespace, place.context)
+
+    def raw(self, path: str) -> Any:
+        """What the server answers at a path."""
+        return json.loads(self._ask("get", "--raw", path))
+
+    def get(self, kind: str, name: str) -> Object | None:
+        """An object, or None."""
+        text = self._ask("get", kind, name, "--ignore-not-found", "--output=json")
+        found: Object | None = json.loads(text) if text.strip() else None
+        return found
+
+    def find(self, kind: str, labels: dict[str, str] | None = None) -> list[Object]:
+        """The objects of a kind in the namespace that have these labels."""
+        selector = [f"--selector={_selector(labels)}"] if labels else []
+        found: list[Object] = json.loads(self._ask("get", kind, *selector, "--output=json"))["items"]
+        return found
+
+    def apply(self, made: Object, *, dry_run: bool = False) -> None:
+        """Make an object as it is given, or let the server check whether it could be made."""
+        options = ["--server-side", "--field-manager=clm-dist", "--force-conflicts", "--validate=strict"]
+        options += ["--dry-run=server"] if dry_run else []
+        self._ask("apply", *options, "--filename=-", given=json.dumps(made))
+
+    def delete(self, kind: str, name: str) -> None:
+        """Delete an object if it is there; it may take a while until it is gone."""
+        self._ask("delete", kind, name, "--ignore-not-found", "--wait=false")
+
+    def logs(self, labels: dict[str, str], since: str | None = None) -> str:
+        """The logs of all containers of the pods with these labels.
+
+        Args:
+            since: the time as the server writes it; lines from before that second are left out.
+
+        Returns:
+            Lines `[pod/POD/CONTAINER] TIME TEXT`, pod by pod; `error: ...` for those that cannot be had.
+        """
+        options = ["--all-containers", "--prefix", "--timestamps", "--ignore-errors", "--tail=-1"]
+        options += [f"--since-time={since}"] if since else []
+        return self._ask("logs", f"--selector={_selector(labels)}", *options)
+
+    def last_lines(self, pod: str, count: int) -> list[str]:
+        """Of a pod's log."""
+        return self._ask("logs", pod, f"--tail={count}").splitlines()
+
+    def _ask(self, *arguments: str, given: str | None = None) -> str:
+        where = [f"--namespace={self.namespace}", *([f"--context={self.context}"] if self.context else [])]
+        return _run([*where, f"--request-timeout={_REQUEST_TIMEOUT_S}s", *arguments], given)
+
+
+def _selector(labels: dict[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _run(arguments: Sequence[str], given: str | None = None) -> str:
+    command = ["kubectl", *arguments]
+    try:
+        # Logs are bytes, whatever the locale.
+        ended = subprocess.run(
+            command, input=given, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
+        )
+    except FileNotFoundError:
+        raise NoKubectlError(
+            "there is no kubectl on the PATH, so no Kubernetes to submit to; install it "
+            "(https://kubernetes.io/docs/tasks/tools), or see what would be applied with --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        problem = f"kubectl did not answer within {_TIMEOUT_S} s"
+        raise SubmitError(f"{problem}; is the cluster in reach? `kubectl cluster-info` asks it") from None
+    if ended.returncode:
+        said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
+        raise _kind_of(said)(f"kubectl: {said}")
+    return ended.stdout
+
+
+def _kind_of(said: str) -> type[SubmitError]:
+    if "(Forbidden)" in said:
+        return ForbiddenError
+    return NoKindError if "the server doesn't have a resource type" in said else SubmitError

@@ -1,0 +1,214 @@
+"""Submit to Kubernetes, look at it and cancel it."""
+
+import base64
+import contextlib
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clm_dist.config import JobConfig
+from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.job import job_text
+from clm_dist.progress import read_training
+from clm_dist.run_dir import make_dir, write_text
+from clm_dist.submit import k8s, k8s_states
+from clm_dist.submit.k8s import Object, Request
+from clm_dist.submit.k8s_checks import check_cluster
+from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl, NoKindError
+from clm_dist.submit.spec import Place, Submission
+from clm_dist.submit.states import RunState
+
+_LAST_LINES = 200
+_POLL_S = 1.0
+_GONE_WITHIN_S = 180
+"""A job that has ended; its finalizers are the operator's."""
+_RAY_JOB, _JOB = "rayjob.ray.io", "job.batch"
+_OTHERS = ("configmap", "networkpolicy.networking.k8s.io", "service", "secret")
+_RESOURCES = dict(zip(("ConfigMap", "NetworkPolicy", "Service", "Secret"), _OTHERS, strict=True))
+_RESOURCES |= {"RayJob": _RAY_JOB, "Job": _JOB}
+"""The kinds that `submit` makes, as kubectl takes them."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A job, and where it is submitted to."""
+
+    job: JobConfig
+    request: Request
+    submission: Submission
+    kubectl: Kubectl
+
+    @property
+    def objects(self) -> list[Object]:
+        """What is applied, the job itself last."""
+        made = k8s.objects(self.job, self.request)
+        if self.request.plain:
+            made.insert(0, _token(self.job.name))
+        return made
+
+
+def check_submission(launch: Launch) -> None:
+    """Find what is wrong with a submission while nothing is made yet.
+
+    Raises:
+        ConfigError: the cluster lacks something, a run of its name is active, or somebody else's object has its name.
+        SubmitError: there is no kubectl, no cluster answers, or the server refuses an object.
+    """
+    kubectl, name = launch.kubectl, launch.job.name
+    objects = launch.objects
+    check_cluster(kubectl, launch.job, launch.request, objects)
+    kinds = {_RESOURCES[made["kind"]]: made["metadata"]["name"] for made in objects}
+    old = [found for kind, own in kinds.items() if kind not in (_RAY_JOB, _JOB) and (found := kubectl.get(kind, own))]
+    jobs = _jobs(kubectl, name)
+    for found in [*old, *jobs]:
+        if not _is_ours(found, name):
+            what = f"{found['kind']} {found['metadata']['name']} in {kubectl.namespace}"
+            raise ConfigError(
+                f"there is a {what} that clm-dist has not made, and it stays as it is; make another run with --set "
+                "name=..., or use another namespace with --namespace",
+                field="name",
+            )
+    for found in jobs:
+        if not k8s_states.has_ended(found):
+            what = f"{found['kind'].lower()}/{name} in the namespace {kubectl.namespace}"
+            raise ConfigError(
+                f"{name} is queued or running already, as {what}; see it with `clm-dist status {name}`, end it with "
+                f"`clm-dist cancel {name}` (where it was not submitted from here, with `kubectl delete "
+                f"{found['kind'].lower()} {name} --namespace={kubectl.namespace}`), or make another run with --set "
+                "name=...",
+                field="name",
+            )
+    for made in objects:
+        # A job that has ended gives way only when the server takes the new one, and could not become that.
+        taken = made["kind"] in ("RayJob", "Job") and any(found["kind"] == made["kind"] for found in jobs)
+        other = {**made, "metadata": {**made["metadata"], "name": f"check-{secrets.token_hex(4)}"}}
+        kubectl.apply(other if taken else made, dry_run=True)
+
+
+def submit(launch: Launch) -> Submission:
+    """Make a job's objects, and remember the submission. What was made is removed where one is refused.
+
+    Raises:
+        SubmitError: all that the server says.
+    """
+    kubectl, submission = launch.kubectl, launch.submission
+    make_dir(submission.root)
+    write_text(submission.files(0).job, job_text(launch.job))
+    for found in _jobs(kubectl, launch.job.name):
+        _delete_and_wait(kubectl, found)
+    made: list[Object] = []
+    try:
+        for one in launch.objects:
+            made.append(one)  # before it is there: who gives up may not know whether it is
+            kubectl.apply(one)
+        submitted = replace(submission, submitted=time.time())
+        submitted.write()
+    except BaseException:  # Ctrl-C, too
+        for one in reversed(made):
+            kubectl.delete(_RESOURCES[one["kind"]], one["metadata"]["name"])
+        raise
+    return submitted
+
+
+def run_state(submission: Submission) -> RunState:
+    """How far a submission is. Raises SubmitError where the cluster does not answer."""
+    kubectl, name = Kubectl.at(_place(submission)), submission.name
+    found = _find(kubectl, submission)
+    job = k8s_states.job_state(found)
+    progress: dict[str, Any] = {}
+    driver = k8s_states.driver_pod(found.pods)
+    if driver is not None:
+        with contextlib.suppress(SubmitError):  # it has not started, or is gone
+            lines = kubectl.last_lines(driver["metadata"]["name"], _LAST_LINES)
+            if training := read_training(lines):
+                progress = vars(training)
+    result = {"status": "done"} if job.state == "DONE" else None
+    return RunState(name, str(submission.job_id), job, result=result, **progress)
+
+
+def is_active(submission: Submission) -> bool:
+    """Whether a submission's job waits or runs."""
+    job = _job_of(Kubectl.at(_place(submission)), submission)
+    return job is not None and not k8s_states.has_ended(job)
+
+
+def cancel(submission: Submission) -> bool:
+    """Delete what a submission has made; false where nothing of it is there."""
+    kubectl, name = Kubectl.at(_place(submission)), submission.name
+    job = [found] if (found := _job_of(kubectl, submission)) else []
+    others = [found for kind in _OTHERS if (found := _own(kubectl, kind, name))]
+    for found in [*job, *others]:
+        kubectl.delete(_RESOURCES[found["kind"]], found["metadata"]["name"])
+    return bool(job)
+
+
+def pod_labels(submission: Submission) -> dict[str, str]:
+    """The labels of a submission's pods."""
+    return k8s.selector(submission.name)
+
+
+def _find(kubectl: Kubectl, submission: Submission) -> k8s_states.Found:
+    """What the cluster has of a submission."""
+    job = _job_of(kubectl, submission)
+    pods = kubectl.find("pods", pod_labels(submission)) if job else []
+    if job is None or k8s_states.has_ended(job):
+        return k8s_states.Found(job, pods)
+    events: Sequence[Object] = ()
+    workloads: Sequence[Object] = ()
+    with contextlib.suppress(ForbiddenError):
+        events = kubectl.find("events")
+    if job["spec"].get("suspend"):
+        # Without Kueue there are none.
+        with contextlib.suppress(SubmitError):
+            workloads = kubectl.find("workloads.kueue.x-k8s.io")
+    return k8s_states.Found(job, pods, events, workloads)
+
+
+def _jobs(kubectl: Kubectl, name: str) -> list[Object]:
+    """The RayJob and the Job of a name, whosever."""
+    jobs = [kubectl.get(_JOB, name)]
+    with contextlib.suppress(NoKindError):
+        jobs.append(kubectl.get(_RAY_JOB, name))
+    # The operator makes a Job of the RayJob's name, for the pod that submits.
+    return [job for job in jobs if job and not job["metadata"].get("ownerReferences")]
+
+
+def _job_of(kubectl: Kubectl, submission: Submission) -> Object | None:
+    return _own(kubectl, _JOB if _place(submission).plain else _RAY_JOB, submission.name)
+
+
+def _own(kubectl: Kubectl, kind: str, name: str) -> Object | None:
+    """An object of a submission, of the name that it would have."""
+    found = kubectl.get(kind, k8s.token_secret(name) if kind == "secret" else name)
+    return found if found and _is_ours(found, name) else None
+
+
+def _is_ours(found: Object, name: str) -> bool:
+    return bool(k8s.selector(name).items() <= found["metadata"].get("labels", {}).items())
+
+
+def _delete_and_wait(kubectl: Kubectl, job: Object) -> None:
+    kind, name = _RESOURCES[job["kind"]], job["metadata"]["name"]
+    kubectl.delete(kind, name)
+    deadline = time.monotonic() + _GONE_WITHIN_S
+    while kubectl.get(kind, name) is not None:
+        if time.monotonic() > deadline:
+            raise SubmitError(
+                f"the {job['kind']} {name} that has ended was deleted and is still there after {_GONE_WITHIN_S} s; "
+                f"`kubectl describe {kind} {name} --namespace={kubectl.namespace}` shows what holds it"
+            )
+        time.sleep(_POLL_S)
+
+
+def _token(name: str) -> Object:
+    """The key without which nobody uses the Ray of a plain job."""
+    key = base64.b64encode(secrets.token_hex(32).encode()).decode()
+    metadata = {"name": k8s.token_secret(name), "labels": k8s.selector(name)}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"auth_token": key}}
+
+
+def _place(submission: Submission) -> Place:
+    assert submission.k8s
+    return submission.k8s
