@@ -73,15 +73,16 @@ class Kubectl:
         found: list[Object] = json.loads(self._ask("get", kind, *selector, "--output=json"))["items"]
         return found
 
-    def apply(self, made: Object, *, dry_run: bool = False) -> None:
-        """Make an object as it is given, or let the server check whether it could be made."""
+    def apply(self, objects: Sequence[Object], *, dry_run: bool = False) -> None:
+        """Make objects as they are given, or let the server check whether they could be made."""
         options = ["--server-side", "--field-manager=clm-dist", "--force-conflicts", "--validate=strict"]
         options += ["--dry-run=server"] if dry_run else []
-        self._ask("apply", *options, "--filename=-", given=json.dumps(made))
+        given = "".join(f"---\n{json.dumps(one)}\n" for one in objects)
+        self._ask("apply", *options, "--filename=-", given=given)
 
-    def delete(self, kind: str, name: str) -> None:
-        """Delete an object if it is there; it may take a while until it is gone."""
-        self._ask("delete", kind, name, "--ignore-not-found", "--wait=false")
+    def delete(self, *names: str) -> None:
+        """Delete objects, `KIND/NAME`, that are there; it may take a while until they are gone."""
+        self._ask("delete", *names, "--ignore-not-found", "--wait=false")
 
     def logs(self, labels: dict[str, str], since: str | None = None) -> str:
         """The logs of all containers of the pods with these labels.

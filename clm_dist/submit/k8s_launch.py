@@ -25,9 +25,10 @@ _POLL_S = 1.0
 _GONE_WITHIN_S = 180
 """A job that has ended; its finalizers are the operator's."""
 _RAY_JOB, _JOB = "rayjob.ray.io", "job.batch"
-_OTHERS = ("configmap", "networkpolicy.networking.k8s.io", "service", "secret")
-_RESOURCES = dict(zip(("ConfigMap", "NetworkPolicy", "Service", "Secret"), _OTHERS, strict=True))
-_RESOURCES |= {"RayJob": _RAY_JOB, "Job": _JOB}
+_RESOURCES = {
+    **{"RayJob": _RAY_JOB, "Job": _JOB, "ConfigMap": "configmap", "Service": "service", "Secret": "secret"},
+    "NetworkPolicy": "networkpolicy.networking.k8s.io",
+}
 """The kinds that `submit` makes, as kubectl takes them."""
 
 
@@ -59,10 +60,8 @@ def check_submission(launch: Launch) -> None:
     kubectl, name = launch.kubectl, launch.job.name
     objects = launch.objects
     check_cluster(kubectl, launch.job, launch.request, objects)
-    kinds = {_RESOURCES[made["kind"]]: made["metadata"]["name"] for made in objects}
-    old = [found for kind, own in kinds.items() if kind not in (_RAY_JOB, _JOB) and (found := kubectl.get(kind, own))]
     jobs = _jobs(kubectl, name)
-    for found in [*old, *jobs]:
+    for found in [*jobs, *_others(kubectl, launch.submission)]:
         if not _is_ours(found, name):
             what = f"{found['kind']} {found['metadata']['name']} in {kubectl.namespace}"
             raise ConfigError(
@@ -80,11 +79,11 @@ def check_submission(launch: Launch) -> None:
                 "name=...",
                 field="name",
             )
-    for made in objects:
-        # A job that has ended gives way only when the server takes the new one, and could not become that.
-        taken = made["kind"] in ("RayJob", "Job") and any(found["kind"] == made["kind"] for found in jobs)
-        other = {**made, "metadata": {**made["metadata"], "name": f"check-{secrets.token_hex(4)}"}}
-        kubectl.apply(other if taken else made, dry_run=True)
+    *others, job = objects
+    if any(found["kind"] == job["kind"] for found in jobs):
+        # What has ended gives way only when the server takes the new one, and could not become that.
+        job = {**job, "metadata": {**job["metadata"], "name": f"check-{secrets.token_hex(4)}"}}
+    kubectl.apply([*others, job], dry_run=True)
 
 
 def submit(launch: Launch) -> Submission:
@@ -98,16 +97,12 @@ def submit(launch: Launch) -> Submission:
     write_text(submission.files(0).job, job_text(launch.job))
     for found in _jobs(kubectl, launch.job.name):
         _delete_and_wait(kubectl, found)
-    made: list[Object] = []
     try:
-        for one in launch.objects:
-            made.append(one)  # before it is there: who gives up may not know whether it is
-            kubectl.apply(one)
+        kubectl.apply(launch.objects)
         submitted = replace(submission, submitted=time.time())
         submitted.write()
-    except BaseException:  # Ctrl-C, too
-        for one in reversed(made):
-            kubectl.delete(_RESOURCES[one["kind"]], one["metadata"]["name"])
+    except BaseException:  # Ctrl-C, too: what is there by then is known to nobody
+        kubectl.delete(*_names(submission))
         raise
     return submitted
 
@@ -135,13 +130,13 @@ def is_active(submission: Submission) -> bool:
 
 
 def cancel(submission: Submission) -> bool:
-    """Delete what a submission has made; false where nothing of it is there."""
-    kubectl, name = Kubectl.at(_place(submission)), submission.name
-    job = [found] if (found := _job_of(kubectl, submission)) else []
-    others = [found for kind in _OTHERS if (found := _own(kubectl, kind, name))]
-    for found in [*job, *others]:
-        kubectl.delete(_RESOURCES[found["kind"]], found["metadata"]["name"])
-    return bool(job)
+    """Delete what a submission has made; false where its job is not there."""
+    kubectl = Kubectl.at(_place(submission))
+    job = _job_of(kubectl, submission)
+    found = [*([job] if job else []), *(one for one in _others(kubectl, submission) if _is_ours(one, submission.name))]
+    if found:
+        kubectl.delete(*(f"{_RESOURCES[one['kind']]}/{one['metadata']['name']}" for one in found))
+    return job is not None
 
 
 def pod_labels(submission: Submission) -> dict[str, str]:
@@ -176,13 +171,32 @@ def _jobs(kubectl: Kubectl, name: str) -> list[Object]:
 
 
 def _job_of(kubectl: Kubectl, submission: Submission) -> Object | None:
-    return _own(kubectl, _JOB if _place(submission).plain else _RAY_JOB, submission.name)
+    found = kubectl.get(*_names(submission)[0].split("/"))
+    return found if found and _is_ours(found, submission.name) else None
 
 
-def _own(kubectl: Kubectl, kind: str, name: str) -> Object | None:
-    """An object of a submission, of the name that it would have."""
-    found = kubectl.get(kind, k8s.token_secret(name) if kind == "secret" else name)
-    return found if found and _is_ours(found, name) else None
+def _others(kubectl: Kubectl, submission: Submission) -> list[Object]:
+    """What there is of the names of a submission's other objects, whosever."""
+    found = []
+    for one in _names(submission)[1:]:
+        try:
+            found.append(kubectl.get(*one.split("/")))
+        except ForbiddenError:  # who may not read Secrets may make them
+            kind, name = (
+                next(kind for kind, resource in _RESOURCES.items() if one.startswith(resource)),
+                submission.name,
+            )
+            found.append({"kind": kind, "metadata": {"name": one.partition("/")[2], "labels": k8s.selector(name)}})
+    return [one for one in found if one]
+
+
+def _names(submission: Submission) -> list[str]:
+    """What a submission makes, as kubectl takes it, its job first."""
+    name = submission.name
+    both = [f"{_RESOURCES[kind]}/{name}" for kind in ("ConfigMap", "NetworkPolicy")]
+    if _place(submission).plain:
+        return [f"{_JOB}/{name}", *both, f"service/{name}", f"secret/{k8s.token_secret(name)}"]
+    return [f"{_RAY_JOB}/{name}", *both]
 
 
 def _is_ours(found: Object, name: str) -> bool:
@@ -191,7 +205,7 @@ def _is_ours(found: Object, name: str) -> bool:
 
 def _delete_and_wait(kubectl: Kubectl, job: Object) -> None:
     kind, name = _RESOURCES[job["kind"]], job["metadata"]["name"]
-    kubectl.delete(kind, name)
+    kubectl.delete(f"{kind}/{name}")
     deadline = time.monotonic() + _GONE_WITHIN_S
     while kubectl.get(kind, name) is not None:
         if time.monotonic() > deadline:
