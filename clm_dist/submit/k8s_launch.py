@@ -101,8 +101,12 @@ def submit(launch: Launch) -> Submission:
         kubectl.apply(launch.objects)
         submitted = replace(submission, submitted=time.time())
         submitted.write()
-    except BaseException:  # Ctrl-C, too: what is there by then is known to nobody
-        kubectl.delete(*_names(submission))
+    except BaseException as error:  # Ctrl-C, too: what is there by then is known to nobody
+        try:
+            kubectl.delete(*_names(submission))
+        except SubmitError as second:
+            what = ", ".join(_names(submission))
+            raise SubmitError(f"{error}\nwhat was made may still be there ({what}): {second}") from error
         raise
     return submitted
 

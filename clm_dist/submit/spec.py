@@ -136,7 +136,7 @@ def find_submission(runs: Path, which: str | None) -> tuple[Submission, int | No
                 return one, task
     where = f"from {runs}; --runs names another directory"
     if which is None:
-        raise ConfigError(f"nothing was submitted {where}, and `clm-dist submit slurm JOB` submits")
+        raise ConfigError(f"nothing was submitted {where}, and `clm-dist submit slurm|k8s JOB` submits")
     names = ", ".join(one.name for one in found[:8])
     raise ConfigError(f"no submission {which} {where}" + (f" (there: {names})" if names else ""))
 

@@ -35,7 +35,7 @@ class Kubernetes:
 
     def clear(self) -> None:
         """Only a claim is there, and every kind."""
-        for key in [key for key in self.store.objs if key[1] != "namespaces"]:
+        for key in [key for key in self.store.objs if key[3] not in ("default", "kube-system")]:
             del self.store.objs[key]
         self.store.kinds[:] = self.kinds
         self.store.logs.clear()

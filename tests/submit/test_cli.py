@@ -249,7 +249,7 @@ def test_where_nothing_was_submitted_each_command_says_how(commands: Commands, c
     assert (said.code, said.out) == (2, "")
     assert said.err == (
         f"error: nothing was submitted from {commands.runs}; --runs names another directory, and "
-        "`clm-dist submit slurm JOB` submits\n"
+        "`clm-dist submit slurm|k8s JOB` submits\n"
     )
     assert "no submission x from" in commands.call(command, "x").err
 

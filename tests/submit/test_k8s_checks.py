@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clm_dist.errors import SubmitError
 from clm_dist.submit import k8s
 from clm_dist.submit import k8s_commands as commands_module
 from clm_dist.submit.k8s_checks import amount, asked_of, lacking_of
@@ -231,6 +232,26 @@ def test_what_was_made_is_removed_where_the_rest_is_refused(
     assert ("create", "ConfigMap", "default", "tiny") in kubernetes.store.history
     assert kubernetes.names() == set()
     assert k8s_commands.call("status").err.startswith("error: nothing was submitted")
+
+
+def test_what_can_not_be_removed_is_named(
+    kubernetes: Kubernetes, k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(kubectl: Kubectl, *_: Any, dry_run: bool = False) -> None:
+        if not dry_run:
+            raise SubmitError("kubectl: connection lost")
+
+    monkeypatch.setattr(Kubectl, "apply", lost)
+    monkeypatch.setattr(Kubectl, "delete", lost)
+    said = k8s_commands.submit()
+    names = "rayjob.ray.io/tiny, configmap/tiny, networkpolicy.networking.k8s.io/tiny"
+    assert (said.code, said.err.splitlines()[-2:]) == (
+        1,
+        [
+            "error: kubectl: connection lost",
+            f"what was made may still be there ({names}): kubectl: connection lost",
+        ],
+    )
 
 
 def test_without_a_context_the_namespace_is_that_of_the_pod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
