@@ -19,6 +19,7 @@ from clm_dist.submit.k8s import Request, check_job, hosts_of, render, token_secr
 from clm_dist.submit.k8s_commands import Kubectl
 from clm_dist.submit.launch import check_name
 from clm_dist.submit.spec import Place, Submission
+from clm_dist.submit.sync import pack
 
 
 def k8s(
@@ -45,6 +46,9 @@ def k8s(
         str | None, typer.Option("--scheduler", help="Whose queue it is: kueue, volcano or yunikorn.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="A Job instead of a RayJob, where KubeRay is not.")] = False,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="Run the code of this clone of clm_dist, and not that of the image.")
+    ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the objects, and ask nobody.")] = False,
@@ -69,7 +73,8 @@ def k8s(
     settings = [f"cluster.k8s.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     job = _load(job_file, [*(overrides or ()), *settings])
     number = "1" if dry_run else str(time.time_ns() // 1_000_000)
-    request = Request(resume=resume, overwrite=number if overwrite else None, plain=plain)
+    code = pack(Path.cwd()) if sync else None
+    request = Request(resume=resume, overwrite=number if overwrite else None, plain=plain, code=code)
     with located(job):
         check_job(job.config, request)
         if dry_run:

@@ -74,4 +74,6 @@ def build_result(
 
 def _versions() -> dict[str, str]:
     names = ("clm-dist", "torch", "transformers", "accelerate", "deepspeed", "ray", "datasets", "tokenizers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    # Of a working tree that went before the installed package, see `submit k8s --sync`.
+    return versions | ({"commit": commit} if (commit := os.environ.get("CLM_DIST_COMMIT")) else {})

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.run_dir import read_json
+from clm_dist.submit.sync import pack
+from tests.conftest import ROOT
 from tests.drills.k8s import DRILLS
 from tests.drills.k8s_pods import SHARED, PodJob, a_directory
 from tests.drills.nodes import Command, untouched
@@ -64,6 +67,14 @@ def test_a_fault_of_the_job_file_is_not_tried_again(directory: Path) -> None:
     # The operator takes what was stopped for complete, and does not try it again.
     assert attempt["jobStatus"] == "STOPPED", job.said()
     assert "the driver has ended with 2" in job.said()
+
+
+@pytest.mark.long
+def test_the_code_of_a_working_tree_goes_before_the_images(directory: Path) -> None:
+    code = pack(ROOT)
+    with PodJob(directory, SHORT, code=code) as job:
+        assert job.wait_ended()["jobDeploymentStatus"] == "Complete", job.said()
+    assert read_json(job.run.result)["versions"]["commit"] == code.commit
 
 
 @pytest.mark.long

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from clm_dist.config import JobConfig
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Manifest
@@ -23,3 +25,13 @@ def test_elastic_workers_are_as_many_as_started_last(
         assert build_result(job, run, manifest, "done")["workers"] == workers
     run.metrics.unlink()
     assert build_result(job, run, manifest, "failed", "no Ray")["workers"] == 2
+
+
+def test_the_commit_of_code_that_went_before_the_installed_is_recorded(
+    run: RunDir, make_job: MakeJob, prepared: Callable[[JobConfig], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    manifest = Manifest.read(prepared(job) / "manifest.json")
+    assert "commit" not in build_result(job, run, manifest, "done")["versions"]
+    monkeypatch.setenv("CLM_DIST_COMMIT", "1a2b-changed")
+    assert build_result(job, run, manifest, "done")["versions"]["commit"] == "1a2b-changed"

@@ -1,0 +1,58 @@
+"""The code of a working tree for pods whose image has an older one (`submit k8s --sync`).
+
+It travels in the job's ConfigMap, which holds 1 MiB at most, as a zip file that Python imports from; every process of
+the pods has it before the image's, Ray's workers included. Ray's runtime environments would reach the workers alone.
+"""
+
+import base64
+import io
+import subprocess
+import zipfile
+from pathlib import Path
+
+from clm_dist.errors import ConfigError
+from clm_dist.submit.k8s import Code
+
+_MOST_BYTES = 900_000
+"""Of the zip file; the job file is in the ConfigMap, too."""
+
+
+def pack(directory: Path) -> Code:
+    """The files that git tracks in the repository of a directory, as they are on the disk now.
+
+    Raises:
+        ConfigError: there is no repository of clm_dist, or it is too large.
+    """
+    try:
+        root = Path(_git(directory, "rev-parse", "--show-toplevel").strip())
+        commit = _git(root, "rev-parse", "--short=12", "HEAD").strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise ConfigError(
+            f"--sync packs the git repository of the current directory, and there is none: {said.strip()}; run this in "
+            "a clone of clm_dist, or leave out --sync"
+        ) from None
+    names = _git(root, "ls-files", "-z").split("\0")[:-1]
+    if "clm_dist/__init__.py" not in names:
+        raise ConfigError(
+            f"--sync packs the repository {root}, which is not one of clm_dist; run this in a clone of it"
+        )
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            if (root / name).is_file():  # and not removed, or a link to somewhere else
+                # Always the same bytes for the same files.
+                archive.writestr(zipfile.ZipInfo(name), (root / name).read_bytes(), zipfile.ZIP_DEFLATED)
+    size = packed.tell()
+    if size > _MOST_BYTES:
+        raise ConfigError(
+            f"--sync: the files that git tracks in {root} are {size:,} bytes when packed, and {_MOST_BYTES:,} at most "
+            "fit; untrack large ones, or build an image (k8s/README.md)"
+        )
+    changed = "-changed" if _git(root, "status", "--porcelain", "--untracked-files=no").strip() else ""
+    return Code(base64.b64encode(packed.getvalue()).decode(), f"{commit}{changed}")
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
