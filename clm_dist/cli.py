@@ -49,19 +49,24 @@ def _run_path(value: str) -> Path:
     return local_path(value, "RUN")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _set_up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     ours = logging.getLogger("clm_dist")
     if not ours.handlers:
         # On our logger, not the root: libraries that print their own warnings would print them twice.
         ours.addHandler(RichHandler(console=err, show_time=False, show_path=False))
     ours.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.command()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import clm_dist
+
 PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 # A module may import from its own layer's package and from what stands below it.
 LAYERS = [
@@ -94,3 +96,8 @@ def test_every_job_file_is_a_job() -> None:
     assert (full.data.split, full.data.split_method, full.cluster.strategy) == ("train", "hash", "zero2")
     assert (subset.data.dataset, full.model) == (full.data.dataset, subset.model)
     assert jobs["eli5-zero3"].cluster.strategy == "zero3"
+
+
+def test_the_version_is_printed() -> None:
+    said = subprocess.run([sys.executable, "-m", "clm_dist", "--version"], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, f"{clm_dist.__version__}\n")
