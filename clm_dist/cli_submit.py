@@ -140,7 +140,8 @@ def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     for run in states:
         if run.job and run.job.reason:
             out.print(f"{run.name}: {run.job.reason}", soft_wrap=True, markup=False)
-    if any(run.job and not run.job.active and not (run.result and run.result["status"] == "done") for run in states):
+    ended = [run for run in states if run.job and not run.job.active and run.job.state != "DELETED"]
+    if any(not (run.result and run.result["status"] == "done") for run in ended):
         out.print(f"why: clm-dist logs {submission.name} -n 40", soft_wrap=True)
     done = [str(submission.runs / run.name) for run in states if run.result and run.result["status"] == "done"]
     if len(done) > 1:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from clm_dist.progress import err, out
 from clm_dist.run_dir import local_dir
 from clm_dist.submit import k8s_launch
 from clm_dist.submit.k8s import Request, check_job, hosts_of, render, token_secret
+from clm_dist.submit.k8s_checks import claim_warning
 from clm_dist.submit.k8s_commands import Kubectl
 from clm_dist.submit.launch import check_name
 from clm_dist.submit.spec import Place, Submission
@@ -72,9 +74,10 @@ def k8s(
     }
     settings = [f"cluster.k8s.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     job = _load(job_file, [*(overrides or ()), *settings])
-    number = "1" if dry_run else str(time.time_ns() // 1_000_000)
     code = pack(Path.cwd()) if sync else None
-    request = Request(resume=resume, overwrite=number if overwrite else None, plain=plain, code=code)
+    request = Request(resume=resume, overwrite=overwrite, plain=plain, code=code)
+    if not dry_run:
+        request = replace(request, number=str(time.time_ns() // 1_000_000))
     with located(job):
         check_job(job.config, request)
         if dry_run:
@@ -85,8 +88,10 @@ def k8s(
         launch = _launch(job.config, request, local_dir(runs, "--runs"))
         k8s_launch.check_submission(launch)
         check_name(launch.submission)
-    for warning in _warnings(job.config):
+    for warning in filter(None, [*_warnings(job.config), claim_warning(launch.kubectl, job.config)]):
         err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    if ending := k8s_launch.pods_that_end(launch):
+        err.print(f"waiting for pods of the last submission, which may still save: {', '.join(ending)}", soft_wrap=True)
     submitted = k8s_launch.submit(launch)
     name = submitted.name
     out.print(f"submitted {name} as {submitted.job_id} in the namespace {launch.kubectl.namespace}", soft_wrap=True)

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from clm_dist.section import MOST, Count, Section, wrong
@@ -88,10 +88,10 @@ class K8sConfig(Section):
     """Secret whose keys become environment variables of the pods: HF_TOKEN, AWS_SECRET_ACCESS_KEY, ..."""
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Environment variables of the pods; nothing secret, which anybody who may see pods would read."""
-    user: Annotated[int, Field(ge=1, le=MOST)] = 1000
-    """Numeric user that programs run as."""
-    group: Annotated[int, Field(ge=1, le=MOST)] = 1000
-    """Its group, to which the claim is made writable."""
+    user: Annotated[int, Field(ge=1, le=MOST)] | None = 1000
+    """Numeric user that programs run as; null where the cluster sets one (OpenShift)."""
+    group: Annotated[int, Field(ge=1, le=MOST)] | None = 1000
+    """Its group, to which the claim is made writable; null as for `user`."""
     scheduler: Literal["default", "kueue", "volcano", "yunikorn"] = "default"
     """Who admits the job: the cluster's scheduler, pod by pod, or a queue that starts it as a whole."""
     queue: LabelValue | None = None
@@ -108,7 +108,8 @@ class K8sConfig(Section):
     grace_s: Annotated[int, Field(ge=60, le=86400)] = 120
     """Seconds between the announcement that a pod ends and its end; the run saves within them."""
     start_deadline_s: Count | None = 3600
-    """Seconds within which all pods are there, or the attempt fails; null waits for ever. Not with a queue."""
+    """Seconds within which all pods of a RayJob are there, or the attempt fails; null waits for ever. A job with a
+    queue, and one with --plain, wait as long as it takes."""
 
     @model_validator(mode="after")
     def _queue_has_a_scheduler(self) -> Self:
@@ -122,6 +123,19 @@ class K8sConfig(Section):
         if self.scheduler == "kueue" and self.queue is None:
             raise wrong("cluster.k8s.scheduler", "cluster.k8s.scheduler is kueue, which needs cluster.k8s.queue")
         return self
+
+    @field_validator("env")
+    @classmethod
+    def _env_is_free_and_no_secret(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if name in ("POD_NAME", "POD_IP") or name.startswith(("CLM_DIST_", "RAY_AUTH_")):
+                raise PydanticCustomError(
+                    "env", f"the variable {name} is set by clm-dist, which rests on it; leave it out"
+                )
+            if name.endswith(("_TOKEN", "_SECRET_ACCESS_KEY", "_API_KEY")):
+                advice = "put it into a Secret, and name that in cluster.k8s.secret"
+                raise PydanticCustomError("env", f"the variable {name} would be seen by all who see pods; {advice}")
+        return env
 
     @model_validator(mode="after")
     def _tolerations_are_tolerations(self) -> Self:

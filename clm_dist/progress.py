@@ -4,7 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -177,6 +177,8 @@ def read_training(lines: Iterable[str]) -> Training | None:
             loss = re.search(r" · loss (\S+)", stage)
             left = _seconds(match[3]) if match[3] else None
             found = Training(int(match[1]), int(match[2]), float(loss[1]) if loss else None, left)
+        elif found and (match := re.search(r" Step (\d+), epoch ", line)):
+            found = replace(found, step=int(match[1]))
     return found
 
 

@@ -16,7 +16,7 @@ from clm_dist.config import ClusterConfig, JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.job import job_text
 from clm_dist.k8s_config import num_bytes, shm_bytes, store_bytes
-from clm_dist.submit.pods import CODE, DASHBOARD_PORT, JOB_DIR, RAY_SETTINGS
+from clm_dist.submit.pods import CODE, DASHBOARD_PORT, JOB_DIR, RAY_SETTINGS, RESERVE_S
 from clm_dist.submit.size import Hosts
 from clm_dist.submit.spec import submitted_dir
 
@@ -29,6 +29,8 @@ _MOST_NAME = 47
 """Characters: the operator makes the names of services and pods from that of a RayJob."""
 _PART_OF = "clm-dist"
 _SUBMITTER_RETRIES = 10
+_KEEP = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+"""Node autoscalers do not move what runs."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Request:
 
     resume: bool = False
     """Go on with a run though its job has changed."""
-    overwrite: str | None = None
-    """Remove the run of this name, once for what this says, and start again."""
+    overwrite: bool = False
+    """Remove the run of this name, and start again."""
+    number: str = "1"
+    """Tells a submission from others of its name."""
     plain: bool = False
     """An Indexed Job, for clusters without the operator."""
     code: Code | None = None
@@ -274,8 +278,7 @@ def _indexed_job(job: JobConfig, request: Request) -> Object:
 
 def _driver(request: Request) -> list[str]:
     options = ["--resume"] if request.resume else []
-    # Not anew with every attempt.
-    options += [f"--overwrite-once={request.overwrite}"] if request.overwrite else []
+    options += ["--overwrite"] if request.overwrite else []
     return ["python", "-m", "clm_dist.submit.pod_driver", *options]
 
 
@@ -308,7 +311,8 @@ def _submitter(job: JobConfig, request: Request) -> Object:
     }
     volumes = [{"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}, *_shared_volumes(job)]
     spec = {**_pod_basics(job), "restartPolicy": "Never", "containers": [container], "volumes": volumes}
-    return {"metadata": {"labels": {**selector(job.name), "app.kubernetes.io/component": "driver"}}, "spec": spec}
+    labels = {**selector(job.name), "app.kubernetes.io/component": "driver"}
+    return {"metadata": {"labels": labels, "annotations": dict(_KEEP)}, "spec": spec}
 
 
 def _pod(job: JobConfig, request: Request, role: str) -> Object:
@@ -364,9 +368,7 @@ def _pod(job: JobConfig, request: Request, role: str) -> Object:
                 "labelSelector": {"matchLabels": labels},
             }
         ]
-    # Node autoscalers do not move what runs.
-    keep = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
-    return {"metadata": {"labels": labels, "annotations": keep}, "spec": spec}
+    return {"metadata": {"labels": labels, "annotations": dict(_KEEP)}, "spec": spec}
 
 
 def _pod_basics(job: JobConfig) -> Object:
@@ -376,9 +378,8 @@ def _pod_basics(job: JobConfig) -> Object:
         "enableServiceLinks": False,
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": k8s.user,
-            "runAsGroup": k8s.group,
-            "fsGroup": k8s.group,
+            **({"runAsUser": k8s.user} if k8s.user else {}),
+            **({"runAsGroup": k8s.group, "fsGroup": k8s.group} if k8s.group else {}),
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -407,6 +408,9 @@ def _environment(job: JobConfig, request: Request) -> list[Object]:
         "CLM_DIST_STATE": state_dir(job),
         "CLM_DIST_NODES": str(k8s.pods + (not request.plain)),
         "CLM_DIST_GRACE_S": str(k8s.grace_s),
+        "CLM_DIST_SUBMISSION": request.number,
+        # Seconds that the driver has to save, where its job is stopped.
+        "RAY_JOB_STOP_WAIT_TIME_S": str(k8s.grace_s - RESERVE_S),
         **RAY_SETTINGS,
     }
     if request.code:

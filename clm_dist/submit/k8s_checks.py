@@ -105,6 +105,19 @@ def _check_claim(kubectl: Kubectl, job: JobConfig) -> None:
             )
 
 
+def claim_warning(kubectl: Kubectl, job: JobConfig) -> str | None:
+    """What several nodes make of the claim, if they may not have it at the same time."""
+    with contextlib.suppress(ForbiddenError):
+        claim = kubectl.get("persistentvolumeclaim", job.cluster.k8s.claim) or {}
+        modes = claim.get("spec", {}).get("accessModes", [])
+        if modes and "ReadWriteMany" not in modes:
+            return (
+                f"the claim {job.cluster.k8s.claim} is {', '.join(modes)}: pods on several nodes cannot have it at the "
+                "same time, and wait for ever; it should be ReadWriteMany"
+            )
+    return None
+
+
 def _check_secrets(kubectl: Kubectl, job: JobConfig) -> None:
     k8s = job.cluster.k8s
     for name, field in ((k8s.secret, "cluster.k8s.secret"), (k8s.pull_secret, "cluster.k8s.pull_secret")):

@@ -83,7 +83,21 @@ def check_submission(launch: Launch) -> None:
     if any(found["kind"] == job["kind"] for found in jobs):
         # What has ended gives way only when the server takes the new one, and could not become that.
         job = {**job, "metadata": {**job["metadata"], "name": f"check-{secrets.token_hex(4)}"}}
-    kubectl.apply([*others, job], dry_run=True)
+    try:
+        kubectl.apply([*others, job], dry_run=True)
+    except SubmitError as error:
+        if "unknown field" not in str(error) or launch.request.plain:
+            raise
+        advice = (
+            "it may be that of a KubeRay operator older than 1.6, which lacks fields; renew it, or submit with --plain"
+        )
+        raise SubmitError(f"the cluster does not take the RayJob; {advice}\n{error}") from None
+
+
+def pods_that_end(launch: Launch) -> list[str]:
+    """Pods of an earlier submission of this name, whose job is gone and which may still save."""
+    pods = launch.kubectl.find("pods", pod_labels(launch.submission))
+    return [pod["metadata"]["name"] for pod in pods if not k8s_states.is_over(pod)]
 
 
 def submit(launch: Launch) -> Submission:
@@ -97,6 +111,7 @@ def submit(launch: Launch) -> Submission:
     write_text(submission.files(0).job, job_text(launch.job))
     for found in _jobs(kubectl, launch.job.name):
         _delete_and_wait(kubectl, found)
+    _wait_for_pods(launch)
     try:
         kubectl.apply(launch.objects)
         submitted = replace(submission, submitted=time.time())
@@ -167,9 +182,10 @@ def _find(kubectl: Kubectl, submission: Submission) -> k8s_states.Found:
 
 def _jobs(kubectl: Kubectl, name: str) -> list[Object]:
     """The RayJob and the Job of a name, whosever."""
-    jobs = [kubectl.get(_JOB, name)]
-    with contextlib.suppress(NoKindError):
-        jobs.append(kubectl.get(_RAY_JOB, name))
+    jobs = []
+    for kind in (_JOB, _RAY_JOB):
+        with contextlib.suppress(NoKindError, ForbiddenError):
+            jobs.append(kubectl.get(kind, name))
     # The operator makes a Job of the RayJob's name, for the pod that submits.
     return [job for job in jobs if job and not job["metadata"].get("ownerReferences")]
 
@@ -216,6 +232,18 @@ def _delete_and_wait(kubectl: Kubectl, job: Object) -> None:
             raise SubmitError(
                 f"the {job['kind']} {name} that has ended was deleted and is still there after {_GONE_WITHIN_S} s; "
                 f"`kubectl describe {kind} {name} --namespace={kubectl.namespace}` shows what holds it"
+            )
+        time.sleep(_POLL_S)
+
+
+def _wait_for_pods(launch: Launch) -> None:
+    """Until what an earlier submission left has saved and ended: a driver that begins takes the run from it."""
+    deadline = time.monotonic() + launch.job.cluster.k8s.grace_s + _GONE_WITHIN_S
+    while pods := pods_that_end(launch):
+        if time.monotonic() > deadline:
+            raise SubmitError(
+                f"pods of the last submission of {launch.job.name} are still there ({', '.join(pods)}); `kubectl "
+                f"describe pod {pods[0]} --namespace={launch.kubectl.namespace}` shows what holds them"
             )
         time.sleep(_POLL_S)
 

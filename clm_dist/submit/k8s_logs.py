@@ -11,7 +11,8 @@ from clm_dist.submit.k8s_launch import pod_labels
 from clm_dist.submit.logs import TIME, follow
 from clm_dist.submit.spec import Place, Submission
 
-_LINE = re.compile(r"\[pod/([^\]]+)\] (\S+) ?(.*)")
+# The server's time is not before what it says itself of a log that it cannot get.
+_LINE = re.compile(r"\[pod/([^\]]+)\] (?:(\d{4}-\d\d-\d\dT\S+)(?: |$))?(.*)")
 _MARGIN = timedelta(seconds=60)
 """Lines may come so much later than others of their time, and clocks differ."""
 
@@ -40,7 +41,7 @@ class PodLogs:
         """What came since the last call, in the order of its times. Raises SubmitError where the cluster is away."""
         kubectl = Kubectl.at(self.place)
         said = kubectl.logs(pod_labels(self.submission), self._since).split("\n")
-        parts = [match.groups() for line in said if (match := _LINE.fullmatch(line))]
+        parts = [match.groups(default="") for line in said if (match := _LINE.fullmatch(line))]
         names = {container for container, *_ in parts}
         if names - self._containers.keys():
             drivers = {
@@ -73,5 +74,5 @@ class PodLogs:
 
     def _newest(self) -> str | None:
         """The time up to which all was read."""
-        times = [datetime.fromisoformat(log.last[0]) for log in self._containers.values()]
+        times = [datetime.fromisoformat(log.last[0]) for log in self._containers.values() if log.last[0]]
         return (max(times) - _MARGIN).isoformat(timespec="seconds") if times else None

@@ -24,7 +24,9 @@ _RAY_REASONS = {
     "AppFailed": "the driver failed",
     "DeadlineExceeded": "it took longer than the RayJob may",
     "JobDeploymentStatusTransitionGracePeriodExceeded": "Ray said its end, and the pod that submits did not end",
-    "JobStatusCheckTimeoutExceeded": "Ray's head did not answer for minutes",
+    "JobStatusCheckTimeoutExceeded": (
+        "Ray's head was not back within five minutes; the run is whole, and submitting it again goes on"
+    ),
     "PreRunningDeadlineExceeded": (
         "not all pods were there in time (cluster.k8s.start_deadline_s); ask for less, or for a queue (--queue)"
     ),
@@ -64,7 +66,9 @@ def job_state(found: Found) -> JobState:
     """How a job is."""
     job = found.job
     if job is None:
-        return JobState("DELETED", "it is not in the cluster any more; what the run has saved is on the claim")
+        return JobState(
+            "DELETED", "it is not in the cluster any more; what the run has saved is on the claim, and so is its log"
+        )
     ended = _ray_job_end(job) if job["kind"] == "RayJob" else _job_end(job)
     nodes = sorted({pod["spec"]["nodeName"] for pod in found.pods if pod["spec"].get("nodeName")})
     state, reason = ended or _active_state(found, job)
@@ -82,6 +86,11 @@ def driver_pod(pods: Sequence[Object]) -> Object | None:
     """The pod with the driver's log; the last one, where there were several attempts."""
     drivers = [pod for pod in pods if is_driver(pod)]
     return max(drivers, key=lambda pod: pod["metadata"]["creationTimestamp"], default=None)
+
+
+def is_over(pod: Object) -> bool:
+    """Whether a pod has ended."""
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
 def is_driver(pod: Object) -> bool:
@@ -128,17 +137,20 @@ def _active_state(found: Found, job: Object) -> tuple[str, str]:
     if job["kind"] == "Job":
         if _condition(job, "FailureTarget") or _condition(job, "SuccessCriteriaMet"):
             return "ENDING", "its pods are being ended"
-        driver = driver_pod(found.pods)
-        running = driver is not None and driver.get("status", {}).get("phase") == "Running"
+        running = _runs(driver_pod(found.pods))
         return ("RUNNING", trouble) if running else ("PENDING", trouble or "its pods are starting")
     deployment = status.get("jobDeploymentStatus", "")
     if deployment == "Retrying":
         return "RETRYING", _joined("the last attempt failed, and another begins", status.get("message", ""))
-    if deployment == "Running" and status.get("jobStatus") == "RUNNING":
+    if deployment == "Running" and (status.get("jobStatus") == "RUNNING" or _runs(driver_pod(found.pods))):
         return "RUNNING", trouble
     if not deployment and not status.get("jobId"):
         return "PENDING", trouble or "the KubeRay operator has not taken it up yet; is it running?"
     return "PENDING", trouble or "its pods are starting"
+
+
+def _runs(pod: Object | None) -> bool:
+    return pod is not None and pod.get("status", {}).get("phase") == "Running"
 
 
 def _why_suspended(workloads: Sequence[Object], job: Object) -> str:

@@ -27,17 +27,19 @@ class LogFile:
     def new_lines(self) -> Iterator[tuple[str, str]]:
         """The lines that are new and whole, each with its time."""
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.position)
-                new = file.read()
+            file = self.path.open("rb")
         except FileNotFoundError:
             return
-        new = new[: new.rfind(b"\n") + 1]
-        self.position += len(new)
-        for line in new.decode(errors="replace").splitlines():
-            if found := TIME.match(line):
-                self.when = found[0]
-            yield self.when, line
+        with file:
+            file.seek(self.position)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                self.position += len(raw)
+                line = raw.decode(errors="replace").rstrip("\r\n")
+                if found := TIME.match(line):
+                    self.when = found[0]
+                yield self.when, line
 
 
 @dataclass

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clm_dist.config import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, NotReadyError, SubmitError
 from clm_dist.job import read_saved_job
-from clm_dist.run_dir import RunDir, make_dir, write_text
+from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
 from clm_dist.runs import remove_run
 from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, now
 from clm_dist.submit.ray_jobs import RayJobs
@@ -28,39 +29,86 @@ _GOES_ON = NotReadyError.exit_code
 _OWN_FAULT = ConfigError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
+_MOST_IDLE = 3
+"""Runs in a row that end with 75 before a worker has begun; each has waited for minutes."""
 
 
 class PodDriver:
     """`clm-dist run` in this pod.
 
     Args:
+        submission: tells it from others of the same name.
+        run: what the command writes.
         command: what is run.
     """
 
-    def __init__(self, pod: Pod, command: Sequence[str]) -> None:
-        self._pod = pod
-        self._command = command
+    def __init__(self, pod: Pod, submission: str, run: RunDir, command: Sequence[str]) -> None:
+        self._pod, self._submission, self._run, self._command = pod, submission, run, command
         self._attempt = f"{pod.name}.{time.time_ns()}"
         self._process: subprocess.Popen[bytes] | None = None
         self._told = False
+        self._over = threading.Event()
 
     @property
     def told(self) -> bool:
         """Whether it was told to end."""
         return self._told
 
-    def run(self) -> int:
-        """Run to the end; gives the exit code."""
+    def run(self, overwritten: JobConfig | None = None) -> int:
+        """Run to the end; gives the exit code.
+
+        Args:
+            overwritten: the job, whose run is removed unless an earlier attempt of this submission has done so.
+        """
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, self._end)
         make_dir(self._pod.state)
         write_text(self._pod.state / "attempt", f"{self._attempt}\n")
         threading.Thread(target=self._give_way, daemon=True).start()
+        try:
+            return self._run_until_over(self._begin(overwritten))
+        finally:
+            self._over.set()
+
+    def _run_until_over(self, begun: int) -> int:
+        """Run, again as long as that helps; gives the exit code."""
         self._say(f"an attempt begins in the pod {self._pod.name}")
-        while (code := self._run_once()) == _GOES_ON and not self._told:
-            self._say("it goes on here")
-            time.sleep(_PAUSE_S)
+        starts, idle = self._starts(), 0
+        while not self._told:
+            code = self._run_once()
+            if code != _GOES_ON:
+                break
+            before, starts = starts, self._starts()
+            idle = idle + 1 if starts == before else 0
+            if idle == _MOST_IDLE:
+                self._say(f"no worker has begun to train {idle} times in a row, so this attempt ends")
+                return 1
+            if not self._told:
+                self._say("it goes on here")
+                time.sleep(_PAUSE_S)
+        if self._told and (not self._process or code not in (0, _OWN_FAULT)):
+            return _GOES_ON  # it may have been ended before it could say so itself
+        if code == _OWN_FAULT and self._starts() > begun:
+            self._say("the same job has trained before, so it is not to blame, and is tried again")
+            return 1
         return code
+
+    def _begin(self, overwritten: JobConfig | None) -> int:
+        """What only the first attempt of a submission does; gives how often workers had started by then."""
+        path, log = self._pod.state / "begun.json", self._pod.state / "log"
+        begun = read_json(path) if path.exists() else {}
+        if begun.get("submission") != self._submission:
+            if overwritten:
+                remove_run(overwritten, self._run)
+            if log.exists():
+                log.replace(log.with_name(f"log-{begun.get('submission', 'before')}"))
+            begun = {"submission": self._submission, "starts": self._starts()}
+            write_json(path, begun)
+        return int(begun["starts"])
+
+    def _starts(self) -> int:
+        """How often workers have started."""
+        return sum(record["kind"] == "start" for record in read_records(self._run.metrics))
 
     def _run_once(self) -> int:
         pipe = subprocess.PIPE
@@ -79,9 +127,10 @@ class PodDriver:
         self._keep(f"{now()} {text}\n".encode())
 
     def _keep(self, line: bytes) -> None:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-        with contextlib.suppress(OSError), (self._pod.state / "log").open("ab") as log:  # a full disk ends no run
+        with contextlib.suppress(OSError):  # a full disk ends no run
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+        with contextlib.suppress(OSError), (self._pod.state / "log").open("ab") as log:
             log.write(line)
 
     def _end(self, number: int, _frame: Any) -> None:
@@ -90,51 +139,44 @@ class PodDriver:
             self._process.terminate()
 
     def _give_way(self) -> None:
-        while True:
-            time.sleep(_POLL_S)
+        while not self._over.wait(_POLL_S):
             with contextlib.suppress(OSError):  # the claim is away for a moment
                 found = (self._pod.state / "attempt").read_text().strip()
-                if found not in ("", self._attempt):
+                # Who was told to end saves, and whoever is next waits for the run's lock.
+                if found not in ("", self._attempt) and not self._told:
                     if self._process:
                         self._process.kill()
                     self._pod.say(f"the attempt {found} has begun, so this one ends")
                     os._exit(1)
 
 
-def overwrite_once(runs: Path, job_file: Path, marker: Path, number: str) -> None:
-    """Remove the run of a job, unless it was removed for this number already."""
-    if not marker.exists() or marker.read_text() != number:
-        make_dir(marker.parent)
-        job = read_saved_job(job_file)
-        remove_run(job, RunDir(runs / job.name))
-        write_text(marker, number)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--overwrite-once", metavar="NUMBER")
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--ray-job", metavar="ID", help="the job of Ray that this is the entrypoint of")
     options = parser.parse_args(arguments)
-    pod, job = Pod.this(), Path(JOB_DIR) / "job.yaml"
-    command = [sys.executable, "-m", "clm_dist", "run", str(job), *(["--resume"] if options.resume else [])]
-    driver = PodDriver(pod, command)
+    pod, path = Pod.this(), Path(JOB_DIR) / "job.yaml"
+    told = False
     try:
-        if options.overwrite_once:
-            overwrite_once(Path(os.environ["CLM_DIST_RUNS"]), job, pod.state / "overwritten", options.overwrite_once)
-        code = driver.run()
+        job = read_saved_job(path)
+        run = RunDir(Path(os.environ["CLM_DIST_RUNS"]) / job.name)
+        command = [sys.executable, "-m", "clm_dist", "run", str(path), *(["--resume"] if options.resume else [])]
+        driver = PodDriver(pod, os.environ["CLM_DIST_SUBMISSION"], run, command)
+        code = driver.run(job if options.overwrite else None)
+        told = driver.told
     except ClmDistError as error:
         pod.say(f"error: {error}")
         code = error.exit_code
-    if code == _GOES_ON and driver.told and options.ray_job:
+    if options.ray_job and told and code == _GOES_ON:
         # Ended, Ray's job would have failed; as it is, the head that replaces this one gets it again.
         time.sleep(pod.grace_s)
-    if code == _OWN_FAULT and options.ray_job:
+    if options.ray_job and code == _OWN_FAULT:
         # The operator tries again what has failed, and not what was stopped.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(SubmitError):
-            jobs = RayJobs(f"http://127.0.0.1:{DASHBOARD_PORT}", os.environ.get("RAY_AUTH_TOKEN"))
-            jobs.stop(options.ray_job)
-            time.sleep(pod.grace_s)  # ends with this process
+            RayJobs(f"http://127.0.0.1:{DASHBOARD_PORT}", os.environ.get("RAY_AUTH_TOKEN")).stop(options.ray_job)
+            time.sleep(pod.grace_s)  # until the signal
     return code
 
 

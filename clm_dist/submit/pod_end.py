@@ -13,17 +13,15 @@ import sys
 import time
 from collections.abc import Callable
 
-from clm_dist.submit.pods import PORT, Pod, processes
+from clm_dist.submit.pods import PORT, RESERVE_S, Pod, processes
 
-_RESERVE_S = 20
-"""Of the grace, for what comes after saving."""
 _POLL_S = 0.5
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
 def main() -> int:
     pod = Pod.this()
-    deadline = time.monotonic() + pod.grace_s - _RESERVE_S
+    deadline = time.monotonic() + pod.grace_s - RESERVE_S
     if pid := _process("clm_dist.submit.pod_driver"):
         pod.say("the pod is to end: telling the driver")
         with contextlib.suppress(ProcessLookupError):

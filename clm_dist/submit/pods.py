@@ -16,12 +16,12 @@ CODE = "code.zip"
 PORT = 6379
 """Ray's, of the head; every pod has an address of its own."""
 DASHBOARD_PORT = 8265
+RESERVE_S = 20
+"""Of the grace, for what comes after saving."""
 RAY_SETTINGS = {
     **_RAY_SETTINGS,
     # The preStop hook has made the run save already.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    # Seconds that the driver has to save, where its job is stopped.
-    "RAY_JOB_STOP_WAIT_TIME_S": "60",
 }
 
 

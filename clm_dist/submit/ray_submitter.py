@@ -10,6 +10,7 @@ Exits with 0 where the job has ended, however it did; the operator asks Ray how.
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which the first process of a pod ignores
     address = os.environ["RAY_DASHBOARD_ADDRESS"]
     jobs = RayJobs(address if "://" in address else f"http://{address}", os.environ.get("RAY_AUTH_TOKEN"))
     log = LogFile(Path(os.environ["CLM_DIST_STATE"]) / "log")

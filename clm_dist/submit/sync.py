@@ -37,12 +37,15 @@ def pack(directory: Path) -> Code:
         raise ConfigError(
             f"--sync packs the repository {root}, which is not one of clm_dist; run this in a clone of it"
         )
+    if new := _git(root, "ls-files", "-z", "--others", "--exclude-standard", "clm_dist/*.py").split("\0")[0]:
+        raise ConfigError(f"--sync packs what git tracks, and {new} is new; `git add` it, or remove it")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
-            if (root / name).is_file():  # and not removed, or a link to somewhere else
+            file = root / name
+            if file.is_file() and not file.is_symlink():  # which may lead out of the repository; or it is removed
                 # Always the same bytes for the same files.
-                archive.writestr(zipfile.ZipInfo(name), (root / name).read_bytes(), zipfile.ZIP_DEFLATED)
+                archive.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED)
     size = packed.tell()
     if size > _MOST_BYTES:
         raise ConfigError(

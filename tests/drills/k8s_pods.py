@@ -30,7 +30,7 @@ from tests.runs import RunView
 SHARED = ROOT.parent / "shared" / "k8s"
 TIMEOUT_S = 300
 IMAGE = "clm-dist:drill"
-_SETTINGS = (
+SETTINGS = (
     f"cluster.k8s.image={IMAGE}",
     "cluster.k8s.pods=2",
     "cluster.k8s.memory_per_pod=3Gi",
@@ -40,14 +40,13 @@ _SETTINGS = (
 
 
 def podrun(module: str = "podrun") -> Any:
-    """A module of `../shared/k8s/podrun`: `podrun` or `controllers`."""
-    place = str(SHARED / "podrun")
-    if place not in sys.path:
-        sys.path.insert(0, place)
+    """A module beside the repository: `podrun`, `controllers`, or `minicluster`, which answers kubectl as well."""
+    places = [str(SHARED / place) for place in ("podrun", "miniapi", "validate")]
+    sys.path[:0] = [place for place in places if place not in sys.path]
     return importlib.import_module(module)
 
 
-def _image() -> dict[str, Any]:
+def image() -> dict[str, Any]:
     """What the pods run in: this machine's files, with the tests' own Python."""
     python = Path(os.path.realpath(sys.executable)).parent.parent
     places = [str(place) for place in (python, Path(sys.prefix), ROOT) if not str(place).startswith("/usr")]
@@ -73,7 +72,7 @@ class PodJob(RunView):
         corpus = write_corpus(self._claim)
         job = directory / "tiny.yaml"
         job.write_text(yaml.safe_dump(tiny_job(corpus)))
-        self.job: JobConfig = load_job(job, [*_SETTINGS, *settings, "data.path=/shared/corpus.jsonl"]).config
+        self.job: JobConfig = load_job(job, [*SETTINGS, *settings, "data.path=/shared/corpus.jsonl"]).config
         super().__init__(RunDir(self._claim / "runs" / "tiny"))
         self._request = k8s.Request(plain=plain, **request)
         self.pods: list[Any] = []
@@ -83,7 +82,7 @@ class PodJob(RunView):
     def __enter__(self) -> "PodJob":
         k8s.check_job(self.job, self._request)
         self.node = podrun().Node(
-            self.directory / "pods", images={IMAGE: _image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
+            self.directory / "pods", images={IMAGE: image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
         )
         *others, self._object = k8s.objects(self.job, self._request)
         for one in others:

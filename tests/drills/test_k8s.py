@@ -2,20 +2,24 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
-from clm_dist.run_dir import read_json
+from clm_dist.run_dir import RunDir, read_json
 from clm_dist.submit.sync import pack
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.drills.k8s import DRILLS
-from tests.drills.k8s_pods import SHARED, PodJob, a_directory
+from tests.drills.k8s_pods import IMAGE, SETTINGS, SHARED, PodJob, a_directory, image, podrun
 from tests.drills.nodes import Command, untouched
-from tests.drills.slurm import TWO
-from tests.runs import compare
+from tests.drills.slurm import BEGIN, TWO
+from tests.runs import RunView, compare
 
 pytestmark = pytest.mark.k8s
 QUICK = ("drained worker",)
@@ -62,11 +66,59 @@ def test_whatever_happens_to_pods_the_weights_are_those_of_the_run_that_nobody_t
 
 @pytest.mark.long
 def test_a_fault_of_the_job_file_is_not_tried_again(directory: Path) -> None:
-    with PodJob(directory, [*SHORT, "tokenizer={path: /shared/absent}"]) as job:
+    with PodJob(directory, [*SHORT, "tokenizer={path: /shared/absent, train: null}"]) as job:
         (attempt,) = job.wait_ended()["attempts"]
     # The operator takes what was stopped for complete, and does not try it again.
     assert attempt["jobStatus"] == "STOPPED", job.said()
     assert "the driver has ended with 2" in job.said()
+
+
+@pytest.mark.long
+def test_kubectl_submits_shows_and_cancels_pods_that_run(directory: Path, local: Callable[[], Command]) -> None:
+    claim = directory / "claim"
+    claim.mkdir()
+    claim.chmod(0o777)
+    job_file = directory / "tiny.yaml"
+    job_file.write_text(yaml.safe_dump(tiny_job(write_corpus(claim))))
+    cluster = podrun("minicluster").Cluster(
+        str(directory / "pods"), str(SHARED / "crds"), {IMAGE: image()}, {"clm-dist": str(claim)}, time_scale=0.1
+    )
+    environment = {**os.environ, "KUBECONFIG": cluster.server.kubeconfig(str(directory / "config")), "COLUMNS": "200"}
+
+    def call(*arguments: str) -> str:
+        command = [sys.executable, "-m", "clm_dist", *arguments, "--runs", str(directory / "record")]
+        ended = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    settings = [f"--set={setting}" for setting in (*SETTINGS, *TWO, "data.path=/shared/corpus.jsonl")]
+    run = RunView(RunDir(claim / "runs" / "tiny"))
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert time.monotonic() < deadline, call("status") + call("logs")
+            time.sleep(0.5)
+
+    try:
+        cluster.store.create("v1", "persistentvolumeclaims", "default", {"metadata": {"name": "clm-dist"}})
+        call("submit", "k8s", "tiny.yaml", "--plain", *settings)
+        wait_until(lambda: run.last_step() >= BEGIN)
+        assert "running" in call("status")
+        assert "[driver]" in call("logs")
+        assert "deleted job/tiny" in call("cancel")
+        wait_until(lambda: all(pod.phase in ("Failed", "Succeeded") for pod in cluster.node.pods.values()))
+        assert "deleted" in call("status")
+        call("submit", "k8s", "tiny.yaml", "--plain", *settings)
+        wait_until(lambda: "done" in call("status"))
+        assert "Resuming from the checkpoint of step" in call("logs")
+    finally:
+        cluster.close()
+    # Whoever cancels a run has it save.
+    (_, first), (step, _) = run.starts()
+    assert first == 2
+    assert step >= BEGIN
+    assert compare(run, local()).same_weights
 
 
 @pytest.mark.long

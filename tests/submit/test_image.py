@@ -192,7 +192,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_image_starts_as_a_pod_starts_it(start: Start) -> None:
     shown = start()
     assert shown.returncode == 0, shown.stderr
@@ -204,7 +204,7 @@ def test_the_image_starts_as_a_pod_starts_it(start: Start) -> None:
     assert start("touch", "/work/here").returncode != 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_image_trains_with_ray_and_without_a_network(start: Start, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     (tmp_path / "job.yaml").write_text((ROOT / "jobs" / "quickstart.yaml").read_text())
@@ -216,7 +216,7 @@ def test_the_image_trains_with_ray_and_without_a_network(start: Start, tmp_path:
     assert (tmp_path / "runs" / "quickstart" / "result.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rays_head_in_the_image_takes_jobs(start: Start) -> None:
     submit = "ray job submit --address http://127.0.0.1:8265 -- clm-dist schema"
     ended = start("bash", "-c", f"ray start --head --num-cpus=1 && {submit}", options=("--shm-size=1g",))
@@ -233,7 +233,7 @@ print(len(files), [s.origin for s in files if s.cached and s.origin.endswith(".p
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_compiled_when_the_image_starts(start: Start) -> None:
     ended = start("python", "-c", _LOADED_WITHOUT_BYTECODE)
     assert ended.returncode == 0, ended.stderr

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,9 @@ def test_every_option_passes_the_schemas(settings: Sequence[str]) -> None:
         *settings, "secret=s", "pull_secret=p", "namespace=n", "priority_class=high", "node_selector={gpu: a100}",
         "resources={rdma/hca: '1'}", "env={NCCL_DEBUG: INFO}", "start_deadline_s=60",
     )  # fmt: skip
-    said = validate(render(job, Request(resume=True, overwrite="7", code=Code("YQ==", "1a2b"))), "--restricted")
+    said = validate(
+        render(job, Request(resume=True, overwrite=True, number="7", code=Code("YQ==", "1a2b"))), "--restricted"
+    )
     assert {line.rpartition(": ")[2] for line in said.splitlines()} == {"ok"}, said
 
 
@@ -273,6 +276,34 @@ def test_workers_that_do_not_fit_the_pods_are_refused() -> None:
     assert hosts_of(k8s_job("pods=3").cluster).idle_gpus == 8
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("queue=q", "the default scheduler has no queues"),
+        ("scheduler=kueue", "needs cluster.k8s.queue"),
+        ("memory_per_pod=512Mi", "less than 1Gi"),
+        ("memory_per_pod=16GB", "no quantity of Kubernetes"),
+        ("mount=shared", "pattern"),
+        ("claim=My_Claim", "pattern"),
+        ("env={HF_TOKEN: hf_x}", "the variable HF_TOKEN would be seen by all who see pods"),
+        ("env={CLM_DIST_STATE: /x}", "CLM_DIST_STATE is set by clm-dist"),
+        ("tolerations=[{keys: x}]", "keys is no part of a toleration"),
+        ("grace_s=10", "60"),
+        ("podz=2", "pods"),
+    ],
+)
+def test_a_wrong_field_says_what_is_wrong(setting: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        k8s_job(setting)
+
+
+def test_a_cluster_that_names_the_user_itself_gets_none() -> None:
+    for template, _ in pods_of(k8s_job("user=null", "group=null"), Request()):
+        security = template["spec"]["securityContext"]
+        assert security["runAsNonRoot"]
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & security.keys()
+
+
 def test_the_images_ray_is_the_one_that_is_required() -> None:
     version = objects_by_kind(k8s_job(), Request())["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"]
     requirement = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if '"ray[train]' in line)
@@ -280,13 +311,13 @@ def test_the_images_ray_is_the_one_that_is_required() -> None:
 
 
 def test_overwriting_and_resuming_reach_the_driver() -> None:
-    request = Request(resume=True, overwrite="17")
-    entrypoint = "python -m clm_dist.submit.pod_driver --resume --overwrite-once=17"
+    request = Request(resume=True, overwrite=True)
+    entrypoint = "python -m clm_dist.submit.pod_driver --resume --overwrite"
     spec = objects_by_kind(k8s_job(), request)["RayJob"]["spec"]
     assert spec["entrypoint"] == entrypoint
     (container,) = spec["submitterPodTemplate"]["spec"]["containers"]
     assert container["command"] == ["python", "-m", "clm_dist.submit.ray_submitter", *entrypoint.split()]
-    command = objects_by_kind(k8s_job(), Request(plain=True, resume=True, overwrite="17"))["Job"]["spec"]["template"][
+    command = objects_by_kind(k8s_job(), Request(plain=True, resume=True, overwrite=True))["Job"]["spec"]["template"][
         "spec"
     ]["containers"][0]["command"]
     assert command[command.index("--") + 1 :] == entrypoint.split()

@@ -2,17 +2,21 @@
 
 import base64
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from clm_dist.errors import SubmitError
-from clm_dist.submit import k8s
+from clm_dist.submit import k8s, k8s_launch
 from clm_dist.submit import k8s_commands as commands_module
 from clm_dist.submit.k8s_checks import amount, asked_of, lacking_of
 from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl
 from tests.submit.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
+
+pytestmark = pytest.mark.slow
 
 QUEUES = ("kueue.x-k8s.io/v1beta1", "localqueues")
 
@@ -140,7 +144,7 @@ def test_what_the_user_may_not_see_is_left_out(
     get, find = Kubectl.get, Kubectl.find
 
     def guarded_get(kubectl: Kubectl, kind: str, name: str) -> Any:
-        if kind in ("namespace", "secret", "persistentvolumeclaim"):
+        if kind in ("namespace", "secret", "persistentvolumeclaim", "rayjob.ray.io"):
             raise ForbiddenError(f"kubectl: Error from server (Forbidden): {kind}")
         return get(kubectl, kind, name)
 
@@ -183,6 +187,52 @@ def test_a_job_that_has_ended_gives_way(kubernetes: Kubernetes, k8s_commands: Ku
     new = kubernetes.get(JOB)
     assert new["metadata"]["uid"] != old
     assert new["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/clm-dist:2"
+
+
+def test_pods_that_still_save_are_waited_for(
+    kubernetes: Kubernetes, k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k8s_commands.submit()
+    kubernetes.add_pod("tiny-head", "head")
+    k8s_commands.call("cancel")
+    sleeps: list[float] = []
+
+    def work(seconds: float) -> None:
+        sleeps.append(seconds)
+        assert kubernetes.names() == {"pods/tiny-head"}, "it was not waited for"
+        if len(sleeps) == 3:
+            kubernetes.set(("v1", "pods"), "tiny-head", phase="Failed")
+
+    monkeypatch.setattr(k8s_launch, "time", SimpleNamespace(sleep=work, time=time.time, monotonic=lambda: 0.0))
+    said = k8s_commands.submit()
+    assert said.code == 0, said.err
+    assert "waiting for pods of the last submission, which may still save: tiny-head" in said.err
+    assert len(sleeps) == 3
+    # Not for ever, though.
+    k8s_commands.call("cancel")
+    kubernetes.add_pod("tiny-stuck", "worker")
+    clock = iter(range(0, 10_000, 100))
+    quick = SimpleNamespace(sleep=lambda _: None, time=time.time, monotonic=lambda: next(clock))
+    monkeypatch.setattr(k8s_launch, "time", quick)
+    said = k8s_commands.submit()
+    assert said.code == 1
+    assert "kubectl describe pod tiny-stuck --namespace=default" in said.err.replace("\n", " ")
+    assert "rayjobs/tiny" not in kubernetes.names()
+
+
+def test_a_claim_of_one_node_is_warned_of(kubernetes: Kubernetes, k8s_commands: KubernetesCommands) -> None:
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    kubernetes.create("v1", "persistentvolumeclaims", "one", spec=spec)
+    said = k8s_commands.submit("--claim", "one")
+    assert (said.code, "the claim one is ReadWriteOnce" in said.err) == (0, True)
+
+
+def test_an_operator_that_lacks_fields_is_told(
+    kubernetes: Kubernetes, k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_objects(monkeypatch, lambda made: made[-1]["spec"].update(newerField=1))
+    said = k8s_commands.submit()
+    assert (said.code, "older than 1.6" in said.err, "newerField" in said.err) == (1, True, True)
 
 
 @pytest.mark.parametrize(("version", "plural"), [("v1", "configmaps"), JOB])

@@ -12,6 +12,8 @@ from tests.submit.clusters import RAY_JOB, Kubernetes, KubernetesCommands
 from tests.submit.fakes import FakeSlurm
 from tests.submit.test_launch import cells
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
     k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -24,7 +26,7 @@ def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
     assert not k8s_commands.runs.exists()
     config, policy, job = yaml.safe_load_all(said.out)
     assert {one["metadata"]["namespace"] for one in (config, policy, job)} == {"n"}
-    assert job["spec"]["entrypoint"] == "python -m clm_dist.submit.pod_driver --resume --overwrite-once=1"
+    assert job["spec"]["entrypoint"] == "python -m clm_dist.submit.pod_driver --resume --overwrite"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     container = group["template"]["spec"]["containers"][0]
@@ -63,6 +65,13 @@ def test_a_queue_is_of_the_scheduler_that_the_job_file_names(k8s_commands: Kuber
     assert "volcano.sh/queue-name: q" in said.out
 
 
+def number_of(kubernetes: Kubernetes) -> str:
+    """The number of the submission that its pods have."""
+    spec = kubernetes.get(RAY_JOB)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    (number,) = (one["value"] for one in spec["containers"][0]["env"] if one["name"] == "CLM_DIST_SUBMISSION")
+    return str(number)
+
+
 def test_a_submission_is_found_again_with_its_place(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,11 +79,11 @@ def test_a_submission_is_found_again_with_its_place(
     one = Submission.read(k8s_commands.runs / ".submitted" / "tiny")
     assert (one.backend, one.job_id, one.k8s) == ("k8s", "rayjob/tiny", Place("default", "mini", False))
     assert load_job(one.files(0).job).config.cluster.k8s.image == "registry.example/clm-dist:1"
-    first = kubernetes.get(RAY_JOB)["spec"]["entrypoint"]
-    assert " --overwrite-once=" in first
+    first = number_of(kubernetes)
     kubernetes.set(RAY_JOB, jobDeploymentStatus="Failed", reason="AppFailed")
     assert k8s_commands.submit("--overwrite").code == 0
-    assert kubernetes.get(RAY_JOB)["spec"]["entrypoint"] != first
+    # By which pods know this submission from the one before it.
+    assert number_of(kubernetes) != first
     # The context of kubectl may be another by now.
     text = kubernetes.config.read_text()
     kubernetes.config.write_text(text.replace("current-context: mini", "current-context: other"))

@@ -2,8 +2,12 @@
 
 import base64
 
+import pytest
+
 from tests.submit.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
 from tests.submit.test_launch import cells
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_ray_job_is_submitted_seen_logged_and_cancelled(

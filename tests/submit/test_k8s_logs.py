@@ -19,6 +19,7 @@ def line(second: int, text: str, *, own: int | None = None) -> str:
     return f"2026-01-01T10:00:{second:02}.000000000Z {stamp} {text}"
 
 
+@pytest.mark.slow
 def test_lines_of_all_pods_are_in_the_order_of_their_own_times(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands
 ) -> None:
@@ -41,12 +42,14 @@ def test_lines_of_all_pods_are_in_the_order_of_their_own_times(
     assert k8s_commands.call("logs", "-n", 2).out.splitlines() == merged[-2:]
 
 
+@pytest.mark.slow
 def test_a_submission_without_pods_has_no_logs(kubernetes: Kubernetes, k8s_commands: KubernetesCommands) -> None:
     k8s_commands.submit()
     said = k8s_commands.call("logs")
     assert (said.code, said.out) == (0, "")
 
 
+@pytest.mark.slow
 def test_following_sees_pods_that_come_later_and_ends_with_the_job(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,3 +116,13 @@ def test_following_outlives_an_api_server_that_is_away_for_a_moment(monkeypatch:
     actives = iter([True, True, False])
     merged = PodLogs(submission(), Place("default"))
     assert list(merged.follow(lambda: next(actives))) == ["[a] 2026-01-01 10:00:01 one"]
+
+
+def test_lines_without_the_servers_time_are_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = "[pod/a/ray] unable to retrieve container logs for containerd://1a2b"
+    other = f"{lost}\n[pod/a/ray] no time either\n[pod/b/ray] {line(1, 'one')}\n[pod/b/ray] 2026-01-01T10:00:02Z\n"
+    answer(monkeypatch, lost, other, other)
+    merged = PodLogs(submission(), Place("default"))
+    assert merged.new_lines() == ["[a] unable to retrieve container logs for containerd://1a2b"]
+    assert merged.new_lines() == ["[a] no time either", "[b] 2026-01-01 10:00:01 one", "[b] "]
+    assert merged.new_lines() == []

@@ -240,8 +240,10 @@ def test_what_a_log_says_of_training_is_what_was_written_there(monkeypatch: pyte
     assert read_training(log.getvalue().splitlines()) == Training(10, 1200)
     now[0] = 64
     progress.update(50, epoch="0.10", loss="3.2100", tokens_per_s="9,100")
-    progress.note("Step 50, epoch 0.10: eval loss 2.1, perplexity 8")
     assert read_training(log.getvalue().splitlines()) == Training(50, 1200, 3.21, 1725)
+    # Lines come every ten seconds, so what is evaluated may be further.
+    progress.note("Step 60, epoch 0.12: eval loss 2.1, perplexity 8")
+    assert read_training(log.getvalue().splitlines()) == Training(60, 1200, 3.21, 1725)
     now[0] = 10000
     progress.update(51, loss="nan")
     last = read_training(f"[driver] {line}" for line in log.getvalue().splitlines())

@@ -146,16 +146,24 @@ def a_pod(directory: Path) -> Pod:
 _DRIVE = """
 import sys
 from pathlib import Path
+from clm_dist.run_dir import RunDir
 from clm_dist.submit import pod_driver
 from clm_dist.submit.pods import Pod
 pod_driver._POLL_S = pod_driver._PAUSE_S = 0.1
-sys.exit(pod_driver.PodDriver(Pod("pod-1", "127.0.0.1", Path(sys.argv[1]), 60), ["bash", "-c", sys.argv[2]]).run())
+state, number, script, run = Path(sys.argv[1]), sys.argv[2], sys.argv[3], RunDir(Path(sys.argv[4]))
+driver = pod_driver.PodDriver(Pod("pod-1", "127.0.0.1", state, 60), number, run, ["bash", "-c", script])
+sys.exit(driver.run())
 """
 
 
-def drive(directory: Path, script: str) -> "subprocess.Popen[str]":
-    """The wrapper around a script, in a process of its own, because it takes signals."""
-    command = [sys.executable, "-c", _DRIVE, str(directory / "state"), script]
+_START = """echo '{"kind": "start", "step": 0}' >>$run/metrics.jsonl"""
+
+
+def drive(directory: Path, script: str, number: str = "1") -> "subprocess.Popen[str]":
+    """The wrapper around a script, in a process of its own, because it takes signals; `$run` is the run's directory."""
+    run = directory / "run"
+    run.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", _DRIVE, str(directory / "state"), number, f"run={run}; {script}", str(run)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -166,15 +174,15 @@ def log_of(directory: Path) -> str:
 
 def test_a_run_that_saved_because_another_pod_ends_goes_on(tmp_path: Path) -> None:
     count = tmp_path / "count"
-    script = f"echo out; echo err >&2; echo x >>{count}; [ $(wc -l <{count}) -eq 3 ] || exit 75"
+    script = f"echo out; echo err >&2; echo x >>{count}; {_START}; [ $(wc -l <{count}) -eq 6 ] || exit 75"
     wrapper = drive(tmp_path, script)
     said, _ = wrapper.communicate(timeout=30)
     assert wrapper.returncode == 0
     log = log_of(tmp_path)
     # Ray's own log of the job has it, too.
     assert said == log
-    assert [line for line in log.splitlines() if line in ("out", "err")] == ["out", "err"] * 3
-    assert log.count("the driver has ended with 75") == 2
+    assert [line for line in log.splitlines() if line in ("out", "err")] == ["out", "err"] * 6
+    assert log.count("the driver has ended with 75") == 5
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 1", 1), ("exit 2", 2), ("kill -9 $$", 137)])
@@ -221,14 +229,60 @@ def test_a_full_disk_ends_no_run(tmp_path: Path) -> None:
     assert "said" in said
 
 
-def test_a_run_is_overwritten_once_for_a_submission(tmp_path: Path, write_job: WriteJob) -> None:
+def test_pods_in_which_no_worker_begins_are_given_up_in_the_end(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    wrapper = drive(tmp_path, f"echo x >>{count}; [ $(wc -l <{count}) -gt 2 ] || {_START}; exit 75")
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 1
+    assert len(count.read_text().split()) == 5
+    assert "no worker has begun to train 3 times in a row" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["while it starts", "in the pause"])
+def test_a_signal_at_any_time_asks_to_go_on_elsewhere(tmp_path: Path, when: str) -> None:
+    # What a process that has no handler yet ends with.
+    script = "echo begun; sleep 30" if when == "while it starts" else f"{_START}; exit 75"
+    wrapper = drive(tmp_path, script)
+    wait_until(lambda: ("begun" if when == "while it starts" else "it goes on here") in log_of(tmp_path))
+    wrapper.send_signal(signal.SIGTERM)
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 75
+
+
+def test_a_job_file_that_has_trained_is_not_to_blame(tmp_path: Path) -> None:
+    # Such as a Hub that does not answer, when a pod is replaced.
+    wrapper = drive(tmp_path, f"{_START}; exit 2")
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 1
+    again = drive(tmp_path, "exit 2")
+    again.communicate(timeout=30)
+    assert again.returncode == 1
+    # But a later submission is another.
+    other = drive(tmp_path, "exit 2", number="2")
+    other.communicate(timeout=30)
+    assert other.returncode == 2
+
+
+def test_every_submission_has_a_log_of_its_own(tmp_path: Path) -> None:
+    for number, script in (("1", "echo one"), ("1", "echo two"), ("2", "echo three")):
+        drive(tmp_path, script, number).communicate(timeout=30)
+    assert "three" in log_of(tmp_path)
+    assert "two" not in log_of(tmp_path)
+    earlier = (tmp_path / "state" / "log-1").read_text()
+    assert earlier.index("one") < earlier.index("two")
+
+
+def test_a_run_is_overwritten_once_for_a_submission(
+    tmp_path: Path, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     job_file = write_job()
-    run = RunDir(tmp_path / "runs" / load_job(job_file).config.name)
-    marker = tmp_path / "overwritten"
+    job = load_job(job_file).config
+    run = RunDir(tmp_path / "runs" / job.name)
     for number, left in (("1", False), ("1", True), ("2", False)):
         run.root.mkdir(parents=True, exist_ok=True)
         run.job.write_text(job_file.read_text())
-        pod_driver.overwrite_once(tmp_path / "runs", job_file, marker, number)
+        pod_driver.PodDriver(a_pod(tmp_path), number, run, ["true"]).run(job)
         assert run.exists() is left
 
 
@@ -238,10 +292,13 @@ def test_a_fault_of_the_job_file_stops_rays_job_which_is_not_tried_again(
     monkeypatch.setattr(pod_driver, "DASHBOARD_PORT", int(head.url.rpartition(":")[2]))
     monkeypatch.setattr(pod_driver, "JOB_DIR", str(tmp_path / "absent"))
     monkeypatch.setattr(Pod, "this", lambda: Pod("pod-1", "127.0.0.1", tmp_path / "state", 0.1))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    signals: list[Any] = []
+    monkeypatch.setattr(signal, "signal", lambda *which: signals.append(which))
     assert pod_driver.main(["--ray-job=job-1"]) == 2
     assert head.stopped == ["job-1"]
-    assert "there is no job file" in log_of(tmp_path)
+    # By which it ends, and lets go of its pods.
+    assert signals[-1] == (signal.SIGTERM, signal.SIG_DFL)
+    assert "absent/job.yaml" in (tmp_path / "state" / "nodes" / "pod-1.log").read_text()
 
 
 def test_a_lost_host_is_given_up_as_soon_as_on_slurm() -> None:

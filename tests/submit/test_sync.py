@@ -1,9 +1,11 @@
 """The code of a working tree, packed for pods."""
 
 import base64
+import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,11 @@ def test_the_commit_says_whether_the_tree_differs(repository: Path) -> None:
     after = sync.pack(repository)
     assert after.commit == f"{before.commit}-changed"
     assert after.archive != before.archive
+    # A link may lead out of the repository.
+    (repository / "clm_dist" / "link.py").symlink_to("/etc/hostname")
+    git(repository, "add", "clm_dist")
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(sync.pack(repository).archive))) as archive:
+        assert archive.namelist() == ["clm_dist/__init__.py"]
     # A file that is removed and not yet committed is left out.
     (repository / "clm_dist" / "other.py").touch()
     git(repository, "add", "clm_dist")
@@ -59,6 +66,10 @@ def test_the_commit_says_whether_the_tree_differs(repository: Path) -> None:
 def test_what_cannot_be_packed_is_refused(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(ConfigError, match=r"there is none: .*not a git repository"):
         sync.pack(tmp_path_factory.mktemp("nothing"))
+    (repository / "clm_dist" / "new.py").touch()
+    with pytest.raises(ConfigError, match=r"clm_dist/new.py is new; `git add` it"):
+        sync.pack(repository)
+    (repository / "clm_dist" / "new.py").unlink()
     (repository / "large.bin").write_bytes(os.urandom(1_000_000))
     sync.pack(repository)
     git(repository, "add", "large.bin")
