@@ -91,7 +91,8 @@ def k8s(
     for warning in filter(None, [*_warnings(job.config), claim_warning(launch.kubectl, job.config)]):
         err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     if ending := k8s_launch.pods_that_end(launch):
-        err.print(f"waiting for pods of the last submission, which may still save: {', '.join(ending)}", soft_wrap=True)
+        names = ", ".join(pod["metadata"]["name"] for pod in ending)
+        err.print(f"waiting for pods of the last submission, which may still save: {names}", soft_wrap=True)
     submitted = k8s_launch.submit(launch)
     name = submitted.name
     out.print(f"submitted {name} as {submitted.job_id} in the namespace {launch.kubectl.namespace}", soft_wrap=True)

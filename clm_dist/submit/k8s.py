@@ -92,8 +92,9 @@ def check_job(job: JobConfig, request: Request) -> None:
         )
     if job.hub.push != "never" and k8s.secret is None:
         raise ConfigError(
-            f"hub.push is {job.hub.push}, and the pods have no token; make a Secret with `kubectl create secret "
-            "generic hub --from-literal=HF_TOKEN=...`, and name it with --secret or cluster.k8s.secret",
+            f"hub.push is {job.hub.push}, and the pods have no token; make a Secret in the job's namespace with "
+            "`kubectl create secret generic hub --from-literal=HF_TOKEN=...`, and name it with --secret or "
+            "cluster.k8s.secret",
             field="cluster.k8s.secret",
         )
     if request.plain and k8s.scheduler in ("volcano", "yunikorn"):
@@ -102,6 +103,9 @@ def check_job(job: JobConfig, request: Request) -> None:
             "leave out --plain, or take kueue",
             field="cluster.k8s.scheduler",
         )
+    if request.code and "PYTHONPATH" in k8s.env:
+        problem = "cluster.k8s.env sets PYTHONPATH, by which --sync puts its code before the image's"
+        raise ConfigError(f"{problem}; leave out one of them", field="cluster.k8s.env")
     hosts_of(job.cluster).check()
 
 

@@ -112,8 +112,8 @@ def claim_warning(kubectl: Kubectl, job: JobConfig) -> str | None:
         modes = claim.get("spec", {}).get("accessModes", [])
         if modes and "ReadWriteMany" not in modes:
             return (
-                f"the claim {job.cluster.k8s.claim} is {', '.join(modes)}: pods on several nodes cannot have it at the "
-                "same time, and wait for ever; it should be ReadWriteMany"
+                f"the claim {job.cluster.k8s.claim} is {', '.join(modes)}, which does where all pods are on one node; "
+                "on several they wait for ever, and it should be ReadWriteMany"
             )
     return None
 

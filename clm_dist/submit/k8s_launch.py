@@ -70,7 +70,7 @@ def check_submission(launch: Launch) -> None:
                 field="name",
             )
     for found in jobs:
-        if not k8s_states.has_ended(found):
+        if _goes_on(found):
             what = f"{found['kind'].lower()}/{name} in the namespace {kubectl.namespace}"
             raise ConfigError(
                 f"{name} is queued or running already, as {what}; see it with `clm-dist status {name}`, end it with "
@@ -94,10 +94,10 @@ def check_submission(launch: Launch) -> None:
         raise SubmitError(f"the cluster does not take the RayJob; {advice}\n{error}") from None
 
 
-def pods_that_end(launch: Launch) -> list[str]:
+def pods_that_end(launch: Launch) -> list[Object]:
     """Pods of an earlier submission of this name, whose job is gone and which may still save."""
     pods = launch.kubectl.find("pods", pod_labels(launch.submission))
-    return [pod["metadata"]["name"] for pod in pods if not k8s_states.is_over(pod)]
+    return [pod for pod in pods if not k8s_states.is_over(pod)]
 
 
 def submit(launch: Launch) -> Submission:
@@ -145,7 +145,7 @@ def run_state(submission: Submission) -> RunState:
 def is_active(submission: Submission) -> bool:
     """Whether a submission's job waits or runs."""
     job = _job_of(Kubectl.at(_place(submission)), submission)
-    return job is not None and not k8s_states.has_ended(job)
+    return job is not None and _goes_on(job)
 
 
 def cancel(submission: Submission) -> bool:
@@ -219,6 +219,11 @@ def _names(submission: Submission) -> list[str]:
     return [f"{_RAY_JOB}/{name}", *both]
 
 
+def _goes_on(job: Object) -> bool:
+    """Whether a job waits or runs; one that is deleted goes when its finalizers are through, and is waited for."""
+    return not k8s_states.has_ended(job) and not job["metadata"].get("deletionTimestamp")
+
+
 def _is_ours(found: Object, name: str) -> bool:
     return bool(k8s.selector(name).items() <= found["metadata"].get("labels", {}).items())
 
@@ -230,7 +235,7 @@ def _delete_and_wait(kubectl: Kubectl, job: Object) -> None:
     while kubectl.get(kind, name) is not None:
         if time.monotonic() > deadline:
             raise SubmitError(
-                f"the {job['kind']} {name} that has ended was deleted and is still there after {_GONE_WITHIN_S} s; "
+                f"the {job['kind']} {name} of an earlier submission is deleted, and there after {_GONE_WITHIN_S} s; "
                 f"`kubectl describe {kind} {name} --namespace={kubectl.namespace}` shows what holds it"
             )
         time.sleep(_POLL_S)
@@ -238,12 +243,16 @@ def _delete_and_wait(kubectl: Kubectl, job: Object) -> None:
 
 def _wait_for_pods(launch: Launch) -> None:
     """Until what an earlier submission left has saved and ended: a driver that begins takes the run from it."""
-    deadline = time.monotonic() + launch.job.cluster.k8s.grace_s + _GONE_WITHIN_S
+    began = time.monotonic()
     while pods := pods_that_end(launch):
-        if time.monotonic() > deadline:
+        names = [pod["metadata"]["name"] for pod in pods]
+        grace_s = max(pod["spec"].get("terminationGracePeriodSeconds", 0) for pod in pods)
+        if time.monotonic() - began > grace_s + _GONE_WITHIN_S:
+            where = f"{names[0]} --namespace={launch.kubectl.namespace}"
             raise SubmitError(
-                f"pods of the last submission of {launch.job.name} are still there ({', '.join(pods)}); `kubectl "
-                f"describe pod {pods[0]} --namespace={launch.kubectl.namespace}` shows what holds them"
+                f"pods of the last submission of {launch.job.name} are still there ({', '.join(names)}); `kubectl "
+                f"describe pod {where}` shows what holds them; if its node is gone for good, `kubectl delete pod "
+                f"{where} --force`"
             )
         time.sleep(_POLL_S)
 

@@ -29,25 +29,26 @@ _GOES_ON = NotReadyError.exit_code
 _OWN_FAULT = ConfigError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
-_MOST_IDLE = 3
-"""Runs in a row that end with 75 before a worker has begun; each has waited for minutes."""
+_MOST_IDLE = 12
+"""Runs in a row that end with 75 before a worker has begun; each has waited for five minutes."""
 
 
 class PodDriver:
     """`clm-dist run` in this pod.
 
     Args:
-        submission: tells it from others of the same name.
         run: what the command writes.
         command: what is run.
+        gives_up: end the attempt where no worker begins to train for long, since new pods may help.
     """
 
-    def __init__(self, pod: Pod, submission: str, run: RunDir, command: Sequence[str]) -> None:
-        self._pod, self._submission, self._run, self._command = pod, submission, run, command
+    def __init__(self, pod: Pod, run: RunDir, command: Sequence[str], *, gives_up: bool) -> None:
+        self._pod, self._run, self._command, self._gives_up = pod, run, command, gives_up
         self._attempt = f"{pod.name}.{time.time_ns()}"
         self._process: subprocess.Popen[bytes] | None = None
         self._told = False
         self._over = threading.Event()
+        self._counted = 0
 
     @property
     def told(self) -> bool:
@@ -76,39 +77,41 @@ class PodDriver:
         starts, idle = self._starts(), 0
         while not self._told:
             code = self._run_once()
-            if code != _GOES_ON:
+            if code != _GOES_ON or self._told:
                 break
             before, starts = starts, self._starts()
             idle = idle + 1 if starts == before else 0
-            if idle == _MOST_IDLE:
+            if idle == _MOST_IDLE and self._gives_up:
                 self._say(f"no worker has begun to train {idle} times in a row, so this attempt ends")
                 return 1
-            if not self._told:
-                self._say("it goes on here")
-                time.sleep(_PAUSE_S)
-        if self._told and (not self._process or code not in (0, _OWN_FAULT)):
+            self._say("it goes on here")
+            time.sleep(_PAUSE_S)
+        if not self._process:
+            return _GOES_ON
+        blameless = code != _OWN_FAULT or self._starts() > begun
+        if self._told and code != 0 and blameless:
             return _GOES_ON  # it may have been ended before it could say so itself
-        if code == _OWN_FAULT and self._starts() > begun:
+        if code == _OWN_FAULT and blameless:
             self._say("the same job has trained before, so it is not to blame, and is tried again")
             return 1
         return code
 
     def _begin(self, overwritten: JobConfig | None) -> int:
         """What only the first attempt of a submission does; gives how often workers had started by then."""
-        path, log = self._pod.state / "begun.json", self._pod.state / "log"
+        path = self._pod.state / "begun.json"
         begun = read_json(path) if path.exists() else {}
-        if begun.get("submission") != self._submission:
+        if begun.get("submission") != self._pod.submission:
             if overwritten:
                 remove_run(overwritten, self._run)
-            if log.exists():
-                log.replace(log.with_name(f"log-{begun.get('submission', 'before')}"))
-            begun = {"submission": self._submission, "starts": self._starts()}
+            begun = {"submission": self._pod.submission, "starts": self._starts()}
             write_json(path, begun)
         return int(begun["starts"])
 
     def _starts(self) -> int:
         """How often workers have started."""
-        return sum(record["kind"] == "start" for record in read_records(self._run.metrics))
+        with contextlib.suppress(OSError):  # the claim is away for a moment
+            self._counted = sum(record["kind"] == "start" for record in read_records(self._run.metrics))
+        return self._counted
 
     def _run_once(self) -> int:
         pipe = subprocess.PIPE
@@ -130,7 +133,7 @@ class PodDriver:
         with contextlib.suppress(OSError):  # a full disk ends no run
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
-        with contextlib.suppress(OSError), (self._pod.state / "log").open("ab") as log:
+        with contextlib.suppress(OSError), self._pod.log.open("ab") as log:
             log.write(line)
 
     def _end(self, number: int, _frame: Any) -> None:
@@ -162,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = read_saved_job(path)
         run = RunDir(Path(os.environ["CLM_DIST_RUNS"]) / job.name)
         command = [sys.executable, "-m", "clm_dist", "run", str(path), *(["--resume"] if options.resume else [])]
-        driver = PodDriver(pod, os.environ["CLM_DIST_SUBMISSION"], run, command)
+        driver = PodDriver(pod, run, command, gives_up=options.ray_job is not None)
         code = driver.run(job if options.overwrite else None)
         told = driver.told
     except ClmDistError as error:

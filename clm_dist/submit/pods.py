@@ -36,11 +36,19 @@ class Pod:
     """The submission's files, on the claim."""
     grace_s: float
     """Seconds between the announcement that the pod ends and its end."""
+    submission: str
+    """Tells this submission from others of its name."""
 
     @classmethod
     def this(cls) -> "Pod":
         env = os.environ
-        return cls(env["POD_NAME"], env["POD_IP"], Path(env["CLM_DIST_STATE"]), float(env["CLM_DIST_GRACE_S"]))
+        state, grace_s = Path(env["CLM_DIST_STATE"]), float(env["CLM_DIST_GRACE_S"])
+        return cls(env["POD_NAME"], env["POD_IP"], state, grace_s, env["CLM_DIST_SUBMISSION"])
+
+    @property
+    def log(self) -> Path:
+        """The driver's, over all attempts of this submission."""
+        return self.state / f"log-{self.submission}"
 
     def say(self, text: str) -> None:
         """Add to what the submission keeps of this pod, and to the pod's own log."""

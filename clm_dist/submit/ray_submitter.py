@@ -14,11 +14,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from clm_dist.errors import SubmitError
 from clm_dist.submit.logs import LogFile
-from clm_dist.submit.pods import now
+from clm_dist.submit.pods import Pod, now
 from clm_dist.submit.ray_jobs import ENDED, RayJobs
 
 _PATIENCE_S = 280
@@ -57,8 +56,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which the first process of a pod ignores
     address = os.environ["RAY_DASHBOARD_ADDRESS"]
     jobs = RayJobs(address if "://" in address else f"http://{address}", os.environ.get("RAY_AUTH_TOKEN"))
-    log = LogFile(Path(os.environ["CLM_DIST_STATE"]) / "log")
-    return follow(jobs, os.environ["RAY_JOB_SUBMISSION_ID"], sys.argv[1:], log)
+    return follow(jobs, os.environ["RAY_JOB_SUBMISSION_ID"], sys.argv[1:], LogFile(Pod.this().log))
 
 
 if __name__ == "__main__":

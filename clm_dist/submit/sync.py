@@ -39,11 +39,14 @@ def pack(directory: Path) -> Code:
         )
     if new := _git(root, "ls-files", "-z", "--others", "--exclude-standard", "clm_dist/*.py").split("\0")[0]:
         raise ConfigError(f"--sync packs what git tracks, and {new} is new; `git add` it, or remove it")
+    for name in names:
+        if (root / name).is_symlink() and name.startswith("clm_dist/"):
+            raise ConfigError(f"--sync follows no links, and {name} is one; put a file in its place")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
             file = root / name
-            if file.is_file() and not file.is_symlink():  # which may lead out of the repository; or it is removed
+            if file.is_file() and not file.is_symlink():  # and not removed
                 # Always the same bytes for the same files.
                 archive.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED)
     size = packed.tell()

@@ -116,7 +116,7 @@ class PodJob(RunView):
 
     def said(self) -> str:
         """What the driver logged, over all attempts, and the ends of the pods' own logs."""
-        logs = [self._claim / "runs/.submitted/tiny/log", *sorted((self.directory / "pods").glob("*/*.log"))]
+        logs = [*self._claim.glob("runs/.submitted/tiny/log-*"), *sorted((self.directory / "pods").glob("*/*.log"))]
         return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
 
     def wait_until(self, condition: Callable[[], Any]) -> float:

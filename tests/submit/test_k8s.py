@@ -264,6 +264,8 @@ def test_a_job_without_an_image_or_a_token_to_push_with_is_refused() -> None:
         check_job(load_job(ROOT / "jobs" / "eli5-full.yaml").config, Request())
     with pytest.raises(ConfigError, match="the pods have no token"):
         check_job(job_of("eli5-full", "hub.push=end"), Request())
+    with pytest.raises(ConfigError, match="by which --sync puts its code"):
+        check_job(k8s_job("env={PYTHONPATH: /x}"), Request(code=Code("YQ==", "1a2b")))
     with pytest.raises(ConfigError, match="not supported with --plain"):
         check_job(k8s_job("scheduler=volcano"), Request(plain=True))
 

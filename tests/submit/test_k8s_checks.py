@@ -235,6 +235,24 @@ def test_an_operator_that_lacks_fields_is_told(
     assert (said.code, "older than 1.6" in said.err, "newerField" in said.err) == (1, True, True)
 
 
+def test_a_job_that_is_being_deleted_is_waited_for(
+    kubernetes: Kubernetes, k8s_commands: KubernetesCommands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k8s_commands.submit()
+    finalized = {"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}
+    kubernetes.store.update(*RAY_JOB, "default", "tiny", lambda job: kubernetes.miniapi.merge(job, finalized))
+    k8s_commands.call("cancel")
+    assert kubernetes.get(RAY_JOB)["metadata"]["deletionTimestamp"]
+
+    def let_go(_: float) -> None:
+        kubernetes.store.objs.pop((*RAY_JOB, "default", "tiny"), None)
+
+    monkeypatch.setattr(k8s_launch, "time", SimpleNamespace(sleep=let_go, time=time.time, monotonic=lambda: 0.0))
+    said = k8s_commands.submit()
+    assert said.code == 0, said.err
+    assert "deletionTimestamp" not in kubernetes.get(RAY_JOB)["metadata"]
+
+
 @pytest.mark.parametrize(("version", "plural"), [("v1", "configmaps"), JOB])
 def test_what_somebody_else_has_made_stays(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands, version: str, plural: str

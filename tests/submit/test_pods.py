@@ -139,8 +139,8 @@ def test_a_refusal_of_the_head_says_what_it_said(head: Head) -> None:
         RayJobs("http://127.0.0.1:9").info("job-1")
 
 
-def a_pod(directory: Path) -> Pod:
-    return Pod("pod-1", "127.0.0.1", directory / "state", 60)
+def a_pod(directory: Path, number: str) -> Pod:
+    return Pod("pod-1", "127.0.0.1", directory / "state", 60, number)
 
 
 _DRIVE = """
@@ -150,25 +150,27 @@ from clm_dist.run_dir import RunDir
 from clm_dist.submit import pod_driver
 from clm_dist.submit.pods import Pod
 pod_driver._POLL_S = pod_driver._PAUSE_S = 0.1
+pod_driver._MOST_IDLE = 3
 state, number, script, run = Path(sys.argv[1]), sys.argv[2], sys.argv[3], RunDir(Path(sys.argv[4]))
-driver = pod_driver.PodDriver(Pod("pod-1", "127.0.0.1", state, 60), number, run, ["bash", "-c", script])
-sys.exit(driver.run())
+pod = Pod("pod-1", "127.0.0.1", state, 60, number)
+sys.exit(pod_driver.PodDriver(pod, run, ["bash", "-c", script], gives_up=sys.argv[5] == "True").run())
 """
 
 
 _START = """echo '{"kind": "start", "step": 0}' >>$run/metrics.jsonl"""
 
 
-def drive(directory: Path, script: str, number: str = "1") -> "subprocess.Popen[str]":
+def drive(directory: Path, script: str, number: str = "1", *, gives_up: bool = True) -> "subprocess.Popen[str]":
     """The wrapper around a script, in a process of its own, because it takes signals; `$run` is the run's directory."""
     run = directory / "run"
     run.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", _DRIVE, str(directory / "state"), number, f"run={run}; {script}", str(run)]
+    script = f"run={run}; {script}"
+    command = [sys.executable, "-c", _DRIVE, str(directory / "state"), number, script, str(run), str(gives_up)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def log_of(directory: Path) -> str:
-    path = directory / "state" / "log"
+def log_of(directory: Path, number: str = "1") -> str:
+    path = directory / "state" / f"log-{number}"
     return path.read_text() if path.exists() else ""
 
 
@@ -223,7 +225,7 @@ def test_an_attempt_gives_way_to_a_later_one(tmp_path: Path) -> None:
 def test_a_full_disk_ends_no_run(tmp_path: Path) -> None:
     wrapper = drive(tmp_path, "echo said")
     (tmp_path / "state").mkdir(exist_ok=True)
-    (tmp_path / "state" / "log").symlink_to("/dev/full")
+    (tmp_path / "state" / "log-1").symlink_to("/dev/full")
     said, _ = wrapper.communicate(timeout=30)
     assert wrapper.returncode == 0
     assert "said" in said
@@ -236,6 +238,13 @@ def test_pods_in_which_no_worker_begins_are_given_up_in_the_end(tmp_path: Path) 
     assert wrapper.returncode == 1
     assert len(count.read_text().split()) == 5
     assert "no worker has begun to train 3 times in a row" in log_of(tmp_path)
+
+
+def test_a_plain_job_waits_for_its_pods_as_long_as_it_takes(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    wrapper = drive(tmp_path, f"echo x >>{count}; [ $(wc -l <{count}) -gt 6 ] || exit 75", gives_up=False)
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 0
 
 
 @pytest.mark.parametrize("when", ["while it starts", "in the pause"])
@@ -266,10 +275,9 @@ def test_a_job_file_that_has_trained_is_not_to_blame(tmp_path: Path) -> None:
 def test_every_submission_has_a_log_of_its_own(tmp_path: Path) -> None:
     for number, script in (("1", "echo one"), ("1", "echo two"), ("2", "echo three")):
         drive(tmp_path, script, number).communicate(timeout=30)
-    assert "three" in log_of(tmp_path)
-    assert "two" not in log_of(tmp_path)
-    earlier = (tmp_path / "state" / "log-1").read_text()
-    assert earlier.index("one") < earlier.index("two")
+    assert "three" in log_of(tmp_path, "2")
+    assert "two" not in log_of(tmp_path, "2")
+    assert log_of(tmp_path).index("one") < log_of(tmp_path).index("two")
 
 
 def test_a_run_is_overwritten_once_for_a_submission(
@@ -282,7 +290,7 @@ def test_a_run_is_overwritten_once_for_a_submission(
     for number, left in (("1", False), ("1", True), ("2", False)):
         run.root.mkdir(parents=True, exist_ok=True)
         run.job.write_text(job_file.read_text())
-        pod_driver.PodDriver(a_pod(tmp_path), number, run, ["true"]).run(job)
+        pod_driver.PodDriver(a_pod(tmp_path, number), run, ["true"], gives_up=True).run(job)
         assert run.exists() is left
 
 
@@ -291,7 +299,7 @@ def test_a_fault_of_the_job_file_stops_rays_job_which_is_not_tried_again(
 ) -> None:
     monkeypatch.setattr(pod_driver, "DASHBOARD_PORT", int(head.url.rpartition(":")[2]))
     monkeypatch.setattr(pod_driver, "JOB_DIR", str(tmp_path / "absent"))
-    monkeypatch.setattr(Pod, "this", lambda: Pod("pod-1", "127.0.0.1", tmp_path / "state", 0.1))
+    monkeypatch.setattr(Pod, "this", lambda: Pod("pod-1", "127.0.0.1", tmp_path / "state", 0.1, "1"))
     signals: list[Any] = []
     monkeypatch.setattr(signal, "signal", lambda *which: signals.append(which))
     assert pod_driver.main(["--ray-job=job-1"]) == 2

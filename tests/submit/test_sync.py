@@ -54,6 +54,11 @@ def test_the_commit_says_whether_the_tree_differs(repository: Path) -> None:
     # A link may lead out of the repository.
     (repository / "clm_dist" / "link.py").symlink_to("/etc/hostname")
     git(repository, "add", "clm_dist")
+    with pytest.raises(ConfigError, match=r"follows no links, and clm_dist/link.py is one"):
+        sync.pack(repository)
+    git(repository, "rm", "-qf", "clm_dist/link.py")
+    (repository / "link").symlink_to("/etc/hostname")
+    git(repository, "add", "link")
     with zipfile.ZipFile(io.BytesIO(base64.b64decode(sync.pack(repository).archive))) as archive:
         assert archive.namelist() == ["clm_dist/__init__.py"]
     # A file that is removed and not yet committed is left out.
