@@ -8,21 +8,32 @@ from pydantic_core import PydanticCustomError
 
 from clm_dist.section import MOST, Count, Section, wrong
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))},
+    **{f"{unit}i": 1024**power for power, unit in enumerate("KMGTPE", start=1)},
+    **{"n": 1e-9, "u": 1e-6, "m": 1e-3},
+}
+_SIZES = ("k", "M", "G", "T", "Ki", "Mi", "Gi", "Ti")
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _KEY = r"([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 _LEAST_BYTES = 2**30
 """With less, Ray's object store, a part of /dev/shm, is smaller than Ray takes one."""
 
 
+def amount(quantity: str) -> float:
+    """A quantity as Kubernetes writes it: `100m`, `16Gi`, `1e3`."""
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)([a-zA-Z]*)", quantity)
+    assert match, quantity
+    return float(match[1]) * float(_UNITS[match[2]])
+
+
 def num_bytes(quantity: str) -> int:
-    """Bytes of a quantity as Kubernetes writes it: `16Gi`, `500M`."""
-    number, unit = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", quantity).groups()  # type: ignore[union-attr]
-    return int(float(number) * _UNITS[unit])
+    """Bytes of a quantity such as `16Gi`."""
+    return int(amount(quantity))
 
 
 def _quantity(text: str) -> str:
-    if not re.fullmatch(rf"\d+(\.\d+)?({'|'.join(filter(None, _UNITS))})?", text):
+    if not re.fullmatch(rf"\d+(\.\d+)?({'|'.join(_SIZES)})?", text):
         raise PydanticCustomError("quantity", "no quantity of Kubernetes; write it as 16Gi or 500M")
     return text
 

@@ -3,21 +3,16 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from clm_dist.config import JobConfig
 from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.k8s_config import amount
 from clm_dist.submit.k8s import Object, Request
 from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl, NoKindError, NoKubectlError
 
 _PLAIN_SINCE = (1, 31)
 """Of Kubernetes: a Job that ends with the success of its first pod."""
 _KUEUE = "kueue.x-k8s.io"
-_UNITS = {
-    **{unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))},
-    **{f"{unit}i": 1024**power for power, unit in enumerate("KMGTPE", start=1)},
-    **{"n": 1e-9, "u": 1e-6, "m": 1e-3},
-}
 _CLAIM = """\
 kubectl --namespace={namespace} apply -f - <<END
 apiVersion: v1
@@ -165,7 +160,7 @@ def asked_of(objects: Sequence[Object]) -> dict[str, float]:
                 for name, value in values.items():
                     names = [f"{kind}.{name}"] + ([name] if kind == "requests" else [])
                     for key in names:
-                        asked[key] = asked.get(key, 0) + count * amount(value)
+                        asked[key] = asked.get(key, 0) + count * amount(str(value))
     return asked
 
 
@@ -177,15 +172,8 @@ def lacking_of(quota: Object, asked: dict[str, float]) -> Iterator[str]:
     for name, hard in status.get("hard", {}).items():
         used = status.get("used", {}).get(name, "0")
         wanted = asked.get(name.removeprefix("count/"), 0)
-        if wanted > amount(hard) - amount(used):
+        if wanted > amount(str(hard)) - amount(str(used)):
             yield f"{name} is {hard}, of which {used} are used, and the job asks for {_shown(wanted)}"
-
-
-def amount(quantity: Any) -> float:
-    """A quantity as Kubernetes writes it: `100m`, `16Gi`, `1e3`."""
-    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)([a-zA-Z]*)", str(quantity))
-    assert match, quantity
-    return float(match[1]) * float(_UNITS[match[2]])
 
 
 def _shown(value: float) -> str:

@@ -22,7 +22,7 @@ from clm_dist.errors import ClmDistError, ConfigError, NotReadyError, SubmitErro
 from clm_dist.job import read_saved_job
 from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
 from clm_dist.runs import remove_run
-from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, now
+from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
 from clm_dist.submit.ray_jobs import RayJobs
 
 _GOES_ON = NotReadyError.exit_code
@@ -122,7 +122,7 @@ class PodDriver:
             assert process.stdout
             for line in process.stdout:
                 self._keep(line)
-        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        code = exit_code(process.returncode)
         self._say(f"the driver has ended with {code}")
         return code
 

@@ -6,15 +6,14 @@ again when it was replaced; they run until the Job's successPolicy ends them.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from clm_dist.submit.pods import PORT, Pod
-from clm_dist.submit.ray_node import end_descendants
+from clm_dist.submit.pods import PORT, Pod, exit_code
+from clm_dist.submit.ray_node import answers, end_descendants
 
 _POLL_S = 1.0
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM
@@ -51,13 +50,12 @@ class PodNode:
                 self._pod.say(f"Ray's head has ended with {ray.returncode}")
                 driver.kill()
             driver.wait()
-        code = driver.returncode if driver.returncode >= 0 else 128 - driver.returncode
         # Where the pod was told to end, the Job replaces it; only success is the end of the Job.
-        return code
+        return exit_code(driver.returncode)
 
     def _run_worker(self) -> int:
         while not self._told:
-            if not self._head_answers():
+            if not answers(self._head, PORT):
                 time.sleep(_POLL_S)
                 continue
             ray = self._start_ray(f"--address={self._head}:{PORT}")
@@ -74,13 +72,6 @@ class PodNode:
         self._pod.say(f"starting Ray: {' '.join([*place, *self._options])}")
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         return subprocess.Popen([*start, *place, f"--node-ip-address={self._pod.address}", *self._options])
-
-    def _head_answers(self) -> bool:
-        try:
-            socket.create_connection((self._head, PORT), timeout=2).close()
-        except OSError:
-            return False
-        return True
 
     def _end(self, _number: int, _frame: Any) -> None:
         self._told = True

@@ -67,6 +67,11 @@ def now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
+def exit_code(returncode: int) -> int:
+    """Of a process, as a shell gives it: 137 where SIGKILL has ended it."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
 def processes() -> Iterator[tuple[int, list[str]]]:
     """The processes of this container, and the words of their command lines."""
     for directory in Path("/proc").glob("[0-9]*"):

@@ -77,6 +77,15 @@ def address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def interface_of(address: str) -> str | None:
     """The network interface that has an IPv4 address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -164,11 +173,7 @@ class RayNode:
 
     def _head_answers(self) -> bool:
         host, _, port = self._address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=2).close()
-        except OSError:
-            return False
-        return True
+        return answers(host, int(port))
 
     def _granted(self) -> dict[str, int]:
         free_shm = shutil.disk_usage("/dev/shm").free // _MIB

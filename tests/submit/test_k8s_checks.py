@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from clm_dist.errors import SubmitError
+from clm_dist.k8s_config import amount
 from clm_dist.submit import k8s, k8s_launch
 from clm_dist.submit import k8s_commands as commands_module
-from clm_dist.submit.k8s_checks import amount, asked_of, lacking_of
+from clm_dist.submit.k8s_checks import asked_of, lacking_of
 from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl
 from tests.submit.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
 

@@ -93,6 +93,12 @@ def test_a_ray_job_is_told_by_its_status(status: Object, state: str, reason: str
     assert has_ended(job) == (state in ("DONE", "FAILED"))
 
 
+def test_a_ray_job_runs_where_its_driver_does_though_nobody_has_asked_ray_yet() -> None:
+    job = ray_job({"jobDeploymentStatus": "Running", "jobStatus": "", "jobId": "x"})
+    assert job_state(Found(job, [pod("tiny-d", "driver")])).state == "PENDING"
+    assert job_state(Found(job, [pod("tiny-d", "driver", phase="Running")])).state == "RUNNING"
+
+
 @pytest.mark.parametrize(
     ("job", "state", "reason"),
     [

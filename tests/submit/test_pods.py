@@ -132,6 +132,17 @@ def test_a_submitter_waits_for_its_head_and_gives_up_in_the_end(tmp_path: Path, 
     assert time.monotonic() - began > 0.5
 
 
+def test_patience_begins_with_the_last_answer(head: Head, tmp_path: Path) -> None:
+    thread, codes = following(RayJobs(head.url, TOKEN), tmp_path / "log", patience_s=1)
+    wait_until(lambda: head.jobs)
+    time.sleep(1.2)
+    head.close()
+    gone = time.monotonic()
+    thread.join(20)
+    assert codes == [1]
+    assert time.monotonic() - gone > 0.7
+
+
 def test_a_refusal_of_the_head_says_what_it_said(head: Head) -> None:
     with pytest.raises(SubmitError, match=r"401.*who are you"):
         RayJobs(head.url, "another").info("job-1")
@@ -220,6 +231,36 @@ def test_an_attempt_gives_way_to_a_later_one(tmp_path: Path) -> None:
     assert wrapper.returncode == 1
     assert running([pid]) == []
     assert "the attempt pod-2.5 has begun" in (tmp_path / "state" / "nodes" / "pod-1.log").read_text()
+
+
+def test_what_was_told_to_end_saves_though_a_later_attempt_has_begun(tmp_path: Path) -> None:
+    wrapper = drive(tmp_path, "trap 'sleep 1; echo saved; exit 75' TERM; echo begun; while :; do sleep 0.1; done")
+    wait_until(lambda: "begun" in log_of(tmp_path))
+    wrapper.send_signal(signal.SIGTERM)
+    (tmp_path / "state" / "attempt").write_text("pod-2.5\n")
+    wrapper.communicate(timeout=30)
+    assert wrapper.returncode == 75
+    assert "saved" in log_of(tmp_path)
+
+
+def test_rays_job_is_kept_for_the_head_that_replaces_this_one(
+    tmp_path: Path, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_driver, "JOB_DIR", str(write_job(name="job.yaml").parent))
+    monkeypatch.setattr(Pod, "this", lambda: a_pod(tmp_path, "1"))
+    monkeypatch.setenv("CLM_DIST_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(pod_driver.PodDriver, "run", lambda *_: 75)
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for told, kept in ((False, []), (True, [60])):
+        monkeypatch.setattr(pod_driver.PodDriver, "told", told)
+        waits.clear()
+        assert pod_driver.main(["--ray-job=job-1"]) == 75
+        assert waits == kept
+    # In a plain job the pod ends, and is replaced.
+    waits.clear()
+    assert pod_driver.main([]) == 75
+    assert waits == []
 
 
 def test_a_full_disk_ends_no_run(tmp_path: Path) -> None:
