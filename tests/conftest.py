@@ -141,7 +141,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores:
     """A run that is done: trained in this process, two epochs of the tiny job. Tests copy it before they change it."""
     from clm_dist.prepare.pipeline import prepare
     from clm_dist.train.result import accept_export, build_result
-    from tests.train.test_strategy import train_one
+    from tests.support.training import train_one
 
     directory = tmp_path_factory.mktemp("runs")
     path = directory / "tiny.yaml"

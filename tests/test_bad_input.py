@@ -10,8 +10,8 @@ import pytest
 
 from clm_dist.job import job_text
 from clm_dist.train.cluster import Cluster
-from tests.command import Said, clm_dist
 from tests.conftest import MakeJob, WriteJob
+from tests.support.command import Said, clm_dist
 
 Run = Callable[..., Said]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from clm_dist.run_dir import RunDir, read_json, read_records
-from tests.command import clm_dist
 from tests.conftest import ROOT, WriteJob
-from tests.processes import descendants, running
-from tests.runs import saved_steps
-from tests.train.test_strategy import losses_of
+from tests.support.command import clm_dist
+from tests.support.processes import descendants, running
+from tests.support.runs import saved_steps
+from tests.support.training import losses_of
 
 TIMEOUT_S = 300
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from clm_dist.run_dir import RunDir, read_json
-from tests.command import Said, clm_dist
 from tests.conftest import WriteJob
+from tests.support.command import Said, clm_dist
 
 Evaluate = Callable[..., Said]
 

@@ -8,7 +8,7 @@ import pytest
 from clm_dist.errors import ConfigError
 from clm_dist.generate import Sampling, find_model, generate
 from clm_dist.run_dir import RunDir
-from tests.command import clm_dist
+from tests.support.command import clm_dist
 
 
 def test_the_same_seed_gives_the_same_text_whatever_prompts_are_beside_it(finished_run: RunDir) -> None:

@@ -23,8 +23,8 @@ from clm_dist.run import _push_epoch
 from clm_dist.run_dir import RunDir, read_json
 from clm_dist.shards import Manifest
 from clm_dist.train.cluster import Cluster
-from tests.command import clm_dist
 from tests.conftest import ROOT, MakeJob, WriteJob
+from tests.support.command import clm_dist
 
 
 @pytest.fixture

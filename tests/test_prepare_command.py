@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from clm_dist.shards import Manifest
-from tests.command import Said, clm_dist
 from tests.conftest import WriteJob
+from tests.support.command import Said, clm_dist
 
 
 class Prepare:

@@ -11,8 +11,8 @@ from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.progress import Silent
 from clm_dist.remote import fetch_store, open_stores, upload_store
 from clm_dist.shards import Blocks, Manifest
-from tests.command import clm_dist
 from tests.conftest import MakeJob, WriteJob
+from tests.support.command import clm_dist
 
 URL = "s3://texts/stores"
 

@@ -1,10 +1,7 @@
 """Writing whole files, and what a full or unwritable disk says."""
 
-import contextlib
 import errno
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +17,7 @@ from clm_dist.run_dir import (
     write_text,
     writing,
 )
-
-
-@contextlib.contextmanager
-def mounted(disk: Path, options: str) -> Iterator[Path]:
-    """A small disk of its own; skips where that takes rights that the tests do not have."""
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes rights that are not here")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+from tests.support.disks import mounted
 
 
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(

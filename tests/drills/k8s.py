@@ -11,7 +11,7 @@ from tests.drills.k8s_pods import PodJob, a_directory, podrun, processes_of
 from tests.drills.nodes import untouched
 from tests.drills.slurm import BEGIN, TWO
 from tests.drills.watch import Seen, watch
-from tests.runs import compare
+from tests.support.runs import compare
 
 _HOG = """
 import pathlib, sys, time

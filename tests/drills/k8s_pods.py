@@ -25,7 +25,7 @@ from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir
 from clm_dist.submit import k8s
 from tests.conftest import ROOT, tiny_job, write_corpus
-from tests.runs import RunView
+from tests.support.runs import RunView
 
 SHARED = ROOT.parent / "shared" / "k8s"
 TIMEOUT_S = 300

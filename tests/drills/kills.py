@@ -36,7 +36,7 @@ from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train.watch import read_beats
 from tests.conftest import ROOT, tiny_job, write_corpus
-from tests.processes import descendants, running
+from tests.support.processes import descendants, running
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TARGETS = ("worker", "driver", "raylet", "all")

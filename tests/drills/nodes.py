@@ -24,7 +24,7 @@ from ray.core.generated import autoscaler_pb2
 from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir
 from tests.conftest import tiny_job, write_corpus
-from tests.runs import RunView, compare, saved_steps
+from tests.support.runs import RunView, compare, saved_steps
 
 TIMEOUT_S = 180
 BEGIN = 70

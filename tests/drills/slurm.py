@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tests.drills.nodes import Command, untouched
 from tests.drills.slurm_cluster import Slurm, SlurmJob, a_cluster
 from tests.drills.watch import Seen, watch
-from tests.runs import compare
+from tests.support.runs import compare
 
 NUM_STEPS = 400
 BEGIN = 70

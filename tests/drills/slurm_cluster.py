@@ -21,7 +21,7 @@ import yaml
 from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir, read_json
 from tests.conftest import ROOT, tiny_job, write_corpus
-from tests.runs import RunView
+from tests.support.runs import RunView
 
 PROGRAM = ROOT.parent / "shared" / "slurm" / "slurm-cluster"
 TIMEOUT_S = 240

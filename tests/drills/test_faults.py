@@ -18,8 +18,8 @@ from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster
 from clm_dist.train.watch import read_beats
 from tests.conftest import MakeJob
-from tests.runs import saved_steps
-from tests.train.test_driver import Notes
+from tests.support.notes import Notes
+from tests.support.runs import saved_steps
 
 SETTINGS = (
     "cluster.workers=2",

@@ -19,7 +19,7 @@ from tests.drills.k8s import DRILLS
 from tests.drills.k8s_pods import IMAGE, SETTINGS, SHARED, PodJob, a_directory, image, podrun
 from tests.drills.nodes import Command, untouched
 from tests.drills.slurm import BEGIN, TWO
-from tests.runs import RunView, compare
+from tests.support.runs import RunView, compare
 
 pytestmark = pytest.mark.k8s
 QUICK = ("drained worker",)

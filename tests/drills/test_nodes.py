@@ -7,7 +7,7 @@ import pytest
 from clm_dist.run_dir import read_json
 from tests.drills import nodes
 from tests.drills.nodes import NUM_STEPS, Command
-from tests.runs import compare, saved_steps
+from tests.support.runs import compare, saved_steps
 
 
 @pytest.fixture(scope="module")

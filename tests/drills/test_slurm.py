@@ -15,7 +15,7 @@ from tests.drills.nodes import Command
 from tests.drills.nodes import untouched as untouched_run
 from tests.drills.slurm import DRILLS, TWO
 from tests.drills.slurm_cluster import PROGRAM, Slurm, SlurmJob, a_cluster
-from tests.runs import RunView, compare
+from tests.support.runs import RunView, compare
 
 pytestmark = pytest.mark.slurm
 Untouched = Callable[[tuple[str, ...]], Command]

@@ -12,7 +12,7 @@ from clm_dist.prepare.documents import Skip, documents_of, held_out
 from clm_dist.prepare.fields import select_fields
 from clm_dist.prepare.gather import split_records
 from clm_dist.prepare.sources import Slice
-from tests.prepare.reading import texts_of
+from tests.support.reading import texts_of
 
 
 def data(**settings: Any) -> DataConfig:

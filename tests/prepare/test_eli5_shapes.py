@@ -15,7 +15,7 @@ from clm_dist.prepare.pipeline import Effort, prepare
 from clm_dist.progress import Silent
 from clm_dist.shards import Manifest
 from tests.conftest import MakeJob
-from tests.prepare.reading import load_records, texts_of
+from tests.support.reading import load_records, texts_of
 
 ANSWERS = [["The sky scatters blue light.", "See _URL_0_ for more."], ["Water expands when it freezes."], []]
 QUESTIONS = ["Why is the sky blue?", "Why does ice float?", "Why do cats purr?"]

@@ -17,7 +17,7 @@ from clm_dist.prepare.sources import pinned, source_identity
 from clm_dist.progress import Silent
 from clm_dist.shards import Manifest
 from tests.conftest import MakeJob
-from tests.prepare.reading import load_records
+from tests.support.reading import load_records
 
 
 def hub(dataset: Path | str, **settings: Any) -> DataConfig:

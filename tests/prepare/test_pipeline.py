@@ -29,8 +29,8 @@ from clm_dist.prepare.tokens import (
 from clm_dist.progress import Silent
 from clm_dist.shards import Blocks, Manifest, token_dtype
 from tests.conftest import MakeJob
-from tests.prepare.test_sources import EMPTY_FILES
-from tests.test_run_dir import mounted
+from tests.support.disks import mounted
+from tests.support.reading import EMPTY_FILES
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from clm_dist.prepare.sources import source_identity
 from clm_dist.progress import Silent
 from clm_dist.shards import Manifest
 from tests.conftest import MakeJob
-from tests.prepare.reading import load_records
+from tests.support.reading import load_records
 
 RECORDS = [{"topic": f"t{i}", "text": f"text {i} of some words " * 3} for i in range(200)]
 JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

@@ -15,14 +15,11 @@ from clm_dist.config import DataConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.prepare.files import read_partition
 from clm_dist.prepare.sources import open_source, source_identity
-from tests.prepare.reading import LARGE, load_records, texts_of
+from tests.support.reading import EMPTY_FILES, LARGE, load_records, texts_of
 
 RECORDS: list[dict[str, Any]] = [
     {"q_id": f"q{i}", "answers": {"text": [f"answer {i}", "b"], "score": [1, 2]}} for i in range(10)
 ]
-
-
-EMPTY_FILES = {"a.txt": "", "a.jsonl": "", "b.jsonl": "\n", "a.json": "[]", "a.csv": "", "b.csv": "text\n"}
 
 
 def files(path: Path | str | list[str], **settings: Any) -> DataConfig:

@@ -23,8 +23,8 @@ from clm_dist.report.table import (
     rows,
 )
 from clm_dist.run_dir import RunDir, read_records, write_json
-from tests.command import clm_dist
-from tests.runs import checkpoints_of
+from tests.support.command import clm_dist
+from tests.support.runs import checkpoints_of
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from clm_dist.run_dir import write_json
 from clm_dist.submit import launch
 from clm_dist.submit.launch import local_places
 from clm_dist.submit.spec import Submission
-from tests.submit.fakes import Commands, FakeSlurm, request_of, submission
+from tests.support.fakes import Commands, FakeSlurm, request_of, submission
 
 
 def test_a_submission_leaves_job_and_script_and_says_its_number(commands: Commands, slurm: FakeSlurm) -> None:

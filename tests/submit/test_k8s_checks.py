@@ -15,7 +15,7 @@ from clm_dist.submit import k8s, k8s_launch
 from clm_dist.submit import k8s_commands as commands_module
 from clm_dist.submit.k8s_checks import asked_of, lacking_of
 from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl
-from tests.submit.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
+from tests.support.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
 
 pytestmark = pytest.mark.slow
 

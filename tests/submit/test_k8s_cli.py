@@ -8,9 +8,9 @@ import yaml
 
 from clm_dist.job import job_text, load_job
 from clm_dist.submit.spec import Place, Submission
-from tests.submit.clusters import RAY_JOB, Kubernetes, KubernetesCommands
-from tests.submit.fakes import FakeSlurm
-from tests.submit.test_launch import cells
+from tests.support.clusters import RAY_JOB, Kubernetes, KubernetesCommands
+from tests.support.command import cells
+from tests.support.fakes import FakeSlurm
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ import base64
 
 import pytest
 
-from tests.submit.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
-from tests.submit.test_launch import cells
+from tests.support.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
+from tests.support.command import cells
 
 pytestmark = pytest.mark.slow
 

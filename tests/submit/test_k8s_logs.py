@@ -9,8 +9,8 @@ from clm_dist.submit import logs
 from clm_dist.submit.k8s_commands import Kubectl
 from clm_dist.submit.k8s_logs import PodLogs
 from clm_dist.submit.spec import Place
-from tests.submit.clusters import RAY_JOB, Kubernetes, KubernetesCommands
-from tests.submit.fakes import submission
+from tests.support.clusters import RAY_JOB, Kubernetes, KubernetesCommands
+from tests.support.fakes import submission
 
 
 def line(second: int, text: str, *, own: int | None = None) -> str:

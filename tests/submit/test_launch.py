@@ -8,17 +8,12 @@ import pytest
 from clm_dist.run_dir import write_json
 from clm_dist.submit.launch import is_active, run_states
 from clm_dist.submit.spec import Submission
-from tests.submit.fakes import Commands, FakeSlurm
+from tests.support.command import cells
+from tests.support.fakes import Commands, FakeSlurm
 
 
 def steps(first: int, last: int, seconds: float = 2.0) -> list[dict[str, object]]:
     return [{"kind": "step", "step": n, "loss": 5.0 - n / 100, "seconds": seconds} for n in range(first, last + 1)]
-
-
-def cells(out: str, name: str) -> list[str]:
-    """The cells of a table's row."""
-    (row,) = (line for line in out.splitlines() if line.startswith(f"│ {name} "))
-    return [cell.strip() for cell in row.strip("│").split("│")]
 
 
 def running(hosts: str, left_s: float, restarts: int = 0) -> str:

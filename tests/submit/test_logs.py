@@ -9,7 +9,7 @@ import pytest
 from clm_dist.errors import SubmitError
 from clm_dist.submit import logs
 from clm_dist.submit.logs import Logs
-from tests.submit.fakes import Commands, FakeSlurm, submission
+from tests.support.fakes import Commands, FakeSlurm, submission
 
 
 def write(path: Path, *lines: str) -> None:

@@ -21,7 +21,7 @@ from clm_dist.submit.logs import LogFile
 from clm_dist.submit.pods import RAY_SETTINGS, Pod
 from clm_dist.submit.ray_jobs import RayJobs
 from tests.conftest import ROOT, WriteJob
-from tests.processes import running
+from tests.support.processes import running
 
 TOKEN = "a-token"
 DRIVER = ("python", "-m", "driver", "a b")

@@ -18,7 +18,7 @@ import pytest
 
 from clm_dist.submit.ray_node import RayNode, address_towards, granted, interface_of
 from tests.conftest import ROOT
-from tests.processes import running
+from tests.support.processes import running
 
 MIB = 2**20
 _WAIT_S = 20

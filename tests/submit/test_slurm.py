@@ -13,7 +13,7 @@ from clm_dist.job import load_job
 from clm_dist.submit.slurm import hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import sweep_name, sweep_settings
 from tests.conftest import ROOT
-from tests.submit.fakes import full_job, request_of, submission
+from tests.support.fakes import full_job, request_of, submission
 
 GOLDEN = ROOT / "slurm"
 

@@ -16,7 +16,7 @@ from clm_dist.submit.slurm_commands import (
     submit_script,
 )
 from clm_dist.submit.states import JobState
-from tests.submit.fakes import FakeSlurm
+from tests.support.fakes import FakeSlurm
 
 
 @pytest.mark.parametrize(

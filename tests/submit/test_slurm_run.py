@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.submit.slurm import render_run
-from tests.submit.fakes import full_job, request_of, submission
+from tests.support.fakes import full_job, request_of, submission
 
 _WAIT_S = 20
 _PROGRAMS = {

@@ -11,7 +11,7 @@ import pytest
 
 from clm_dist.config import JobConfig
 from clm_dist.submit.slurm import Request, render_prepare, render_run
-from tests.submit.fakes import full_job, request_of, submission
+from tests.support.fakes import full_job, request_of, submission
 
 # Each would leave a file if a shell took it for more than a text.
 HOSTILE = 'it\'s "the" $(touch executed) `touch executed` ${HOME} ; touch executed # & | > executed *'

@@ -9,7 +9,7 @@ import pytest
 
 from clm_dist.errors import ConfigError
 from clm_dist.submit.spec import Submission, find_submission, submissions, sweep_name, sweep_settings
-from tests.submit.fakes import submission
+from tests.support.fakes import submission
 
 
 def written(runs: Path, name: str, job_id: str | None, submitted: float, **values: Any) -> Submission:

@@ -13,7 +13,7 @@ from clm_dist.errors import CheckpointError, RunError
 from clm_dist.run_dir import RunDir
 from clm_dist.train import driver, signals
 from clm_dist.train.callbacks import Group, reason_of
-from tests.runs import checkpoints_of
+from tests.support.runs import checkpoints_of
 
 
 def test_workers_that_end_before_they_train_are_started_so_often_and_those_without_nodes_for_ever(

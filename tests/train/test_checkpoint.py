@@ -20,8 +20,8 @@ from clm_dist.errors import CheckpointError
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments, write_safetensors
 from tests.conftest import MakeJob
-from tests.runs import checkpoints_of, saved_steps
-from tests.train.test_strategy import losses_of, train_one
+from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.training import losses_of, train_one
 
 SIZES = {"wte": 1000, "bias": 3, "one": 1, "scale": 64}
 STATE = TrainerState(1, 1, 1, "ddp", "blocks", global_size=8, seed=42)

@@ -26,8 +26,8 @@ from clm_dist.train.loader import BatchOrder
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import check_model, load_model, next_token_loss
 from tests.conftest import MakeJob
-from tests.train.test_strategy import STRATEGIES, losses_of, train_one, train_several
-from tests.workers import run_workers
+from tests.support.training import STRATEGIES, losses_of, train_one, train_several
+from tests.support.workers import run_workers
 
 END, VOCAB, SIZE = 0, 300, 32
 CPU = torch.device("cpu")

@@ -22,21 +22,12 @@ from clm_dist.runs import find_run
 from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob
-from tests.runs import checkpoints_of, saved_steps
-from tests.test_run_dir import mounted
-from tests.train.test_strategy import losses_of, train_one
+from tests.support.disks import mounted
+from tests.support.notes import Notes
+from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.training import losses_of, train_one
 
 TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
-
-
-class Notes(Silent):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

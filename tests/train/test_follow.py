@@ -7,8 +7,8 @@ import pytest
 from clm_dist.run_dir import RunDir, write_text
 from clm_dist.train.follow import Follower
 from clm_dist.train.record import Recorder
-from tests.runs import checkpoints_of
-from tests.train.test_driver import Notes
+from tests.support.notes import Notes
+from tests.support.runs import checkpoints_of
 
 
 def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

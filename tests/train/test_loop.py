@@ -17,8 +17,8 @@ from clm_dist.train.record import Message, Recorder
 from clm_dist.train.reporter import Session
 from clm_dist.train.watch import Heart
 from tests.conftest import MakeJob
-from tests.runs import checkpoints_of, saved_steps
-from tests.train.test_strategy import train_one
+from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.training import train_one
 
 
 def test_a_save_waits_until_the_one_before_is_committed(

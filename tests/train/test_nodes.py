@@ -12,7 +12,7 @@ from clm_dist.train import nodes
 from clm_dist.train.cluster import Cluster
 from clm_dist.train.nodes import NodeWatch
 from tests.conftest import MakeJob
-from tests.train.test_driver import Notes
+from tests.support.notes import Notes
 
 TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
 ELASTIC = ("cluster.workers=[1,2]", "batch.micro_size=4")

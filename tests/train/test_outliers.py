@@ -20,9 +20,9 @@ from clm_dist.train.loader import BatchOrder
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss
 from tests.conftest import MakeJob
-from tests.runs import checkpoints_of, saved_steps
-from tests.train.test_strategy import SOME_SLOW, leave_only, losses_of, train_one
-from tests.workers import run_workers
+from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.training import SOME_SLOW, leave_only, losses_of, train_one
+from tests.support.workers import run_workers
 
 SETTINGS = ("train.max_steps=8", "train.epochs=9", "cluster.workers=2", "batch.micro_size=2", "checkpoint.every=2")
 

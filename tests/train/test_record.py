@@ -11,7 +11,7 @@ from clm_dist.errors import RunError
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.train.checkpoint import Saved
 from clm_dist.train.record import Message, Recorder
-from tests.runs import checkpoints_of, saved_steps
+from tests.support.runs import checkpoints_of, saved_steps
 
 
 @pytest.fixture

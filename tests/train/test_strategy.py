@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,55 +13,34 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.config import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.metrics import Part, combine
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Blocks
 from clm_dist.train.checkpoint import Fragment
-from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loader import BatchOrder
-from clm_dist.train.local import train_here
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import load_model
-from clm_dist.train.record import Recorder
 from clm_dist.train.strategy import DataParallel
 from tests.conftest import MakeJob
-from tests.runs import checkpoints_of, saved_steps
-from tests.workers import run_workers
+from tests.support.runs import saved_steps
+from tests.support.training import (
+    SOME_SLOW,
+    STRATEGIES,
+    forget_after,
+    leave_only,
+    losses_of,
+    train_one,
+    train_one_here,
+    train_several,
+)
+from tests.support.workers import run_workers
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-SOME_SLOW = [pytest.param(name, marks=() if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
-"""All of them, of which a quick run of the tests takes two."""
 STEPS = 20
 # An epoch has fewer than 20 steps, so its last, short batch is among them.
 SETTINGS = ("train.max_steps=20", "train.epochs=9", "checkpoint.every=1000")
-
-
-def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_size: int = 1) -> Outcome:
-    run.root.mkdir(parents=True, exist_ok=True)
-    document_end = document_end_of(store) if job.data.document_mask else None
-    split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
-    recorder = Recorder(
-        run,
-        Checkpoints.of_run(job, run),
-        num_parts=split.num_parts,
-        num_tokens=split.num_tokens,
-        keep=job.checkpoint.keep,
-    )
-    outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
-    return outcome
-
-
-def train_several(rank: int, world_size: int, jobs: list[JobConfig], runs: list[Path], store: Path) -> list[Outcome]:
-    """One process trains several jobs, since each start of processes costs seconds."""
-    return [train_one(job, RunDir(run), store, rank, world_size) for job, run in zip(jobs, runs, strict=True)]
-
-
-def losses_of(run: Path) -> list[float]:
-    return [record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "step"]
 
 
 @pytest.fixture
@@ -250,25 +228,6 @@ def train_without(rank: int, world_size: int, kind: str, job: JobConfig, run: Ru
 
     DataParallel.fragments = some  # type: ignore[method-assign, assignment]
     return train_one(job, run, store, rank, world_size)
-
-
-def train_one_here(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> Outcome:
-    return train_one(job, run, store, rank, world_size)
-
-
-def forget_after(run: RunDir, step: int) -> None:
-    """Make the checkpoint of a step the last."""
-    checkpoints = checkpoints_of(run)
-    for name, marker in checkpoints.readable().items():
-        if marker.state.step > step:
-            checkpoints.remove(name)
-
-
-def leave_only(source: RunDir, *, step: int, target: RunDir) -> None:
-    """A run as it was when its checkpoint of a step was the last."""
-    (name,) = (name for name in checkpoints_of(source).committed() if name.startswith(f"step-{step:08d}"))
-    shutil.copytree(source.checkpoints / name, target.checkpoints / name)
-    shutil.copy(source.metrics, target.metrics)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])

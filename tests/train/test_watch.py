@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from clm_dist.train import watch
 from clm_dist.train.watch import Beat, Heart, Watch, read_beats
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 TIMEOUT_S = 10.0
 FIRST = Beat(0, 100, "host", "node", 1, 1, 7, "pass 1 of 2", "gloo:all_reduce number 5", True, ("loop.py:1 train",))

@@ -12,8 +12,8 @@ from clm_dist.config import JobConfig
 from clm_dist.job import load_job
 from clm_dist.submit.slurm import Request
 from clm_dist.submit.spec import Submission
-from tests.command import Said, clm_dist
 from tests.conftest import ROOT
+from tests.support.command import Said, clm_dist
 
 # Nothing but this is on the PATH, so the scripts keep to what bash has built in.
 _PROGRAM = r"""#!/bin/bash

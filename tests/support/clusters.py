@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.command import Said, clm_dist
 from tests.conftest import ROOT
+from tests.support.command import Said, clm_dist
 
 _MINIAPI = ROOT.parent / "shared" / "k8s" / "miniapi" / "miniapi.py"
 RAY_JOB, JOB = ("ray.io/v1", "rayjobs"), ("batch/v1", "jobs")

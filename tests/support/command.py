@@ -24,3 +24,9 @@ def clm_dist(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
         main()
     printed = capsys.readouterr()
     return Said(int(ended.value.code or 0), printed.out, printed.err)
+
+
+def cells(out: str, name: str) -> list[str]:
+    """The cells of a table's row."""
+    (row,) = (line for line in out.splitlines() if line.startswith(f"│ {name} "))
+    return [cell.strip() for cell in row.strip("│").split("│")]

@@ -8,6 +8,7 @@ from clm_dist.prepare.files import read_partition
 from clm_dist.prepare.sources import open_source
 
 LARGE = 1 << 24
+EMPTY_FILES = {"a.txt": "", "a.jsonl": "", "b.jsonl": "\n", "a.json": "[]", "a.csv": "", "b.csv": "text\n"}
 
 
 def load_records(data: DataConfig, size: int = LARGE) -> pa.Table:

@@ -1,0 +1,63 @@
+"""Trains jobs in the ranks of a test, without Ray, and puts a run back to an earlier checkpoint."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clm_dist.checkpoints import Checkpoints
+from clm_dist.config import JobConfig
+from clm_dist.run_dir import RunDir, read_records
+from clm_dist.train.documents import document_end_of
+from clm_dist.train.evaluate import EvalSplit
+from clm_dist.train.local import train_here
+from clm_dist.train.loop import Outcome
+from clm_dist.train.record import Recorder
+from tests.support.runs import checkpoints_of
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+SOME_SLOW = [pytest.param(name, marks=() if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
+"""All of them, of which a quick run of the tests takes two."""
+
+
+def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_size: int = 1) -> Outcome:
+    run.root.mkdir(parents=True, exist_ok=True)
+    document_end = document_end_of(store) if job.data.document_mask else None
+    split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
+    recorder = Recorder(
+        run,
+        Checkpoints.of_run(job, run),
+        num_parts=split.num_parts,
+        num_tokens=split.num_tokens,
+        keep=job.checkpoint.keep,
+    )
+    outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
+    return outcome
+
+
+def train_several(rank: int, world_size: int, jobs: list[JobConfig], runs: list[Path], store: Path) -> list[Outcome]:
+    """One process trains several jobs, since each start of processes costs seconds."""
+    return [train_one(job, RunDir(run), store, rank, world_size) for job, run in zip(jobs, runs, strict=True)]
+
+
+def train_one_here(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> Outcome:
+    return train_one(job, run, store, rank, world_size)
+
+
+def losses_of(run: Path) -> list[float]:
+    return [record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "step"]
+
+
+def forget_after(run: RunDir, step: int) -> None:
+    """Make the checkpoint of a step the last."""
+    checkpoints = checkpoints_of(run)
+    for name, marker in checkpoints.readable().items():
+        if marker.state.step > step:
+            checkpoints.remove(name)
+
+
+def leave_only(source: RunDir, *, step: int, target: RunDir) -> None:
+    """A run as it was when its checkpoint of a step was the last."""
+    (name,) = (name for name in checkpoints_of(source).committed() if name.startswith(f"step-{step:08d}"))
+    shutil.copytree(source.checkpoints / name, target.checkpoints / name)
+    shutil.copy(source.metrics, target.metrics)
