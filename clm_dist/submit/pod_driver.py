@@ -46,7 +46,7 @@ class PodDriver:
         self._pod, self._run, self._command, self._gives_up = pod, run, command, gives_up
         self._attempt = f"{pod.name}.{time.time_ns()}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = False
+        self._told = self._gave_way = False
         self._over = threading.Event()
         self._counted = 0
 
@@ -77,6 +77,8 @@ class PodDriver:
         starts, idle = self._starts(), 0
         while not self._told:
             code = self._run_once()
+            if self._gave_way:
+                return 1
             if code != _GOES_ON or self._told:
                 break
             before, starts = starts, self._starts()
@@ -147,9 +149,11 @@ class PodDriver:
                 found = (self._pod.state / "attempt").read_text().strip()
                 # Who was told to end saves, and whoever is next waits for the run's lock.
                 if found not in ("", self._attempt) and not self._told:
+                    # The main thread sees the killed command end, and may be the first to end this process.
+                    self._gave_way = True
+                    self._pod.say(f"the attempt {found} has begun, so this one ends")
                     if self._process:
                         self._process.kill()
-                    self._pod.say(f"the attempt {found} has begun, so this one ends")
                     os._exit(1)
 
 
