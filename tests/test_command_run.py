@@ -70,11 +70,17 @@ def writes_runs(pid: int) -> bool:
     return b"RayTrainWorker" in name or b"TrainController" in name
 
 
+@pytest.mark.slow
 def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Path) -> None:
     """The README's first command, apart from its installation."""
     process = start("run", ROOT / "jobs" / "quickstart.yaml", "--runs", tmp_path, "--store", tmp_path / "store")
-    time.sleep(10)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (tmp_path / "quickstart" / "metrics.jsonl").exists():  # which workers that train write
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     started = descendants(process.pid)
+    assert len(started) > 3
     code, out, err = finish(process)
     assert code == 0, err
     result = read_json(tmp_path / "quickstart" / "result.json")
@@ -87,9 +93,9 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     assert re.search(r"^\d+-\d+-\d+ \d+:\d+:\d+ Training$", err, re.MULTILINE)
     assert "\x1b" not in out + err
     # Its Ray is gone with it.
-    assert len(started) > 3
-    time.sleep(1)
-    assert running(started) == []
+    while running(started):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def rows_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+@pytest.mark.slow
 def test_the_eval_loss_is_one_at_every_number_of_workers_and_under_every_strategy(tmp_path: Path) -> None:
     text = run_short("one_eval_loss.py", tmp_path / "report.md")
     assert "Every bound is kept" in text

@@ -101,7 +101,9 @@ def moments_of(num_kills: int, seconds: float, seed: int) -> list[float]:
     return [seconds * generator.uniform(0.1 if kill % 5 == 0 else 0.5, 1) for kill in range(num_kills)]
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "num_kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
+)
 def test_kills_at_random_moments_leave_the_same_store(tmp_path: Path, records: Path, num_kills: int) -> None:
     (tmp_path / "whole").mkdir()
     whole = Preparation(tmp_path / "whole", records)
