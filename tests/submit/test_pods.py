@@ -123,24 +123,40 @@ def test_a_head_that_comes_back_empty_gets_the_job_again(head: Head, tmp_path: P
     assert codes == [0]
 
 
-def test_a_submitter_waits_for_its_head_and_gives_up_in_the_end(tmp_path: Path, head: Head) -> None:
+class Clock:
+    """The submitter's clock, which goes on where it sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.at: dict[float, Callable[[], None]] = {}
+        """What happens while it sleeps, and when."""
+        monkeypatch.setattr(ray_submitter, "_POLL_S", 1.0)
+        monkeypatch.setattr(ray_submitter, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.at.get(self.now, lambda: None)()
+
+
+def test_a_submitter_waits_for_its_head_and_gives_up_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
     nobody = RayJobs("http://127.0.0.1:9", TOKEN)
-    began = time.monotonic()
-    thread, codes = following(nobody, tmp_path / "log", patience_s=0.5)
-    thread.join(20)
-    assert codes == [1]
-    assert time.monotonic() - began > 0.5
+    assert ray_submitter.follow(nobody, "job-1", DRIVER, LogFile(tmp_path / "log"), patience_s=10) == 1
+    assert clock.now == 11
 
 
-def test_patience_begins_with_the_last_answer(head: Head, tmp_path: Path) -> None:
-    thread, codes = following(RayJobs(head.url, TOKEN), tmp_path / "log", patience_s=1)
-    wait_until(lambda: head.jobs)
-    time.sleep(1.2)
-    head.close()
-    gone = time.monotonic()
-    thread.join(20)
-    assert codes == [1]
-    assert time.monotonic() - gone > 0.7
+def test_patience_begins_with_the_last_answer(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.at[15] = head.close
+    jobs = RayJobs(head.url, TOKEN)
+    assert ray_submitter.follow(jobs, "job-1", DRIVER, LogFile(tmp_path / "log"), patience_s=10) == 1
+    # The last answer came at 14.
+    assert clock.now == 25
 
 
 def test_a_refusal_of_the_head_says_what_it_said(head: Head) -> None:

@@ -1,5 +1,7 @@
-"""Runs `clm-dist` in this process."""
+"""Runs `clm-dist` in this process, or in one of its own that tells what it loaded."""
 
+import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,33 @@ def clm_dist(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
         main()
     printed = capsys.readouterr()
     return Said(int(ended.value.code or 0), printed.out, printed.err)
+
+
+# Loaded, each costs a command a second or more. On its own torch has 766 modules.
+HEAVY = {"datasets", "deepspeed", "pandas", "ray", "tokenizers", "torch", "transformers"}
+MOST_MODULES = 900
+"""Of a command that answers at once; --help loads 736, a prepare that finds its store 678."""
+_LOADED = """
+import json, sys
+from clm_dist.cli import main
+try:
+    main()
+finally:
+    print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
+
+
+def modules_of(*arguments: object) -> tuple[str, set[str]]:
+    """Standard output of a command that succeeds, and the modules that its process loads."""
+    command = [sys.executable, "-c", _LOADED, *map(str, arguments)]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    return ended.stdout, set(json.loads(ended.stderr.splitlines()[-1]))
+
+
+def assert_starts_at_once(modules: set[str]) -> None:
+    """Check what makes a command quick, which a clock on a busy machine would not show."""
+    assert not {name.partition(".")[0] for name in modules} & HEAVY
+    assert len(modules) < MOST_MODULES
 
 
 def cells(out: str, name: str) -> list[str]:
