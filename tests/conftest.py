@@ -25,6 +25,7 @@ from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, write_json
 from clm_dist.shards import Manifest
 from clm_dist.train.cluster import Cluster, start_ray
+from tests.support.fake_hub import FakeHub, serve_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_GPT2 = {
@@ -129,10 +130,10 @@ def prepare_in_threads(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data, a real model and a Hub server, which lie beside the repository where it is developed."""
+    """Real data and a real model, which lie beside the repository where it is developed."""
     path = ROOT.parent / "shared"
     if not (path / "data" / "eli5").is_dir():
-        pytest.skip("../shared (ELI5 records, stories260K, fakehub) is not here; it is not part of the repository")
+        pytest.skip("../shared (ELI5 records, stories260K) is not here; it is not part of the repository")
     return path
 
 
@@ -160,6 +161,20 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores:
 def run(finished_run: RunDir, tmp_path: Path) -> RunDir:
     """A copy of a run that is done."""
     return RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "runs" / "tiny")))
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub; this process talks to it with alice's token."""
+    with serve_hub(tmp_path / "hub home") as hub:
+        monkeypatch.setenv("HF_TOKEN", "hf_good")
+        # The library reads these from the environment when it is imported.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub cache"))
+        # Without Xet the library does not try a failed commit again, so what is tested is ours.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield hub
 
 
 @pytest.fixture

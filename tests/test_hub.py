@@ -1,12 +1,12 @@
 """Pushes against a Hub server that stores, checks tokens and fails on demand."""
 
-import gzip
-import importlib.util
 import io
+import itertools
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +25,20 @@ from clm_dist.shards import Manifest
 from clm_dist.train.cluster import Cluster
 from tests.conftest import ROOT, MakeJob, WriteJob
 from tests.support.command import clm_dist
+from tests.support.fake_hub import FakeHub
 
 
-@pytest.fixture
-def fakehub(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The server; this process talks to it with alice's token."""
-    spec = importlib.util.spec_from_file_location("fakehub", shared / "hub" / "fakehub.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server, url = module.start(str(tmp_path / "hub"), {"hf_good": "alice", "hf_bob": "bob"}, lfs=True)
-    server.hub.url = url
-    monkeypatch.setenv("HF_TOKEN", "hf_good")
-    # The library reads these from the environment when it is imported.
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    # Without Xet the library does not try a failed commit again, so what is tested is ours.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+@pytest.fixture(autouse=True)
+def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "RETRY_DELAYS_S", (0.01, 0.01))
-    yield server.hub
-    server.shutdown()
 
 
 def push(run: RunDir, **options: Any) -> str:
     return hub.push(read_saved_job(run.job), run, run.final, 24, **options)
 
 
-def in_a_new_process(fakehub: Any, code: str) -> str:
-    environment = os.environ | {"HF_ENDPOINT": fakehub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": fakehub.root + "/home"}
+def in_a_new_process(fake_hub: FakeHub, code: str) -> str:
+    environment = os.environ | fake_hub.environment
     printed = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
@@ -61,14 +46,14 @@ def in_a_new_process(fakehub: Any, code: str) -> str:
 
 
 def test_a_pushed_model_comes_back_bit_for_bit_with_its_card(
-    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fake_hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = clm_dist(capsys, monkeypatch, "push", run.root)
     assert said.code == 0
-    assert f"pushed to {fakehub.url}/alice/tiny" in said.out
+    assert f"pushed to {fake_hub.url}/alice/tiny" in said.out
     saved = tmp_path / "back"
     tokens = in_a_new_process(
-        fakehub,
+        fake_hub,
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "from huggingface_hub import model_info, hf_hub_download\n"
         f"AutoModelForCausalLM.from_pretrained('alice/tiny').save_pretrained({str(saved)!r})\n"
@@ -89,20 +74,17 @@ def test_a_pushed_model_comes_back_bit_for_bit_with_its_card(
     assert state["pushed"][0]["step"] == 24
 
 
-def test_passing_faults_are_tried_again(fakehub: Any, run: RunDir) -> None:
-    fakehub.faults = [
-        {"match": "GET /api/whoami", "status": 503, "times": 1},
-        {"match": "POST /api/repos/create", "status": 503, "times": 1},
-        {"match": "POST .*/commit/", "status": 503, "times": 1},
-    ]
+def test_passing_faults_are_tried_again(fake_hub: FakeHub, run: RunDir) -> None:
+    for request in ("GET /api/whoami", "POST /api/repos/create", "POST .*/commit/"):
+        fake_hub.fail(request)
     assert push(run).endswith("alice/tiny")
     assert read_json(run.hub)["pending"] is None
 
 
 def test_a_hub_that_fails_at_the_end_leaves_the_model_whole_and_the_run_done(
-    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fakehub.faults = [{"match": "POST .*/commit/", "status": 503, "times": 99}]
+    fake_hub.fail("POST .*/commit/", times=99)
     files = {path: path.read_bytes() for path in run.final.iterdir() if path.suffix == ".safetensors"}
     command = ("run", run.job, "--set", "hub.push=end", "--runs", run.root.parent)
     said = clm_dist(capsys, monkeypatch, *command)
@@ -115,38 +97,38 @@ def test_a_hub_that_fails_at_the_end_leaves_the_model_whole_and_the_run_done(
     assert "503" in pending["error"]
 
     # The command that was named, once the Hub is back; then there is nothing left to push.
-    fakehub.faults = []
+    fake_hub.faults.clear()
     assert clm_dist(capsys, monkeypatch, "push", run.root).code == 0
     assert read_json(run.hub)["pending"] is None
-    fakehub.log.clear()
+    fake_hub.requests.clear()
     said = clm_dist(capsys, monkeypatch, *command)
-    assert (said.code, f"already pushed to {fakehub.url}/alice/tiny" in said.out) == (0, True)
-    assert not [line for line in fakehub.log if line[0] == "POST"]
+    assert (said.code, f"already pushed to {fake_hub.url}/alice/tiny" in said.out) == (0, True)
+    assert not [line for line in fake_hub.requests if line.startswith("POST")]
 
 
 def test_a_push_elsewhere_does_not_stand_for_the_job_s_own(
-    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(run, repo="alice/elsewhere")
     command = ("run", run.job, "--set", "hub.push=end", "--runs", run.root.parent)
-    assert f"\npushed to {fakehub.url}/alice/tiny" in clm_dist(capsys, monkeypatch, *command).out
+    assert f"\npushed to {fake_hub.url}/alice/tiny" in clm_dist(capsys, monkeypatch, *command).out
     pushed = [(entry["repo"], entry["step"]) for entry in read_json(run.hub)["pushed"]]
     assert pushed == [("alice/elsewhere", 24), ("alice/tiny", 24)]
-    assert f"already pushed to {fakehub.url}/alice/tiny" in clm_dist(capsys, monkeypatch, *command).out
+    assert f"already pushed to {fake_hub.url}/alice/tiny" in clm_dist(capsys, monkeypatch, *command).out
     named = (*command, "--set", "hub.repo=alice/elsewhere")
-    assert f"already pushed to {fakehub.url}/alice/elsewhere" in clm_dist(capsys, monkeypatch, *named).out
+    assert f"already pushed to {fake_hub.url}/alice/elsewhere" in clm_dist(capsys, monkeypatch, *named).out
 
 
-def test_a_push_to_another_owner_is_not_the_jobs(fakehub: Any, run: RunDir) -> None:
+def test_a_push_to_another_owner_is_not_the_jobs(fake_hub: FakeHub, run: RunDir) -> None:
     job = read_saved_job(run.job)
     push(run, repo="alice/tiny")
     assert hub.pushed_url(job, run, 24) is None
     push(run)
-    assert hub.pushed_url(job, run, 24) == f"{fakehub.url}/alice/tiny"
+    assert hub.pushed_url(job, run, 24) == f"{fake_hub.url}/alice/tiny"
 
 
 def test_what_a_job_will_push_with_is_checked_before_it_starts(
-    fakehub: Any, run: RunDir, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = make_job("hub.repo=alice/tiny")
     assert hub.check_access(named) == "alice/tiny"
@@ -162,15 +144,15 @@ def test_what_a_job_will_push_with_is_checked_before_it_starts(
 
 
 def test_a_name_that_cannot_be_is_refused_at_once_and_leaves_no_trace(
-    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(run)
     before = run.hub.read_text()
-    fakehub.log.clear()
+    fake_hub.requests.clear()
     said = clm_dist(capsys, monkeypatch, "push", run.root, "--repo", "alice/a b")
     assert (said.code, "--repo alice/a b cannot name a repository of the Hub" in said.err) == (2, True)
     assert run.hub.read_text() == before
-    assert fakehub.log == []
+    assert fake_hub.requests == []
 
 
 def test_whatever_an_epoch_s_push_raises_is_said(
@@ -192,7 +174,7 @@ def test_whatever_an_epoch_s_push_raises_is_said(
 
 
 def test_every_epoch_is_pushed_while_training_goes_on(
-    fakehub: Any,
+    fake_hub: FakeHub,
     cluster: Cluster,
     write_job: WriteJob,
     capsys: pytest.CaptureFixture[str],
@@ -200,7 +182,7 @@ def test_every_epoch_is_pushed_while_training_goes_on(
     tmp_path: Path,
 ) -> None:
     # As often as it is tried: the push of the first epoch fails for good, and the later ones go on.
-    fakehub.faults = [{"match": "POST .*/commit/", "status": 503, "times": 3}]
+    fake_hub.fail("POST .*/commit/", times=3)
     job = write_job("hub.push=epoch", "train.max_steps=36", "train.epochs=3")
     said = clm_dist(capsys, monkeypatch, "run", job, "--runs", tmp_path, "--store", tmp_path / "store")
     assert said.code == 0, said.err
@@ -212,7 +194,7 @@ def test_every_epoch_is_pushed_while_training_goes_on(
     # The models of the epochs were only kept for their pushes.
     assert not run.exports.exists()
     titles = in_a_new_process(
-        fakehub,
+        fake_hub,
         "from huggingface_hub import list_repo_commits\n"
         "print([c.title for c in list_repo_commits('alice/tiny') if 'step' in c.title])",
     )
@@ -220,7 +202,7 @@ def test_every_epoch_is_pushed_while_training_goes_on(
 
 
 def test_tokens_that_are_refused(
-    fakehub: Any, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(run)
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
@@ -233,7 +215,7 @@ def test_tokens_that_are_refused(
 
 
 def test_a_hub_that_is_down_does_not_stop_a_job_from_starting(
-    fakehub: Any, run: RunDir, monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert hub.check_access(read_saved_job(run.job)) is None
@@ -241,18 +223,18 @@ def test_a_hub_that_is_down_does_not_stop_a_job_from_starting(
         push(run)
 
 
-def test_a_repository_may_be_public_and_named(fakehub: Any, run: RunDir) -> None:
+def test_a_repository_may_be_public_and_named(fake_hub: FakeHub, run: RunDir) -> None:
     push(run, repo="alice/other", private=False)
     assert (
         in_a_new_process(
-            fakehub, "from huggingface_hub import model_info; print(model_info('alice/other', token=False).private)"
+            fake_hub, "from huggingface_hub import model_info; print(model_info('alice/other', token=False).private)"
         )
         == "False"
     )
 
 
 def test_what_the_hub_does_not_hold_as_pushed_is_found(
-    fakehub: Any, run: RunDir, monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import HfApi
 
@@ -268,21 +250,22 @@ def test_what_the_hub_does_not_hold_as_pushed_is_found(
     assert read_json(run.hub)["pending"]
 
 
-def test_a_data_set_of_the_hub_gives_the_blocks_of_its_file(
-    fakehub: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_of_the_hub_gives_the_blocks_of_its_file(fake_hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
     """ELI5's nested shape as a Hub data set, read in a process of its own, beside the same records in a file."""
     from huggingface_hub import HfApi
 
-    records = gzip.decompress((shared / "data" / "eli5" / "eli5_category_test.jsonl.gz").read_bytes()).splitlines()
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    answers = itertools.cycle([texts[:2], texts[2:5], [], texts[5:6]])
     file = tmp_path / "train.jsonl"
-    file.write_bytes(b"\n".join(records[:120]) + b"\n")
+    with file.open("w") as opened:
+        for number, text in zip(range(120), answers, strict=False):
+            opened.write(json.dumps({"q_id": f"q{number}", "answers": {"text": text, "score": [1] * len(text)}}) + "\n")
     HfApi().create_repo("alice/eli5", repo_type="dataset", private=True)
     HfApi().upload_file(path_or_fileobj=file, path_in_repo="train.jsonl", repo_id="alice/eli5", repo_type="dataset")
     settings = ("data.dataset=alice/eli5", "data.split='train[:100]'", "tokenizer.train.vocab_size=500", "model.path=x")
     prepare = [sys.executable, "-m", "clm_dist", "prepare", str(ROOT / "jobs" / "eli5-subset.yaml")]
     prepare += [part for setting in settings for part in ("--set", setting)]
-    environment = os.environ | {"HF_ENDPOINT": fakehub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    environment = os.environ | fake_hub.environment
     stores = []
     for source in ((), ("--set", "data.source=files", "--set", f"data.path={file}")):
         command = [*prepare, *source, "--store", str(tmp_path / "stores")]

@@ -1,9 +1,8 @@
 """Data sets of the Hub: known by their commit, or by their files where they lie in a directory."""
 
-import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from clm_dist.prepare.sources import pinned, source_identity
 from clm_dist.progress import Silent
 from clm_dist.shards import Manifest
 from tests.conftest import MakeJob
+from tests.support.fake_hub import FakeHub
 from tests.support.reading import load_records
 
 
@@ -25,20 +25,10 @@ def hub(dataset: Path | str, **settings: Any) -> DataConfig:
 
 
 @pytest.fixture
-def upload(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Puts a text into the data set alice/texts of a Hub of its own; gives the commit."""
+def upload(fake_hub: FakeHub) -> Callable[[str], str]:
+    """Puts a text into the data set alice/texts of the Hub; gives the commit."""
     from huggingface_hub import HfApi
 
-    spec = importlib.util.spec_from_file_location("fakehub", shared / "hub" / "fakehub.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server, url = module.start(str(tmp_path / "hub"), {"hf_good": "alice"})
-    monkeypatch.setenv("HF_TOKEN", "hf_good")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     HfApi().create_repo("alice/texts", repo_type="dataset")
 
     def put(text: str) -> str:
@@ -47,8 +37,7 @@ def upload(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         )
         return commit.oid
 
-    yield put
-    server.shutdown()
+    return put
 
 
 def test_a_data_set_is_the_commit_that_it_has_now(
