@@ -1,5 +1,7 @@
 """Trains jobs in the ranks of a test, without Ray, and puts a run back to an earlier checkpoint."""
 
+import functools
+import gc
 import shutil
 from pathlib import Path
 
@@ -32,7 +34,15 @@ def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_siz
         keep=job.checkpoint.keep,
     )
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
+    _freeze_modules()
     return outcome
+
+
+@functools.cache
+def _freeze_modules() -> None:
+    """Let the garbage collector pass over all modules, once training has loaded them: see ranks.py."""
+    gc.collect()
+    gc.freeze()
 
 
 def train_several(rank: int, world_size: int, jobs: list[JobConfig], runs: list[Path], store: Path) -> list[Outcome]:
