@@ -173,6 +173,7 @@ def test_whatever_an_epoch_s_push_raises_is_said(
     assert run.final.is_dir()
 
 
+@pytest.mark.slow
 def test_every_epoch_is_pushed_while_training_goes_on(
     fake_hub: FakeHub,
     cluster: Cluster,

@@ -87,6 +87,7 @@ def test_a_url_that_cannot_be_reached(make_job: MakeJob, tmp_path: Path) -> None
         prepare(make_job(), tmp_path, Silent(), url="nonsense://x")
 
 
+@pytest.mark.slow
 def test_a_node_without_the_store_fetches_it_before_training(make_job: MakeJob, tmp_path: Path, cluster: Any) -> None:
     """As on a second node: the workers are told of a path where nothing is.
 

@@ -9,19 +9,21 @@ from tests.drills import kills, other_workers
 
 
 @pytest.mark.parametrize(
-    ("strategy", "storage"),
+    ("strategy", "storage", "num_kills"),
     [
-        pytest.param("ddp", "directory", marks=pytest.mark.long),
-        pytest.param("zero3", "s3", marks=pytest.mark.slow),
+        pytest.param("ddp", "directory", 4, marks=pytest.mark.long),
+        pytest.param("zero3", "s3", 4, marks=pytest.mark.long),
+        # Of a worker alone; tests/test_command_run.py kills a driver.
+        pytest.param("zero3", "s3", 1, marks=pytest.mark.slow),
     ],
 )
-def test_four_kills_change_no_bit(strategy: str, storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kills_change_no_bit(strategy: str, storage: str, num_kills: int, capsys: pytest.CaptureFixture[str]) -> None:
     if storage == "s3":
         pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    code = kills.main(["--strategies", strategy, "--kills", "4", "--storage", storage])
+    code = kills.main(["--strategies", strategy, "--kills", str(num_kills), "--storage", storage])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed.count(f"| {strategy} | ") == 4
+    assert printed.count(f"| {strategy} | ") == num_kills
 
 
 @pytest.mark.long

@@ -193,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
     assert json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed(
     fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
 ) -> None:
