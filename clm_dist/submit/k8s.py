@@ -330,7 +330,7 @@ def _pod(job: JobConfig, request: Request, role: str) -> Object:
         limits |= {k8s.gpu_resource: str(hosts.gpus)} if hosts.gpus else {}
         limits |= k8s.resources
     environment = _environment(job, request)
-    if is_head or not hosts.gpus:
+    if (is_head or not hosts.gpus) and "NVIDIA_VISIBLE_DEVICES" not in k8s.env:
         # An image made for GPUs would show a pod without any all those of its node.
         environment.append({"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"})
     container: Object = {

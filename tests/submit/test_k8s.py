@@ -173,6 +173,21 @@ def test_a_secret_is_named_and_never_shown(plain: bool) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
+def test_a_variable_of_the_job_goes_before_the_pods_own(plain: bool) -> None:
+    request = Request(plain=plain)
+    small = ("pods=2", "gpus_per_pod=0")
+    names = {name for _, container in pods_of(k8s_job(*small), request) for name in environment_of(container)}
+    # The others are refused in a job.
+    free = [name for name in sorted(names) if not name.startswith(("CLM_DIST_", "RAY_AUTH_", "POD_"))]
+    assert {"HF_HOME", "HOME", "NVIDIA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"} < set(free)
+    mine = k8s_job(*small, f"env={{{', '.join(f'{name}: mine' for name in free)}}}")
+    for _, container in pods_of(mine, request):
+        assert {name: environment_of(container).get(name) for name in free} == dict.fromkeys(free, "mine")
+        set_names = [one["name"] for one in container["env"]]
+        assert len(set_names) == len(set(set_names))
+
+
+@pytest.mark.parametrize("plain", [False, True])
 def test_pods_may_do_little_and_have_what_they_ask_for(plain: bool) -> None:
     request = Request(plain=plain)
     job = k8s_job("memory_per_pod=8Gi")
