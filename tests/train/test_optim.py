@@ -36,3 +36,9 @@ def test_biases_and_norms_are_decayed_unless_the_job_says_otherwise() -> None:
     chosen = build_optimizer(model, TrainConfig(decay_bias_and_norm=False))
     assert [(len(g["params"]), g["weight_decay"]) for g in chosen.param_groups] == [(1, 0.01), (3, 0.0)]
     assert chosen.param_groups[0]["params"][0] is model["linear"].weight
+
+
+def test_the_constants_of_adam_are_the_jobs() -> None:
+    train = TrainConfig(adam_beta1=0.5, adam_beta2=0.75, adam_epsilon=0.125, learning_rate=0.25)
+    (group,) = build_optimizer(nn.Linear(2, 2), train).param_groups
+    assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.75), 0.125, 0.25)

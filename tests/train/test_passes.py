@@ -1,0 +1,106 @@
+"""What a pass and a step count, and where dropout is on."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from clm_dist.config import JobConfig
+from clm_dist.metrics import Part
+from clm_dist.run_dir import RunDir, read_records
+from clm_dist.shards import Blocks
+from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.loop import _pass_seed
+from clm_dist.train.model import load_model
+from clm_dist.train.strategy import shard
+from tests.conftest import MakeJob
+from tests.support.training import train_one
+
+DROPOUT = ("model.config.resid_pdrop=0.5", "model.config.embd_pdrop=0.5", "model.config.attn_pdrop=0.5")
+
+
+def test_every_pass_has_a_seed_of_its_own() -> None:
+    places = list(itertools.product((0, 1, 42), range(4), range(4)))
+    assert len({_pass_seed(*place) for place in places}) == len(places)
+
+
+def test_passes_are_seeded_by_step_and_micro_batch(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    seed_torch = torch.manual_seed
+
+    def record(seed: int) -> Any:
+        seeds.append(seed)
+        return seed_torch(seed)
+
+    monkeypatch.setattr("clm_dist.train.loop.torch.manual_seed", record)
+    job = make_job("train.max_steps=2", "train.seed=7")
+    assert train_one(job, RunDir(tmp_path), prepared(job)).status == "done"
+    expected = [_pass_seed(7, step, micro_batch) for step in range(2) for micro_batch in range(2)]
+    assert [seed for seed in seeds if seed in expected] == expected
+
+
+def test_dropout_is_off_in_an_evaluation_alone(make_job: MakeJob, prepared: Callable[[JobConfig], Path]) -> None:
+    plain, dropping = make_job(), make_job(*DROPOUT)
+    store = prepared(plain)
+    split = EvalSplit.of_store(store, plain.eval.micro_size)
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+
+    def evaluate(job: JobConfig) -> list[Part]:
+        model = load_model(job, tokenizer)
+        model.train()
+        parts = evaluate_parts(model, split, device=torch.device("cpu"))
+        assert all(module.training for module in model.modules())
+        return parts
+
+    assert evaluate(dropping) == evaluate(plain)
+
+
+def test_an_epoch_counts_the_tokens_of_its_blocks_once(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    job = make_job("train.max_steps=null", "train.epochs=1", "batch.global_size=7", "checkpoint.every=1000")
+    store = prepared(job)
+    num_blocks = len(Blocks(store, "train"))
+    assert num_blocks % 7, "no short batch"
+    assert train_one(job, RunDir(tmp_path), store).status == "done"
+    steps = [record for record in read_records(RunDir(tmp_path).metrics) if record["kind"] == "step"]
+    assert sum(record["tokens"] for record in steps) == num_blocks * job.data.block_size
+    for record in steps:
+        assert record["tokens_per_s"] * record["seconds"] == pytest.approx(record["tokens"])
+
+
+class _Block(nn.Linear):
+    """The unit that FSDP2 shards."""
+
+
+class _Model(nn.Module):
+    _no_split_modules = ("_Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Block(2, 2), _Block(2, 2)])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_fsdp2_computes_in_bf16_and_reduces_in_fp32(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded: list[tuple[str, Any]] = []
+
+    def record(module: nn.Module, *, mesh: Any, mp_policy: Any = None) -> None:
+        sharded.append((type(module).__name__, mp_policy))
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", record)
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: None)
+    shard(_Model(), torch.device("cpu"), 1, bf16=bf16)
+    assert [name for name, _ in sharded] == ["_Block", "_Block", "_Model"]
+    for _, policy in sharded:
+        if bf16:
+            assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        else:
+            assert policy is None
