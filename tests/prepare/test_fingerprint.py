@@ -1,0 +1,98 @@
+"""Every field of `data` and `tokenizer` that can change a byte of the store changes its fingerprint."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clm_dist.config import DataConfig, JobConfig, TokenizerConfig
+from clm_dist.job import field_names, fingerprint
+from clm_dist.prepare import pipeline
+from tests.conftest import MakeJob
+
+HUB = ("data.source=hub", "data.path=null", "data.dataset=alice/texts")
+HASH = ("data.split_method=hash",)
+SCORED = ("data.score=answers.score", "data.min_score=1")
+CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "data.source": ((), "data.source=builtin"),
+    "data.dataset": (HUB, "data.dataset=alice/others"),
+    "data.config": (HUB, "data.config=en"),
+    "data.revision": (HUB, "data.revision=abc"),
+    "data.path": ((), "data.path=OTHER_CORPUS"),
+    "data.split": ((), "data.split='train[:40]'"),
+    "data.text": ((), "data.text=topic"),
+    "data.join": ((), "data.join=null"),
+    "data.score": (SCORED, "data.score=answers.votes"),
+    "data.min_score": (SCORED, "data.min_score=2"),
+    "data.deduplicate": ((), "data.deduplicate=true"),
+    "data.id": (HASH, "data.id=null"),
+    "data.eval_fraction": ((), "data.eval_fraction=0.3"),
+    "data.split_method": ((), "data.split_method=hash"),
+    "data.seed": ((), "data.seed=1"),
+    "data.block_size": ((), "data.block_size=16"),
+    "data.grouping": ((), "data.grouping=guide"),
+    "data.append_eos": ((), "data.append_eos=false"),
+    "tokenizer.path": (("tokenizer.train=null", "tokenizer.path=TOKENIZER"), "tokenizer.path=OTHER_TOKENIZER"),
+    "tokenizer.train.vocab_size": ((), "tokenizer.train.vocab_size=301"),
+}
+"""Settings of a job by the field that is changed, and the change."""
+SAME = {
+    # The records are the same, however they arrive.
+    "data.streaming": (HUB, "data.streaming=true"),
+    # The loss and the attention read the ends of documents; the blocks hold them in any case.
+    "data.document_mask": ((), "data.document_mask=true"),
+    # An engine is only taken where it gives the ids of the reference tokenizer.
+    "tokenizer.engine": ((), "tokenizer.engine=tokenizers"),
+}
+"""Fields that cannot change a byte."""
+
+Fingerprint = Callable[..., str]
+
+
+@pytest.fixture
+def files(make_job: MakeJob, corpus: Path, prepared: Callable[[JobConfig], Path], tmp_path: Path) -> dict[str, Path]:
+    """What the words in capitals stand for."""
+    other_corpus = tmp_path / "other.jsonl"
+    other_corpus.write_text(corpus.read_text().replace("e", "E", 1))
+    tokenizer = prepared(make_job()) / "tokenizer"
+    other = Path(shutil.copytree(tokenizer, tmp_path / "tokenizer"))
+    values = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(values | {"add_prefix_space": True}))
+    return {"OTHER_CORPUS": other_corpus, "OTHER_TOKENIZER": other, "TOKENIZER": tokenizer}
+
+
+@pytest.fixture
+def fingerprint_of(make_job: MakeJob, files: dict[str, Path], tmp_path: Path) -> Fingerprint:
+    """The name of the store of a job with settings."""
+
+    def find(*settings: str) -> str:
+        filled = []
+        for setting in settings:
+            field, _, value = setting.partition("=")
+            filled.append(f"{field}={files.get(value, value)}")
+        job = make_job(*filled)
+        return fingerprint(pipeline._identity(job, pipeline._locate_tokenizer(job), tmp_path))
+
+    return find
+
+
+def test_every_field_is_in_a_table() -> None:
+    fields = {*field_names(DataConfig, "data."), *field_names(TokenizerConfig, "tokenizer.")}
+    assert not CHANGES.keys() & SAME.keys()
+    assert CHANGES.keys() | SAME.keys() == fields, "a new field needs an entry: can it change a byte of the store?"
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_field_that_can_change_a_byte_changes_the_fingerprint(field: str, fingerprint_of: Fingerprint) -> None:
+    base, change = CHANGES[field]
+    assert change.startswith(f"{field}=")
+    assert fingerprint_of(*base, change) != fingerprint_of(*base)
+
+
+@pytest.mark.parametrize("field", SAME)
+def test_a_field_that_cannot_change_a_byte_leaves_the_fingerprint(field: str, fingerprint_of: Fingerprint) -> None:
+    base, change = SAME[field]
+    assert change.startswith(f"{field}=")
+    assert fingerprint_of(*base, change) == fingerprint_of(*base)
