@@ -24,7 +24,7 @@ SETTINGS = (
     "checkpoint.every=1000",
     "eval.every=1000",
 )
-_WITH_DROPOUT = (
+WITH_DROPOUT = (
     "model.config.resid_pdrop=0.2",
     "model.config.embd_pdrop=0.1",
     "model.config.attn_pdrop=0.2",
@@ -63,14 +63,15 @@ def pinned_losses(directory: Path) -> dict[str, list[Any]]:
     return {name: [record[name] for record in steps] for name in ("loss", "lr", "tokens", "blocks")}
 
 
-def print_bits(directory: Path) -> None:
-    """Print every number of runs with dropout that must stay equal to the last bit, on one machine.
+def exact_numbers(directory: Path) -> str:
+    """Every number of runs with dropout that must stay equal to the last bit on one machine, a line a record.
 
-    Two versions of the code computed the same where the output is the same.
+    Each strategy trains to the end, and once more from the checkpoint of step 4.
     """
+    lines = []
     store = small_store(directory)
     for strategy in STRATEGIES:
-        job = small_job(directory, *_WITH_DROPOUT, f"cluster.strategy={strategy}")
+        job = small_job(directory, *WITH_DROPOUT, f"cluster.strategy={strategy}")
         whole, cut = directory / f"{strategy}-whole", directory / f"{strategy}-cut"
         run_workers(train_and_resume, 2, job, whole, cut, store)
         for name, run in (("whole", whole), ("resumed", cut)):
@@ -78,6 +79,8 @@ def print_bits(directory: Path) -> None:
                 if record["kind"] in ("step", "eval", "verify"):
                     norm = record.get("grad_norm")
                     numbers = [record["loss"].hex(), *([norm.hex()] if norm is not None else [])]
-                    print(strategy, name, record["kind"], record["step"], *numbers, record.get("blocks", ""))
+                    words = (strategy, name, record["kind"], record["step"], *numbers, record.get("blocks", ""))
+                    lines.append(" ".join(map(str, words)).rstrip())
             weights = run / "final.unverified" / "model.safetensors"
-            print(strategy, name, "weights", hashlib.sha256(weights.read_bytes()).hexdigest(), flush=True)
+            lines.append(f"{strategy} {name} weights {hashlib.sha256(weights.read_bytes()).hexdigest()}")
+    return "\n".join(lines) + "\n"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.pins.golden import read_golden
-from tests.pins.losses import STEPS, steps_of, train_strategies
-from tests.support.training import STRATEGIES
+from tests.pins.losses import STEPS, WITH_DROPOUT, small_job, small_store, steps_of, train_strategies
+from tests.support.training import STRATEGIES, train_several
+from tests.support.workers import run_workers
 
 QUICK = ("ddp", "fsdp2")
 # Measured: 1e-8 between the newest instructions of a CPU and none of them (ATEN_CPU_CAPABILITY=default).
@@ -46,6 +47,17 @@ def test_losses_and_blocks_of_the_other_strategies_are_those_of_the_golden_file(
     strategy: str, slow_runs: dict[str, Path]
 ) -> None:
     check(slow_runs[strategy])
+
+
+def test_dropout_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run, workers in ((one, 1), (two, 2)):
+        jobs = [small_job(tmp_path, *WITH_DROPOUT, f"cluster.workers={workers}", "train.max_steps=6")]
+        run_workers(train_several, workers, jobs, [run], small_store(tmp_path))
+    losses, others = ([record["loss"] for record in steps_of(run)] for run in (one, two))
+    assert len(losses) == 6
+    np.testing.assert_allclose(losses, others, rtol=_TOLERANCE)
+    assert max(abs(a / b - 1) for a, b in zip(losses, read_golden("losses")["loss"], strict=False)) > 1e-4
 
 
 def test_the_golden_run_has_short_batches_and_no_batch_twice() -> None:
