@@ -117,6 +117,17 @@ def check_eval_every(bench: Bench) -> None:
     assert [record["step"] for record in read_records(run.metrics) if record["kind"] == "eval"] == [0, 2, 4, 5]
 
 
+def check_document_mask(bench: Bench) -> None:
+    plain, masked = (bench.train(mask, "train.max_steps=1", f"data.document_mask={mask}") for mask in ("false", "true"))
+    assert losses_of(plain.root) != losses_of(masked.root)
+
+
+def check_eval_micro_size(bench: Bench) -> None:
+    # The recorder, which knows the size from the job, refuses an evaluation with other micro-batches.
+    run = bench.train("run", "train.max_steps=1", "eval.micro_size=3")
+    assert [record["step"] for record in read_records(run.metrics) if record["kind"] == "eval"] == [0, 1]
+
+
 def check_checkpoint_every(bench: Bench) -> None:
     assert saved_steps(bench.train("run", "train.max_steps=5", "checkpoint.every=2")) == [2, 4, 5]
 
@@ -252,8 +263,10 @@ PROBES: dict[str, Probe] = {
     "cluster.workers": check_workers,
     "data.config": check_data_config,
     "data.dataset": check_dataset,
+    "data.document_mask": check_document_mask,
     "data.revision": check_data_revision,
     "eval.every": check_eval_every,
+    "eval.micro_size": check_eval_micro_size,
     "model.config": check_model_config,
     "model.path": check_model_path,
     "model.revision": check_model_revision,
