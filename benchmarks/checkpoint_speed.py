@@ -22,8 +22,8 @@ import yaml
 from processes import environment, markdown, run_processes
 
 from clm_dist.checkpoints import Checkpoints
-from clm_dist.config import JobConfig
-from clm_dist.job import load_job
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, read_records

@@ -39,8 +39,8 @@ import numpy as np
 from processes import environment, markdown, run_processes
 from transformers import AutoTokenizer
 
-from clm_dist.config import JobConfig
-from clm_dist.job import load_job
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job
 from clm_dist.metrics import Part, combine
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent

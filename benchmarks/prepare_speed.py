@@ -119,7 +119,7 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     import datasets  # noqa: F401
     import gigatoken  # noqa: F401
 
-    from clm_dist.job import load_job
+    from clm_dist.config.load import load_job
     from clm_dist.prepare import parts, pipeline, tokens
     from clm_dist.progress import Silent
     from clm_dist.shards import Manifest
@@ -189,7 +189,7 @@ def measure_encode_batch(job: Path) -> dict[str, float]:
     import gigatoken
     import pyarrow as pa
 
-    from clm_dist.job import load_job
+    from clm_dist.config.load import load_job
     from clm_dist.prepare.documents import documents_of
     from clm_dist.prepare.files import read_partition
     from clm_dist.prepare.sources import open_source

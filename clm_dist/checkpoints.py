@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, first_line
 from clm_dist.remote import reaching
 from clm_dist.run_dir import RunDir, make_dir, write_json, writing

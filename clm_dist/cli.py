@@ -23,12 +23,15 @@ from clm_dist.cli_options import (
     Stores,
     located,
 )
-from clm_dist.config import ModelConfig, TokenizerConfig
+from clm_dist.config.data import TokenizerConfig
+from clm_dist.config.job import ModelConfig
+from clm_dist.config.load import Job, load_job, read_saved_job
+from clm_dist.config.paths import local_dir, local_path
+from clm_dist.config.schema import job_schema
 from clm_dist.errors import ClmDistError, ConfigError
-from clm_dist.job import Job, job_schema, load_job, read_saved_job
 from clm_dist.progress import err, open_progress, out
 from clm_dist.remote import open_stores
-from clm_dist.run_dir import RunDir, local_dir, local_path
+from clm_dist.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

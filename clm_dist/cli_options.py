@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from clm_dist.config.load import Job
 from clm_dist.errors import ConfigError
-from clm_dist.job import Job
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
 Overrides = Annotated[

@@ -21,12 +21,12 @@ from clm_dist.cli_options import (
     located,
 )
 from clm_dist.cli_submit_k8s import k8s
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job
+from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
-from clm_dist.job import load_job
 from clm_dist.progress import clock, err, out
 from clm_dist.remote import open_stores
-from clm_dist.run_dir import local_dir
 from clm_dist.submit import launch
 from clm_dist.submit.slurm import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import Submission, find_submission, sweep_name, sweep_settings

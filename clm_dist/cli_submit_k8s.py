@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from clm_dist.cli_options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume, located
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import Job, load_job
+from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
-from clm_dist.job import Job, load_job
 from clm_dist.progress import err, out
-from clm_dist.run_dir import local_dir
 from clm_dist.submit import k8s_launch
 from clm_dist.submit.k8s import Request, check_job, hosts_of, render, token_secret
 from clm_dist.submit.k8s_checks import claim_warning

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.run_dir import RunDir, local_path
+from clm_dist.run_dir import RunDir
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.run_dir import RunDir, damaged, read_json, write_json
 

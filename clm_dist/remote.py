@@ -8,8 +8,9 @@ from pathlib import Path
 import fsspec
 from filelock import FileLock
 
+from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import ClmDistError, ConfigError, DataError, first_line
-from clm_dist.run_dir import local_dir, local_path, make_dir, whole_file, writing
+from clm_dist.run_dir import make_dir, whole_file, writing
 from clm_dist.shards import Manifest, file_sha256
 
 _MANIFEST = "manifest.json"

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.progress import Progress, err, open_progress, out
 from clm_dist.run_dir import RunDir

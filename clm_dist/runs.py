@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from clm_dist.checkpoints import Checkpoints
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import differing_fields, read_saved_job
 from clm_dist.errors import ConfigError
-from clm_dist.job import differing_fields, read_saved_job
 from clm_dist.run_dir import RunDir, read_json
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from clm_dist.config import JobConfig
-from clm_dist.job import job_text, load_job
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import job_text, load_job
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, write_json
 from clm_dist.shards import Manifest
@@ -115,7 +115,7 @@ def prepared(stores: Path) -> Callable[[JobConfig], Path]:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """One Ray for all tests; each start costs seconds."""
-    from clm_dist.config import ClusterConfig
+    from clm_dist.config.job import ClusterConfig
 
     with start_ray(ClusterConfig()) as started:
         yield started

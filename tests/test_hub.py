@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from clm_dist import hub
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ConfigError, HubError
-from clm_dist.job import read_saved_job
 from clm_dist.progress import LineProgress
 from clm_dist.run import _push_epoch
 from clm_dist.run_dir import RunDir, read_json

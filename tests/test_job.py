@@ -11,8 +11,9 @@ import jsonschema
 import pytest
 import yaml
 
+from clm_dist.config.load import differing_fields, job_text, load_job
+from clm_dist.config.schema import job_schema
 from clm_dist.errors import ConfigError
-from clm_dist.job import differing_fields, job_schema, job_text, load_job
 
 GOOD = "name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\n"
 
@@ -270,7 +271,7 @@ def test_schema_describes_every_field_and_takes_the_jobs(tmp_path: Path) -> None
 def test_reading_a_job_loads_neither_torch_nor_ray(path: Path) -> None:
     path.write_text(GOOD)
     code = (
-        "import sys, json; from pathlib import Path; from clm_dist.job import load_job; "
+        "import sys, json; from pathlib import Path; from clm_dist.config.load import load_job; "
         f"load_job(Path({str(path)!r})); print(json.dumps([m for m in ('torch', 'ray') if m in sys.modules]))"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -3,10 +3,10 @@
 import pytest
 import ray
 
-from clm_dist.config import ClusterConfig
+from clm_dist.config.job import ClusterConfig
+from clm_dist.config.ray_address import check_ray_address
 from clm_dist.errors import ConfigError, NotReadyError
 from clm_dist.prepare.tasks import open_pool
-from clm_dist.ray_address import check_ray_address
 from clm_dist.train import cluster
 from clm_dist.train.cluster import start_ray
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from clm_dist.job import load_job
+from clm_dist.config.load import load_job
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

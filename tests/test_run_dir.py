@@ -6,17 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import (
-    local_dir,
-    make_dir,
-    read_json,
-    read_records,
-    replace_dir,
-    write_json,
-    write_text,
-    writing,
-)
+from clm_dist.run_dir import make_dir, read_json, read_records, replace_dir, write_json, write_text, writing
 from tests.support.disks import mounted
 
 

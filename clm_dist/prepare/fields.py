@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError, first_line
 
 _LISTS = (

@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import ClmDistError, ConfigError, DataError, ReadError, first_line
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.records import Lines, broken_record, first_line_not_utf8, not_utf8, text_schema

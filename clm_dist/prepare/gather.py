@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.documents import Skip
 from clm_dist.prepare.parts import Part, binary_values

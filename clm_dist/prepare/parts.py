@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute
 import xxhash
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.prepare.documents import documents_of, held_out
 from clm_dist.prepare.files import Partition, read_partition
 from clm_dist.prepare.tokens import Encoding, build_engine, check_engine, completed, sample_of, token_sizes

@@ -25,9 +25,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from filelock import Timeout
 
-from clm_dist.config import DataConfig, JobConfig
+from clm_dist.config.data import DataConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import fingerprint
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.job import fingerprint
 from clm_dist.prepare.documents import documents_of, held_out
 from clm_dist.prepare.files import PROBE_BYTES, Partition, read_partition
 from clm_dist.prepare.gather import (

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import (

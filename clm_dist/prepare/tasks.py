@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from clm_dist.ray_address import check_ray_address
+from clm_dist.config.ray_address import check_ray_address
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 
-from clm_dist.config import DataConfig, TokenizerTraining
+from clm_dist.config.data import DataConfig, TokenizerTraining
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.shards import Ids, TokenBytes, token_dtype
 

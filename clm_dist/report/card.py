@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.report.table import COLUMNS, Result, rows
 from clm_dist.run_dir import write_text
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from clm_dist.config import ClusterConfig, JobConfig
+from clm_dist.config.job import ClusterConfig, JobConfig
+from clm_dist.config.k8s import num_bytes, shm_bytes, store_bytes
+from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError
-from clm_dist.job import job_text
-from clm_dist.k8s_config import num_bytes, shm_bytes, store_bytes
 from clm_dist.submit.pods import CODE, DASHBOARD_PORT, JOB_DIR, RAY_SETTINGS, RESERVE_S
 from clm_dist.submit.size import Hosts
 from clm_dist.submit.spec import submitted_dir

@@ -4,9 +4,9 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.k8s import amount
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.k8s_config import amount
 from clm_dist.submit.k8s import Object, Request
 from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl, NoKindError, NoKubectlError
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.job import job_text
 from clm_dist.progress import read_training
 from clm_dist.run_dir import make_dir, write_text
 from clm_dist.submit import k8s, k8s_states

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.job import job_text
 from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_text
 from clm_dist.runs import find_run, remove_run
 from clm_dist.submit import k8s_launch, slurm, slurm_commands

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ClmDistError, ConfigError, NotReadyError, SubmitError
-from clm_dist.job import read_saved_job
 from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
 from clm_dist.runs import remove_run
 from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from clm_dist.config import ClusterConfig
+from clm_dist.config.job import ClusterConfig
 from clm_dist.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clm_dist.config import ClusterConfig, JobConfig
-from clm_dist.slurm_config import Container, Options, SlurmConfig
+from clm_dist.config.job import ClusterConfig, JobConfig
+from clm_dist.config.slurm import Container, Options, SlurmConfig
 from clm_dist.submit.size import Hosts
 from clm_dist.submit.slurm_texts import HEAD_BY_ROUTE, PREPARE, RUN
 from clm_dist.submit.spec import Submission

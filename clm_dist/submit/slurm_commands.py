@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clm_dist.config.slurm import SlurmConfig, SlurmPart
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.slurm_config import SlurmConfig, SlurmPart
 from clm_dist.submit.states import JobState
 
 _TIMEOUT_S = 60

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from clm_dist.config.schema import field_names
 from clm_dist.errors import ConfigError
-from clm_dist.job import field_names
 from clm_dist.run_dir import damaged, read_json, write_json
 
 _DIRECTORY = ".submitted"

@@ -13,9 +13,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from clm_dist.config import ClusterConfig
+from clm_dist.config.job import ClusterConfig
+from clm_dist.config.ray_address import check_ray_address, expected_nodes, no_ray
 from clm_dist.errors import ConfigError, NotReadyError, first_line
-from clm_dist.ray_address import check_ray_address, expected_nodes, no_ray
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
 from clm_dist.checkpoints import Checkpoints, DamagedError, TrainerState, check_state
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import job_text
+from clm_dist.config.ray_address import expected_nodes
 from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, NotReadyError, RunError, describe_os_error
-from clm_dist.job import job_text
 from clm_dist.progress import Progress
-from clm_dist.ray_address import expected_nodes
 from clm_dist.run_dir import RunDir, make_dir, read_records, write_json, write_text
 from clm_dist.runs import remove_run
 from clm_dist.shards import Manifest

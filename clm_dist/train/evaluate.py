@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress

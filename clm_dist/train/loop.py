@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from clm_dist.checkpoints import Checkpoints, TrainerState
-from clm_dist.config import Every, JobConfig
+from clm_dist.config.job import Every, JobConfig
 from clm_dist.errors import ConfigError, RunError
 from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
 from clm_dist.run_dir import make_dir, write_json

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Set
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.ray_address import expected_nodes
 from clm_dist.errors import NotReadyError, RunError
 from clm_dist.progress import Progress
-from clm_dist.ray_address import expected_nodes
 from clm_dist.run_dir import RunDir
 from clm_dist.train.cluster import (
     Cluster,

@@ -6,7 +6,7 @@ import platform
 import time
 from typing import Any
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.run_dir import RunDir, read_records, replace_dir
 from clm_dist.shards import Manifest

@@ -15,7 +15,7 @@ from clm_dist.checkpoints import (
     check_state,
     checkpoint_name,
 )
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.run_dir import RunDir, read_json
 from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments

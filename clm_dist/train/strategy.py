@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.train.checkpoint import Fragment
 from clm_dist.train.model import autocast

@@ -9,7 +9,7 @@ import ray
 import ray.train
 from ray.train import CheckpointUploadMode
 
-from clm_dist.job import read_saved_job
+from clm_dist.config.load import read_saved_job
 from clm_dist.remote import fetch_store
 from clm_dist.run_dir import RunDir
 from clm_dist.train import signals

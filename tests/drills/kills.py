@@ -31,8 +31,8 @@ from pathlib import Path
 import yaml
 
 from clm_dist.checkpoints import Checkpoints
+from clm_dist.config.load import load_job
 from clm_dist.errors import CheckpointError
-from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train.watch import read_beats
 from tests.conftest import ROOT, tiny_job, write_corpus

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from clm_dist.job import load_job
+from clm_dist.config.load import load_job
 from clm_dist.run_dir import RunDir, read_json
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.runs import RunView

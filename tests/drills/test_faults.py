@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.train import driver

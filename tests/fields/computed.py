@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config
 
-from clm_dist.config import ClusterConfig, DataConfig, JobConfig, TrainConfig
+from clm_dist.config.data import DataConfig
+from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster, _check_resources

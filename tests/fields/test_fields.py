@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.config import JobConfig
-from clm_dist.job import field_names
+from clm_dist.config.job import JobConfig
+from clm_dist.config.schema import field_names
 from tests.conftest import ROOT, MakeJob
 from tests.fields.computed import PROBES, Bench
 from tests.fields.rendered import K8S, SLURM, check_k8s, check_slurm

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from clm_dist.config import JobConfig
-from clm_dist.job import load_job
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job
 from tests.conftest import TINY_GPT2
 
 NUM_RECORDS = 1300

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.run_dir import read_records

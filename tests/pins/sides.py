@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.prepare.documents import held_out
 
 _KEYS: dict[str, dict[str, str | float | None]] = {

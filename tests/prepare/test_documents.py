@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.documents import Skip, documents_of, held_out
 from clm_dist.prepare.fields import select_fields

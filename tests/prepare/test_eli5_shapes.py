@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.prepare.pipeline import Effort, prepare
 from clm_dist.progress import Silent

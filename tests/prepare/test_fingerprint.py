@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.config import DataConfig, JobConfig, TokenizerConfig
-from clm_dist.job import field_names, fingerprint
+from clm_dist.config.data import DataConfig, TokenizerConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import fingerprint
+from clm_dist.config.schema import field_names
 from clm_dist.prepare import pipeline
 from tests.conftest import MakeJob
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.prepare.sources import pinned, source_identity

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clm_dist.config import DataConfig, JobConfig
+from clm_dist.config.data import DataConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, ReadError
 from clm_dist.prepare import files, pipeline
 from clm_dist.prepare.parts import Part, Recipe, encode_partition, write_part

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.prepare.pipeline import Effort, find_store, prepare
 from clm_dist.prepare.sources import source_identity

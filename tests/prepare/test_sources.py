@@ -11,7 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from clm_dist.config import DataConfig
+from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.prepare.files import read_partition
 from clm_dist.prepare.sources import open_source, source_identity

@@ -95,7 +95,7 @@ def test_a_broken_record_in_a_ray_task_is_named(make_job: MakeJob, tmp_path: Pat
 
 
 def _write_tokenizer(directory: Path) -> None:
-    from clm_dist.config import TokenizerTraining
+    from clm_dist.config.data import TokenizerTraining
     from clm_dist.prepare.tokens import train_tokenizer
 
     train_tokenizer(["a text of some words"], TokenizerTraining(vocab_size=300), directory)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from clm_dist.job import load_job, read_saved_job
+from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.report.card import render_card
 from clm_dist.report.page import render_page
 from clm_dist.report.table import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.config.load import job_text, load_job
 from clm_dist.errors import ConfigError
-from clm_dist.job import job_text, load_job
 from clm_dist.run_dir import write_json
 from clm_dist.submit import launch
 from clm_dist.submit.launch import local_places

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.k8s import num_bytes, shm_bytes, store_bytes
+from clm_dist.config.load import load_job
 from clm_dist.errors import ConfigError
-from clm_dist.job import load_job
-from clm_dist.k8s_config import num_bytes, shm_bytes, store_bytes
 from clm_dist.submit.k8s import Code, Request, check_job, hosts_of, objects, render, selector
 from tests.conftest import ROOT
 
@@ -128,7 +128,7 @@ def test_kustomize_builds_what_passes_the_schemas(overlay: str) -> None:
 _RENDER = """
 import sys
 from pathlib import Path
-from clm_dist.job import load_job
+from clm_dist.config.load import load_job
 from clm_dist.submit.k8s import Request, render
 job = load_job(Path(sys.argv[1]), [f"cluster.k8s.image={sys.argv[2]}"]).config
 print(render(job, Request()), end="")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from clm_dist.config.k8s import amount
 from clm_dist.errors import SubmitError
-from clm_dist.k8s_config import amount
 from clm_dist.submit import k8s, k8s_launch
 from clm_dist.submit import k8s_commands as commands_module
 from clm_dist.submit.k8s_checks import asked_of, lacking_of

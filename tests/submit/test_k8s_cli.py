@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clm_dist.job import job_text, load_job
+from clm_dist.config.load import job_text, load_job
 from clm_dist.submit.spec import Place, Submission
 from tests.support.clusters import RAY_JOB, Kubernetes, KubernetesCommands
 from tests.support.command import cells

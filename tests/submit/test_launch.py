@@ -114,7 +114,7 @@ def test_a_sweep_is_one_array_whose_runs_are_told_apart(commands: Commands, slur
 
 
 def test_each_run_of_a_sweep_has_the_job_of_its_setting(commands: Commands) -> None:
-    from clm_dist.job import load_job
+    from clm_dist.config.load import load_job
 
     commands.submit("--array", "train.seed=1,2", "--array", "block_size=64,128")
     one = Submission.read(commands.files())

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from clm_dist.config.load import load_job
 from clm_dist.errors import SubmitError
-from clm_dist.job import load_job
 from clm_dist.run_dir import RunDir
 from clm_dist.submit import pod_driver, ray_submitter
 from clm_dist.submit.logs import LogFile

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job
 from clm_dist.errors import ConfigError
-from clm_dist.job import load_job
 from clm_dist.submit.slurm import hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import sweep_name, sweep_settings
 from tests.conftest import ROOT
@@ -42,7 +42,7 @@ def test_the_files_of_slurm_are_what_is_rendered() -> None:
 _RENDER = """
 import sys
 from pathlib import Path
-from clm_dist.job import load_job
+from clm_dist.config.load import load_job
 from clm_dist.submit.slurm import Request, render_run
 from clm_dist.submit.spec import Submission
 job = load_job(Path(sys.argv[1])).config

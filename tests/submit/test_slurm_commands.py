@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.config.slurm import PrepareJob, SlurmConfig
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.slurm_config import PrepareJob, SlurmConfig
 from clm_dist.submit.slurm_commands import (
     cancel_job,
     check_cluster,

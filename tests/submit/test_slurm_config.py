@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.config.load import job_text, load_job
+from clm_dist.config.slurm import SlurmConfig
 from clm_dist.errors import ConfigError
-from clm_dist.job import job_text, load_job
-from clm_dist.slurm_config import SlurmConfig
 
 GOOD = "name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\n"
 

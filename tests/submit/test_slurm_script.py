@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.submit.slurm import Request, render_prepare, render_run
 from tests.support.fakes import full_job, request_of, submission
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from clm_dist.config import JobConfig
-from clm_dist.job import load_job
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job
 from clm_dist.submit.slurm import Request
 from clm_dist.submit.spec import Submission
 from tests.conftest import ROOT

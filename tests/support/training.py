@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.checkpoints import Checkpoints
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit

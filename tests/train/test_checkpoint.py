@@ -15,7 +15,7 @@ from torch import Tensor
 import clm_dist.train.checkpoint
 import clm_dist.train.loop
 from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments, write_safetensors

@@ -13,9 +13,9 @@ import pytest
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from clm_dist.config import ClusterConfig, JobConfig
+from clm_dist.config.job import ClusterConfig, JobConfig
+from clm_dist.config.load import read_saved_job
 from clm_dist.errors import CheckpointError, ConfigError, RunError
-from clm_dist.job import read_saved_job
 from clm_dist.progress import Silent
 from clm_dist.run_dir import RunDir, read_json, read_records
 from clm_dist.runs import find_run

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from clm_dist.config import TrainConfig
+from clm_dist.config.job import TrainConfig
 from clm_dist.train.optim import build_optimizer, build_schedule
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import clm_dist.train.loop
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.metrics import spike_limit
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Blocks

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.metrics import Part
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Blocks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.run_dir import RunDir, read_records
 from clm_dist.shards import Manifest
 from clm_dist.train.result import build_result

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.run_dir import RunDir
 from clm_dist.shards import Blocks
 from clm_dist.train.checkpoint import write_safetensors

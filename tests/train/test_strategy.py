@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clm_dist.config import JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.metrics import Part, combine
 from clm_dist.run_dir import RunDir, read_records

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from clm_dist.section import MOST, Count, Section, wrong
+from clm_dist.config.section import MOST, Count, Section, wrong
 
 _UNITS = {
     **{unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))},

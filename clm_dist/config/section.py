@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 # Far above what can be meant, and small enough for every library that gets it.
 MOST = 2**31
 Count = Annotated[int, Field(gt=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy, torch and datasets all take."""
 
 
 def wrong(field: str, problem: str, *others: str) -> PydanticCustomError:

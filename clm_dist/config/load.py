@@ -1,6 +1,5 @@
-"""Job files: read and merged, checked with file and line, saved, compared, described as a JSON Schema."""
+"""Job files: read and merged, checked with file and line, saved and compared."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -13,11 +12,12 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from clm_dist.config import JobConfig
+from clm_dist.config.blame import describe_problem, shortened, where_set
+from clm_dist.config.job import JobConfig
+from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.run_dir import local_path
 
 # What YAML and OmegaConf raise over a text that a person wrote: also for numbers of thousands of digits and nesting
 # of thousands of levels, and for a mapping merged into a list.
@@ -41,7 +41,7 @@ class Job:
 
     def where(self, field: str) -> str | None:
         """Where a field was set, `jobs/a.yaml:12` or `--set train.epochs=1`; None for a default."""
-        return _where(self.origins, field)
+        return where_set(self.origins, field)
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -59,7 +59,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         origins |= {field: f"{file}:{line}" for field, line in lines.items()}
     for override in overrides:
         field, equals, _ = override.partition("=")
-        place = f"--set {_shortened(override)}"
+        place = f"--set {shortened(override)}"
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", field):
             raise ConfigError(
                 f"{place}: write it as section.field=value, for example --set train.epochs=1; a list is set as a "
@@ -102,22 +102,6 @@ def differing_fields(old: JobConfig, new: JobConfig) -> list[str]:
     return sorted(field for field in a.keys() | b.keys() if a.get(field) != b.get(field))
 
 
-def job_schema() -> dict[str, Any]:
-    """JSON Schema of a job file, for editors."""
-    schema = JobConfig.model_json_schema()
-    schema["properties"]["extends"] = {"type": "string", "description": "Job file that this one changes."}
-    # What a file leaves out, the file that it extends may hold.
-    schema.pop("required", None)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def field_names(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields of a job."""
-    for name in section.model_fields:
-        inner = _section_of(section, name)
-        yield from field_names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-
-
 def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, int]]]:
     """The file and those it extends, the outermost base first, each with its values and lines."""
     chain: list[tuple[Path, dict[str, Any], dict[str, int]]] = []
@@ -147,7 +131,7 @@ def _read(path: Path, named_by: str) -> str:
         raise ConfigError(f"{path}: not a UTF-8 text file: {error.reason} at byte {error.start}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(f"{named_by}cannot read the job file {_shortened(str(path))}: {reason}") from None
+        raise ConfigError(f"{named_by}cannot read the job file {shortened(str(path))}: {reason}") from None
 
 
 def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -198,20 +182,20 @@ def _validated(values: dict[str, Any], origins: Mapping[str, str], path: Path) -
         return JobConfig.model_validate(resolved)
     except OmegaConfBaseException as error:
         field = error.full_key or ""
-        where = _where(origins, field.partition("[")[0]) or path
+        where = where_set(origins, field.partition("[")[0]) or path
         raise ConfigError(f"{where}: {field}: {first_line(error)}") from None
     except RecursionError as error:
         raise ConfigError(f"{path}: {_reason(error)}") from None
     except ValidationError as error:
         problems: dict[tuple[str, ...], list[str]] = {}
         for problem in error.errors(include_url=False):
-            fields, message = _describe(dict(problem))
+            fields, message = describe_problem(dict(problem))
             problems.setdefault(fields, []).append(message)
         lines = []
         for fields, messages in problems.items():
             # A union reports one error a member: the first says the value, the others what else would do.
             also = "".join(f", or {m.split(': ', 1)[-1]}" for m in messages[1:])
-            place = next((place for field in fields if (place := _where(origins, field))), path)
+            place = next((place for field in fields if (place := where_set(origins, field))), path)
             lines.append(f"{place}: {messages[0]}{also}")
         raise ConfigError("\n".join(lines)) from None
 
@@ -222,7 +206,7 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
     def absolute(path: str, field: str, *, only_directories: bool = False) -> str:
         if "://" in path:
             return path
-        where = _where(origins, field)
+        where = where_set(origins, field)
         local = local_path(path, f"{where}: {field}" if where else field)
         return path if only_directories and not local.is_dir() else str(local.absolute())
 
@@ -246,62 +230,6 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
     return config.model_copy(update=update)
 
 
-def _describe(error: dict[str, Any]) -> tuple[tuple[str, ...], str]:
-    """The field at fault, with those that have a part in it, and what is wrong with it."""
-    location = [str(part) for part in error["loc"]]
-    if error["type"] == "job":
-        return tuple(error["ctx"]["fields"]), str(error["msg"])
-    field = _known_prefix(location)
-    if error["type"] == "extra_forbidden":
-        field = ".".join(location)
-        valid = list(_model_at(location[:-1]).model_fields)
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
-        return (field,), f"unknown key {field}; {advice}"
-    if error["type"] == "missing":
-        return (field,), f"{field} is missing; add it to the job file"
-    problem = str(error["msg"][0]).lower() + str(error["msg"][1:])
-    return (field,), f"{field} is {_shortened(repr(error['input']))}: {problem}"
-
-
-def _known_prefix(location: Sequence[str]) -> str:
-    """The part of an error's location that names fields; what follows names a union's members."""
-    model: type[BaseModel] | None = JobConfig
-    known: list[str] = []
-    for part in location:
-        if model is None or part not in model.model_fields:
-            break
-        known.append(part)
-        model = _section_of(model, part)
-    return ".".join(known)
-
-
-def _model_at(location: Sequence[str]) -> type[BaseModel]:
-    model: type[BaseModel] = JobConfig
-    for part in location:
-        model = _section_of(model, part) or model
-    return model
-
-
-def _section_of(model: type[BaseModel], field: str) -> type[BaseModel] | None:
-    """The model behind a field's annotation, `Section` or `Section | None`."""
-    annotation = model.model_fields[field].annotation
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def _where(origins: Mapping[str, str], field: str) -> str | None:
-    """Where a field, or something in it, was overridden, else its line or that of the nearest section that has one."""
-    inside = [place for name, place in origins.items() if name.startswith(f"{field}.") and place.startswith("--set ")]
-    if inside:
-        return inside[-1]
-    while field:
-        if field in origins:
-            return origins[field]
-        field = field.rpartition(".")[0]
-    return None
-
-
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
@@ -314,7 +242,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return getattr(error, "problem", None) or first_line(error)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from clm_dist.section import MOST, Count, Section, wrong
+from clm_dist.config.section import MOST, Count, Section, wrong
 
 _OWN_OPTIONS = {
     "account": "account",

@@ -1,0 +1,123 @@
+"""The sections `data` and `tokenizer`: which text, and which tokens it becomes."""
+
+import re
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from clm_dist.config.section import MOST, Section, Seed, wrong
+
+
+class Template(NamedTuple):
+    """`"{title}: {body}"` as literals `("", ": ", "")` and paths `("title", "body")`; there is one literal more."""
+
+    literals: tuple[str, ...]
+    paths: tuple[str, ...]
+
+
+class DataConfig(Section):
+    """Which text, how it is split, and how it is cut into blocks."""
+
+    source: Literal["hub", "files", "builtin"] = "hub"
+    """Where the records come from: a Hub data set, files, or the corpus that ships with Python."""
+    dataset: str | None = None
+    """Hub id of the data set, for `source: hub`."""
+    config: str | None = None
+    """Configuration of the Hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub data set."""
+    path: str | list[str] | None = None
+    """File, glob, directory or URL (s3://, gs://, https://), or a list of them, for `source: files`."""
+    streaming: bool = False
+    """Read a Hub data set as it arrives, with no copy on this machine's disk."""
+    split: str = "train"
+    """Split, or a slice of it as `datasets` spells it: `train`, `train[:5000]`, `train[10%:20%]`."""
+    text: str = "text"
+    """Dotted path of the text inside a record; it reaches into nested records and lists: `answers.text`. Or a template
+    of such paths: `"{title}\\n\\n{answers.text}"`."""
+    join: str | None = " "
+    """What joins the items of a list into one document; null makes every item a document of its own."""
+    score: str | None = None
+    """Dotted path of the score of each text, a list where the texts are one: `answers.score`; for `min_score`."""
+    min_score: float | None = None
+    """Leave out texts whose score is lower, or that have none."""
+    deduplicate: bool = False
+    """Remove documents from the train split that the eval split has, to the letter, as well."""
+    id: str | None = None
+    """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the records that is held out for evaluation."""
+    split_method: Literal["random", "hash"] = "random"
+    """`random` is the rows of datasets' train_test_split; `hash` keeps a record on its side at every subset size."""
+    seed: Seed = 42
+    """Seed of the random split."""
+    block_size: Annotated[int, Field(ge=2, le=MOST)] = 128
+    """Tokens in a block."""
+    grouping: Literal["carry", "guide"] = "carry"
+    """`carry` loses one tail a split; `guide` drops the remainder of every 1,000 records, as the guide does."""
+    append_eos: bool = True
+    """End every document with the tokenizer's end-of-sequence token."""
+    document_mask: bool = False
+    """Stop attention and the loss at the documents inside a block; positions restart at each of them."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Self:
+        if self.source == "hub" and not self.dataset:
+            raise wrong(
+                "data.dataset", "data.source is hub, so data.dataset must name a data set, e.g. dany0407/eli5_category"
+            )
+        if self.source == "files" and not self.path:
+            raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
+        if self.streaming and self.source != "hub":
+            raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
+        if (self.score is None) != (self.min_score is None):
+            problem = "data.score and data.min_score go together; set both or neither"
+            raise wrong("data.min_score", problem, "data.score")
+        literals, paths = self.text_template
+        if "{" in self.text and (not all(paths) or any(c in literal for literal in literals for c in "{}")):
+            raise wrong("data.text", f"data.text {self.text!r} is no template such as '{{title}}: {{answers.text}}'")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_have_ends(self) -> Self:
+        if self.document_mask and not self.append_eos:
+            raise wrong(
+                "data.document_mask",
+                "data.document_mask is true, but with data.append_eos false no document has an end; "
+                "set data.append_eos to true, or data.document_mask to false",
+                "data.append_eos",
+            )
+        return self
+
+    @property
+    def text_template(self) -> Template:
+        """What `text` says: a path alone is the template `{path}`."""
+        if "{" not in self.text:
+            return Template(("", ""), (self.text,))
+        parts = re.split(r"\{([^{}]*)\}", self.text)
+        return Template(tuple(parts[::2]), tuple(parts[1::2]))
+
+
+class TokenizerTraining(Section):
+    """A byte-level BPE tokenizer trained on the training split."""
+
+    # The trainer reserves 64 bytes a token before it begins, and what it cannot have ends the process.
+    vocab_size: Annotated[int, Field(ge=257, le=2**24)] = 4096
+    """Tokens in the vocabulary, the 256 bytes and the end-of-sequence token included."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer: one that exists, or one to train; by default the model's own."""
+
+    path: str | None = None
+    """Directory or Hub id; null takes the model's."""
+    train: TokenizerTraining | None = None
+    """Train one on the job's own text instead."""
+    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto"
+    """What encodes: `auto` takes gigatoken where it gives the ids of tokenizers on the data's own text."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.path and self.train:
+            raise wrong("tokenizer.train", "tokenizer has both path and train; keep one and set the other to null")
+        return self

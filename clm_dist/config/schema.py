@@ -1,0 +1,31 @@
+"""What fields a job file has: their names, and their JSON Schema."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from clm_dist.config.job import JobConfig
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, for editors."""
+    schema = JobConfig.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Job file that this one changes."}
+    # What a file leaves out, the file that it extends may hold.
+    schema.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def field_names(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields of a job."""
+    for name in section.model_fields:
+        inner = section_of(section, name)
+        yield from field_names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+
+
+def section_of(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The model behind a field's annotation, `Section` or `Section | None`."""
+    annotation = model.model_fields[field].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
