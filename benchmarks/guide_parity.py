@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from clm_dist.run_dir import RunDir, read_json
-from clm_dist.shards import Blocks, Manifest
+from clm_dist.files.atomic import read_json
+from clm_dist.files.blocks import Blocks, Manifest
+from clm_dist.files.run_dir import RunDir
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "eli5-guide.yaml"
 BASELINE_TOLERANCE = 1e-5

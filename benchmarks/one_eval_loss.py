@@ -41,10 +41,10 @@ from transformers import AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
+from clm_dist.files.blocks import Blocks
 from clm_dist.metrics import Part, combine
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
-from clm_dist.shards import Blocks
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.local import forget_accelerate
 from clm_dist.train.model import load_model

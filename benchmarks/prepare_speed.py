@@ -120,9 +120,9 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     import gigatoken  # noqa: F401
 
     from clm_dist.config.load import load_job
+    from clm_dist.files.blocks import Manifest
     from clm_dist.prepare import parts, pipeline, tokens
     from clm_dist.progress import Silent
-    from clm_dist.shards import Manifest
 
     loading = [0.0]
 

@@ -28,14 +28,15 @@ import torch
 from processes import environment, markdown, run_processes
 from transformers import AutoTokenizer
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
+from clm_dist.files.blocks import Blocks
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
-from clm_dist.run_dir import RunDir, read_records
-from clm_dist.shards import Blocks
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.local import train_here

@@ -11,7 +11,6 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from clm_dist import __version__, cli_submit
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.cli_options import (
     DEFAULT_RUNS,
     DEFAULT_STORES,
@@ -29,9 +28,11 @@ from clm_dist.config.load import Job, load_job, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
 from clm_dist.config.schema import job_schema
 from clm_dist.errors import ClmDistError, ConfigError
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.result import read_result
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import open_stores
 from clm_dist.progress import err, open_progress, out
-from clm_dist.remote import open_stores
-from clm_dist.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +295,6 @@ def push(
     """Push a run's final model to the Hub."""
     from clm_dist import hub
     from clm_dist.report.card import write_card
-    from clm_dist.report.table import read_result
 
     directory = RunDir(run_dir)
     result = read_result(run_dir)
@@ -313,22 +313,23 @@ def report(
     ],
 ) -> None:
     """Print a run's figures and write its report.html; compare several runs."""
-    from clm_dist.report import table
+    from clm_dist.report.compare import comparability, comparison_table
     from clm_dist.report.page import write_page
+    from clm_dist.report.table import checkpoint_table, result_table
 
-    results = [table.read_result(path) for path in run_dirs]
+    results = [read_result(path) for path in run_dirs]
     if len(results) > 1:
-        out.print(table.comparison_table(results))
-        if warning := table.comparability(results):
+        out.print(comparison_table(results))
+        if warning := comparability(results):
             out.print(warning, style="yellow", soft_wrap=True)
         return
     directory = RunDir(run_dirs[0])
     write_page(directory, results[0])
-    out.print(table.result_table(results[0]))
+    out.print(result_table(results[0]))
     try:
         checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
         with checkpoints.reaching():
-            if (saved := table.checkpoint_table(checkpoints)) is not None:
+            if (saved := checkpoint_table(checkpoints)) is not None:
                 out.print(saved)
     except ConfigError as error:
         err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)

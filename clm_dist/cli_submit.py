@@ -25,8 +25,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
+from clm_dist.files.stores import open_stores
 from clm_dist.progress import clock, err, out
-from clm_dist.remote import open_stores
 from clm_dist.submit import launch
 from clm_dist.submit.slurm import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.spec import Submission, find_submission, sweep_name, sweep_settings

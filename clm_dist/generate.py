@@ -6,7 +6,7 @@ from typing import Any
 
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 
 
 @dataclass(frozen=True)

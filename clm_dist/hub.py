@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
-from clm_dist.run_dir import RunDir, damaged, read_json, write_json
+from clm_dist.files.atomic import damaged, read_json, write_json
+from clm_dist.files.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.runs import find_run
 from clm_dist.progress import Progress, err, open_progress, out
-from clm_dist.run_dir import RunDir
-from clm_dist.runs import find_run
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def run_job(
     with open_progress(err) as progress:
         progress.start("Checking the job")
         from clm_dist import hub
+        from clm_dist.files.result import read_result
         from clm_dist.prepare import pipeline
-        from clm_dist.report.table import read_result
         from clm_dist.train import driver
         from clm_dist.train.cluster import start_ray
         from clm_dist.train.model import check_model
@@ -127,9 +127,9 @@ def _show_sample(directory: RunDir) -> None:
 def _push_epoch(job: JobConfig, directory: RunDir, store: Path, path: Path, step: int, progress: Progress) -> None:
     """Push an epoch's model; a failure does not stop training, and the next push supersedes it."""
     from clm_dist import hub
+    from clm_dist.files.blocks import Manifest
+    from clm_dist.files.result import build_result
     from clm_dist.report.card import write_card
-    from clm_dist.shards import Manifest
-    from clm_dist.train.result import build_result
 
     try:
         result = build_result(job, directory, Manifest.read(store / "manifest.json"), "running")

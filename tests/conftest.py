@@ -21,9 +21,10 @@ import yaml
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text, load_job
+from clm_dist.files.atomic import write_json
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Silent
-from clm_dist.run_dir import RunDir, write_json
-from clm_dist.shards import Manifest
 from clm_dist.train.cluster import Cluster, start_ray
 from tests.support.fake_hub import FakeHub, serve_hub
 
@@ -140,8 +141,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores: Path) -> RunDir:
     """A run that is done: trained in this process, two epochs of the tiny job. Tests copy it before they change it."""
+    from clm_dist.files.result import build_result
     from clm_dist.prepare.pipeline import prepare
-    from clm_dist.train.result import accept_export, build_result
+    from clm_dist.train.accept import accept_export
     from tests.support.training import train_one
 
     directory = tmp_path_factory.mktemp("runs")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from clm_dist.checkpoints import Checkpoints, Marker, Share, TrainerState, _scratch_dir, check_state, checkpoint_name
 from clm_dist.errors import CheckpointError, ConfigError
-from clm_dist.run_dir import RunDir
-from clm_dist.shards import file_sha256
+from clm_dist.files.blocks import file_sha256
+from clm_dist.files.checkpoints import Checkpoints, _scratch_dir
+from clm_dist.files.markers import Marker, Share, TrainerState, check_state, checkpoint_name
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import MakeJob
 
 STATE = TrainerState(10, 10, 2, "ddp", "blocks", global_size=8, seed=42, recent_losses=(1.5, 0.1))

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.run_dir import RunDir, read_json, read_records
+from clm_dist.files.atomic import read_json
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import ROOT, WriteJob
 from tests.support.command import clm_dist
 from tests.support.processes import descendants, running

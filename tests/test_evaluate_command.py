@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import WriteJob
 from tests.support.command import Said, clm_dist
 

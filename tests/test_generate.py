@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from clm_dist.errors import ConfigError
+from clm_dist.files.run_dir import RunDir
 from clm_dist.generate import Sampling, find_model, generate
-from clm_dist.run_dir import RunDir
 from tests.support.command import clm_dist
 
 

@@ -18,10 +18,11 @@ from clm_dist import hub
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ConfigError, HubError
+from clm_dist.files.atomic import read_json
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import LineProgress
 from clm_dist.run import _push_epoch
-from clm_dist.run_dir import RunDir, read_json
-from clm_dist.shards import Manifest
 from clm_dist.train.cluster import Cluster
 from tests.conftest import ROOT, MakeJob, WriteJob
 from tests.support.command import clm_dist

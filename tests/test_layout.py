@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors"},
     {"config", "progress"},
-    {"run_dir", "runs", "metrics", "shards", "remote", "checkpoints"},
+    {"files", "metrics"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"run"},
     {"cli", "cli_submit", "cli_submit_k8s", "cli_options"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clm_dist.shards import Manifest
+from clm_dist.files.blocks import Manifest
 from tests.conftest import WriteJob
 from tests.support.command import Said, assert_starts_at_once, clm_dist, modules_of
 
@@ -183,7 +183,7 @@ def test_prune_lists_and_removes_old_and_large_stores(prepare: Prepare, write_jo
 
 
 def test_a_store_that_is_being_prepared_is_not_removed(prepare: Prepare, write_job: WriteJob) -> None:
-    from clm_dist.remote import store_lock
+    from clm_dist.files.stores import store_lock
 
     prepare(write_job())
     with store_lock(prepare.store):

@@ -11,7 +11,8 @@ import pytest
 
 from clm_dist import hub
 from clm_dist.errors import ConfigError, HubError
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import MakeJob
 
 LFS_SUFFIX = ".safetensors"

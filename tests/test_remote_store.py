@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from clm_dist.errors import ConfigError, DataError
+from clm_dist.files.blocks import Blocks, Manifest
+from clm_dist.files.stores import fetch_store, open_stores, upload_store
 from clm_dist.prepare import pipeline
 from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.progress import Silent
-from clm_dist.remote import fetch_store, open_stores, upload_store
-from clm_dist.shards import Blocks, Manifest
 from tests.conftest import MakeJob, WriteJob
 from tests.support.command import clm_dist
 
@@ -93,7 +93,7 @@ def test_a_node_without_the_store_fetches_it_before_training(make_job: MakeJob, 
 
     The URL is a directory's, since this Ray was started before there was an S3 server to know of.
     """
-    from clm_dist.run_dir import RunDir
+    from clm_dist.files.run_dir import RunDir
     from clm_dist.train import driver
 
     job = make_job("train.max_steps=2", "checkpoint.every=2")

@@ -8,7 +8,8 @@ import pytest
 
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import make_dir, read_json, read_records, replace_dir, write_json, write_text, writing
+from clm_dist.files.atomic import make_dir, read_json, replace_dir, write_json, write_text, writing
+from clm_dist.files.records import read_records
 from tests.support.disks import mounted
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clm_dist import shards
 from clm_dist.errors import DataError
-from clm_dist.shards import Blocks, Ids, Manifest, Split, token_dtype, write_shards
+from clm_dist.files import blocks as shards
+from clm_dist.files.blocks import Blocks, Ids, Manifest, Split, token_dtype, write_shards
 
 
 def store_of(path: Path, blocks: Ids, pieces: int = 1) -> Path:

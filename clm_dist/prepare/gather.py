@@ -12,11 +12,11 @@ import pyarrow.compute
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError
+from clm_dist.files.blocks import Ids
 from clm_dist.prepare.documents import Skip
 from clm_dist.prepare.parts import Part, binary_values
 from clm_dist.prepare.sources import Slice
 from clm_dist.prepare.tokens import Encoding
-from clm_dist.shards import Ids
 
 Rows = npt.NDArray[np.int64]
 """Numbers of records or of documents, (num_rows,)."""

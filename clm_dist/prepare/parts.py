@@ -23,10 +23,10 @@ import pyarrow.compute
 import xxhash
 
 from clm_dist.config.data import DataConfig
+from clm_dist.files.atomic import whole_file
 from clm_dist.prepare.documents import documents_of, held_out
 from clm_dist.prepare.files import Partition, read_partition
 from clm_dist.prepare.tokens import Encoding, build_engine, check_engine, completed, sample_of, token_sizes
-from clm_dist.run_dir import whole_file
 
 # Each partition holds the fast engine against the reference on a thousandth of its text.
 _CHECKED_SHARE = 1 / 1000

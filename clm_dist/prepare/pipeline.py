@@ -29,6 +29,9 @@ from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint
 from clm_dist.errors import ConfigError, DataError
+from clm_dist.files.atomic import make_dir, read_json, remove_parts, whole_file, write_json, writing
+from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Ids, Manifest, Split, file_sha256, write_shards
+from clm_dist.files.stores import copy_store_here, fetch_store, store_lock, upload_store
 from clm_dist.prepare.documents import documents_of, held_out
 from clm_dist.prepare.files import PROBE_BYTES, Partition, read_partition
 from clm_dist.prepare.gather import (
@@ -57,9 +60,6 @@ from clm_dist.prepare.tokens import (
     train_tokenizer,
 )
 from clm_dist.progress import Progress
-from clm_dist.remote import copy_store_here, fetch_store, store_lock, upload_store
-from clm_dist.run_dir import make_dir, read_json, remove_parts, whole_file, write_json, writing
-from clm_dist.shards import EVAL_BYTES, FORMAT_VERSION, Ids, Manifest, Split, file_sha256, write_shards
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError, first_line
+from clm_dist.files.atomic import read_json, write_json
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import (
     DataFile,
@@ -26,7 +27,6 @@ from clm_dist.prepare.files import (
     partitions_of,
     table_partitions,
 )
-from clm_dist.run_dir import read_json, write_json
 
 _STREAMED_RECORDS = 1000
 _PIECE_BYTES = 1 << 22

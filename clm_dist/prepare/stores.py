@@ -10,9 +10,9 @@ from pathlib import Path
 from filelock import Timeout
 
 from clm_dist.errors import DataError
+from clm_dist.files.blocks import Blocks, Manifest, file_sha256
+from clm_dist.files.stores import store_lock
 from clm_dist.prepare.parts import PART_NAME
-from clm_dist.remote import store_lock
-from clm_dist.shards import Blocks, Manifest, file_sha256
 
 _DAY_S = 24 * 3600
 

@@ -18,7 +18,7 @@ import pyarrow.compute
 
 from clm_dist.config.data import DataConfig, TokenizerTraining
 from clm_dist.errors import ConfigError, DataError, first_line
-from clm_dist.shards import Ids, TokenBytes, token_dtype
+from clm_dist.files.blocks import Ids, TokenBytes, token_dtype
 
 logger = logging.getLogger(__name__)
 

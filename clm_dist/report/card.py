@@ -5,8 +5,9 @@ from pathlib import Path
 import yaml
 
 from clm_dist.config.job import JobConfig
-from clm_dist.report.table import COLUMNS, Result, rows
-from clm_dist.run_dir import write_text
+from clm_dist.files.atomic import write_text
+from clm_dist.files.result import Result
+from clm_dist.report.table import COLUMNS, rows
 
 
 def write_card(directory: Path, job: JobConfig, result: Result) -> None:

@@ -5,8 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from clm_dist.report.table import COLUMNS, Result, rows, show
-from clm_dist.run_dir import RunDir, read_records, write_text
+from clm_dist.files.atomic import write_text
+from clm_dist.files.records import read_records
+from clm_dist.files.result import Result
+from clm_dist.files.run_dir import RunDir
+from clm_dist.report.table import COLUMNS, rows, show
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }

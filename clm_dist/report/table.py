@@ -1,78 +1,16 @@
 """A run's result as a table for the terminal, and several runs' results side by side."""
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from rich import box
 from rich.table import Table
 
-from clm_dist.checkpoints import Checkpoints, best_of
-from clm_dist.errors import ConfigError
-from clm_dist.run_dir import RunDir, damaged, read_json
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import best_of
+from clm_dist.files.result import Result
 
-Result = dict[str, Any]
 COLUMNS = ("evaluation", "step", "epoch", "loss", "perplexity", "change", "bits per byte")
-
-
-class _Evaluation(BaseModel):
-    step: int
-    epoch: float
-    loss: float
-    perplexity: float | None
-    bits_per_byte: float | None
-    num_tokens: int
-
-
-class _Training(BaseModel):
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_s: float | None
-
-
-class _Hardware(BaseModel):
-    device: str | None
-    machine: str
-    cpus: int | None
-
-
-class _Result(BaseModel):
-    """What result.json must have for a report; more is fine."""
-
-    name: str
-    status: str
-    baseline: _Evaluation | None
-    evals: list[_Evaluation]
-    final: _Evaluation | None
-    train: _Training
-    workers: int
-    strategy: str
-    restarts: int
-    data: str
-    versions: dict[str, str]
-    hardware: _Hardware
-    finished: str
-
-
-def read_result(path: Path) -> Result:
-    """The result of a run directory. Raises ConfigError where there is none, or only a part of one."""
-    run = RunDir(path)
-    if not run.exists() and run.result.is_file():
-        raise ConfigError(f"{run.job} is missing; restore it, or train again with --overwrite")
-    if not run.result.is_file():
-        reason = "has no result yet" if run.exists() else "is no run directory"
-        raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
-    result: Result = read_json(run.result)
-    try:
-        _Result.model_validate(result)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise damaged(run.result, f"{where}: {problem['msg']}" if where else problem["msg"]) from None
-    return result
 
 
 def rows(result: Result) -> list[tuple[str, ...]]:
@@ -134,52 +72,6 @@ def checkpoint_table(checkpoints: Checkpoints) -> Table | None:
             ", ".join(notes),
         )
     return table
-
-
-def comparison_table(results: Sequence[Result]) -> Table:
-    """One row a run."""
-    table = Table(title="Runs", box=box.SIMPLE_HEAVY, title_justify="left")
-    table.add_column("run", overflow="fold")
-    columns = (
-        "status",
-        "data",
-        "workers",
-        "strategy",
-        "steps",
-        "tokens/s",
-        "baseline",
-        "perplexity",
-        "change",
-        "bits per byte",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("status", "data", "strategy") else "right", no_wrap=True)
-    for result in results:
-        last = result["final"] or (result["evals"] or [None])[-1] or {}
-        table.add_row(
-            result["name"],
-            result["status"],
-            result["data"][:8],
-            str(result["workers"]),
-            result["strategy"],
-            str(result["train"]["steps"]),
-            show(result["train"]["tokens_per_s"], ",.0f"),
-            show((result["baseline"] or {}).get("perplexity"), ".2f"),
-            show(last.get("perplexity"), ".2f"),
-            change(result["baseline"], last) if last else "-",
-            show(last.get("bits_per_byte"), ".4f"),
-        )
-    return table
-
-
-def comparability(results: Sequence[Result]) -> str | None:
-    """What a reader must know before comparing perplexities; None where the runs share their blocks."""
-    if len({result["data"] for result in results}) == 1:
-        return None
-    return (
-        "These runs were evaluated on different blocks (see the column data): their perplexities are not comparable; "
-        "bits per byte are, where the eval text is the same."
-    )
 
 
 def show(value: float | None, spec: str) -> str:

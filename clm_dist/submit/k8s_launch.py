@@ -11,8 +11,8 @@ from typing import Any
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.files.atomic import make_dir, write_text
 from clm_dist.progress import read_training
-from clm_dist.run_dir import make_dir, write_text
 from clm_dist.submit import k8s, k8s_states
 from clm_dist.submit.k8s import Object, Request
 from clm_dist.submit.k8s_checks import check_cluster

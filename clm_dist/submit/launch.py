@@ -10,8 +10,10 @@ from typing import Any
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_text
-from clm_dist.runs import find_run, remove_run
+from clm_dist.files.atomic import make_dir, read_json, write_text
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.runs import find_run, remove_run
 from clm_dist.submit import k8s_launch, slurm, slurm_commands
 from clm_dist.submit.k8s_logs import PodLogs
 from clm_dist.submit.logs import Logs

@@ -20,8 +20,10 @@ from typing import Any
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ClmDistError, ConfigError, NotReadyError, SubmitError
-from clm_dist.run_dir import RunDir, make_dir, read_json, read_records, write_json, write_text
-from clm_dist.runs import remove_run
+from clm_dist.files.atomic import make_dir, read_json, write_json, write_text
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.runs import remove_run
 from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
 from clm_dist.submit.ray_jobs import RayJobs
 

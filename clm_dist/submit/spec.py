@@ -22,7 +22,7 @@ from typing import Literal
 
 from clm_dist.config.schema import field_names
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import damaged, read_json, write_json
+from clm_dist.files.atomic import damaged, read_json, write_json
 
 _DIRECTORY = ".submitted"
 

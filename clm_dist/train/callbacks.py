@@ -8,9 +8,9 @@ from typing import Any
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.errors import ClmDistError, RunError, first_line
-from clm_dist.run_dir import RunDir
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train import signals
 from clm_dist.train.cluster import log_dir, tell_of_other_nodes
 from clm_dist.train.record import Recorder

@@ -25,8 +25,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from clm_dist.checkpoints import Checkpoints, Marker, Share
 from clm_dist.errors import CheckpointError, first_line
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import Marker, Share
 
 _WRITE_BYTES = 2**22
 _WAIT_S = 0.05

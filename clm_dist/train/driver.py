@@ -14,15 +14,20 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
-from clm_dist.checkpoints import Checkpoints, DamagedError, TrainerState, check_state
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.config.ray_address import expected_nodes
 from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, NotReadyError, RunError, describe_os_error
+from clm_dist.files.atomic import make_dir, write_json, write_text
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import DamagedError, TrainerState, check_state
+from clm_dist.files.records import read_records
+from clm_dist.files.result import build_result
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.runs import remove_run
 from clm_dist.progress import Progress
-from clm_dist.run_dir import RunDir, make_dir, read_records, write_json, write_text
-from clm_dist.runs import remove_run
-from clm_dist.shards import Manifest
+from clm_dist.train.accept import accept_export
 from clm_dist.train.callbacks import Group, Receiver, Signals, causes_of, reason_of
 from clm_dist.train.cluster import Cluster, kill_worker, log_dir
 from clm_dist.train.evaluate import num_eval_tokens
@@ -31,7 +36,6 @@ from clm_dist.train.loader import BatchOrder
 from clm_dist.train.model import check_model
 from clm_dist.train.nodes import NodeWatch
 from clm_dist.train.record import Recorder
-from clm_dist.train.result import accept_export, build_result
 from clm_dist.train.watch import Watch
 from clm_dist.train.worker import WorkerConfig, train_worker
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.job import JobConfig
+from clm_dist.files.atomic import replace_dir, writing
 from clm_dist.metrics import Part
-from clm_dist.run_dir import replace_dir, writing
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts, load_written
 from clm_dist.train.strategy import Strategy, shard
 

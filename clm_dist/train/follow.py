@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
-from clm_dist.run_dir import RunDir, read_records
 
 
 class Follower:

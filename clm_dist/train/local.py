@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from clm_dist.config.job import JobConfig
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.loop import Outcome, train
 from clm_dist.train.record import Message, Recorder
 from clm_dist.train.reporter import Session

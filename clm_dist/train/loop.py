@@ -15,12 +15,13 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from clm_dist.checkpoints import Checkpoints, TrainerState
 from clm_dist.config.job import Every, JobConfig
 from clm_dist.errors import ConfigError, RunError
+from clm_dist.files.atomic import make_dir, write_json
+from clm_dist.files.blocks import Blocks, Manifest
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import TrainerState
 from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
-from clm_dist.run_dir import make_dir, write_json
-from clm_dist.shards import Blocks, Manifest
 from clm_dist.train.checkpoint import Saver
 from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts

@@ -6,8 +6,8 @@ from collections.abc import Set
 from clm_dist.config.job import JobConfig
 from clm_dist.config.ray_address import expected_nodes
 from clm_dist.errors import NotReadyError, RunError
+from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
-from clm_dist.run_dir import RunDir
 from clm_dist.train.cluster import (
     Cluster,
     alive_nodes,

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
 from clm_dist.errors import ClmDistError, RunError
+from clm_dist.files.atomic import write_json, write_text, writing
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import Marker, TrainerState
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Evaluation, Part, combine
-from clm_dist.run_dir import RunDir, read_records, write_json, write_text, writing
 from clm_dist.train.checkpoint import Saved
 
 Record = dict[str, Any]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clm_dist.checkpoints import TrainerState
-from clm_dist.run_dir import RunDir
+from clm_dist.files.markers import TrainerState
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpoint import Saved, Saver
 from clm_dist.train.record import Message, Record
 from clm_dist.train.watch import Heart

@@ -6,18 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from clm_dist.checkpoints import (
-    Checkpoints,
-    DamagedError,
-    Marker,
-    TrainerState,
-    check_parameters,
-    check_state,
-    checkpoint_name,
-)
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, ConfigError, RunError
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import DamagedError, Marker, TrainerState, check_parameters, check_state, checkpoint_name
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments
 from clm_dist.train.reporter import Reporter
 from clm_dist.train.strategy import Strategy

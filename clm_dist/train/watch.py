@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clm_dist.run_dir import write_text
+from clm_dist.files.atomic import write_text
 
 _MOST_INTERVAL_S = 5.0
 _BEATS = 10

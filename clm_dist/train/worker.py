@@ -10,8 +10,8 @@ import ray.train
 from ray.train import CheckpointUploadMode
 
 from clm_dist.config.load import read_saved_job
-from clm_dist.remote import fetch_store
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import fetch_store
 from clm_dist.train import signals
 from clm_dist.train.loop import train
 from clm_dist.train.record import Message

@@ -22,7 +22,7 @@ import yaml
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from clm_dist.submit import k8s
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.runs import RunView

@@ -30,10 +30,12 @@ from pathlib import Path
 
 import yaml
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.config.load import load_job
 from clm_dist.errors import CheckpointError
-from clm_dist.run_dir import RunDir, read_json, read_records
+from clm_dist.files.atomic import read_json
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.watch import read_beats
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.processes import descendants, running

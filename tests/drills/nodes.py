@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from clm_dist.config.load import load_job
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import tiny_job, write_corpus
 from tests.support.runs import RunView, compare, saved_steps
 

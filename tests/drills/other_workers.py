@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from clm_dist.run_dir import read_records
+from clm_dist.files.records import read_records
 from tests.drills.kills import STRATEGIES, TIMEOUT_S, Drill, DrillError, prepare_drill
 
 BOUND = 1e-5

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clm_dist.run_dir import read_records
+from clm_dist.files.records import read_records
 from clm_dist.train.watch import read_beats
 from tests.drills.kills import STRATEGIES, TIMEOUT_S, Drill, DrillError, prepare_drill
 

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from clm_dist.config.load import load_job
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.runs import RunView
 

@@ -13,7 +13,9 @@ import pytest
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
-from clm_dist.run_dir import RunDir, read_json, read_records
+from clm_dist.files.atomic import read_json
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster
 from clm_dist.train.watch import read_beats

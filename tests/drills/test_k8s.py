@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.run_dir import RunDir
 from clm_dist.submit.sync import pack
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.drills.k8s import DRILLS

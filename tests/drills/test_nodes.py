@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.run_dir import read_json
+from clm_dist.files.atomic import read_json
 from tests.drills import nodes
 from tests.drills.nodes import NUM_STEPS, Command
 from tests.support.runs import compare, saved_steps

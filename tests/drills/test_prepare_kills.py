@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from clm_dist.shards import Manifest
+from clm_dist.files.blocks import Manifest
 from tests.conftest import tiny_job
 
 NUM_PARTITIONS = 60

@@ -9,7 +9,8 @@ from functools import cache
 
 import pytest
 
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.run_dir import RunDir
 from tests.drills import slurm as drills
 from tests.drills.nodes import Command
 from tests.drills.nodes import untouched as untouched_run

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, GPT2Config
 
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster, _check_resources
 from clm_dist.train.loader import BatchOrder

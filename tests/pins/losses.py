@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.job import JobConfig
+from clm_dist.files.records import read_records
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
-from clm_dist.run_dir import read_records
 from tests.pins.corpus import fixed_job
 from tests.support.training import STRATEGIES, train_several
 from tests.support.workers import run_workers

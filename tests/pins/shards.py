@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from clm_dist.files.blocks import EVAL_BYTES, Manifest, file_sha256
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
-from clm_dist.shards import EVAL_BYTES, Manifest, file_sha256
 from tests.pins.corpus import fixed_job
 
 GROUPINGS = ("carry", "guide")

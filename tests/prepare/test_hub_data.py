@@ -11,10 +11,10 @@ import pytest
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
+from clm_dist.files.blocks import Manifest
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.prepare.sources import pinned, source_identity
 from clm_dist.progress import Silent
-from clm_dist.shards import Manifest
 from tests.conftest import MakeJob
 from tests.support.fake_hub import FakeHub
 from tests.support.reading import load_records

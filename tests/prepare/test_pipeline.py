@@ -14,6 +14,7 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, ReadError
+from clm_dist.files.blocks import Blocks, Manifest, token_dtype
 from clm_dist.prepare import files, pipeline
 from clm_dist.prepare.parts import Part, Recipe, encode_partition, write_part
 from clm_dist.prepare.pipeline import Effort, find_store, prepare
@@ -28,7 +29,6 @@ from clm_dist.prepare.tokens import (
     token_sizes,
 )
 from clm_dist.progress import Silent
-from clm_dist.shards import Blocks, Manifest, token_dtype
 from tests.conftest import MakeJob
 from tests.support.disks import mounted
 from tests.support.reading import EMPTY_FILES

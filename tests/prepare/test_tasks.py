@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from clm_dist.errors import DataError
+from clm_dist.files.blocks import Manifest
 from clm_dist.prepare import tasks
 from clm_dist.prepare.pipeline import Effort, prepare
 from clm_dist.progress import Silent
-from clm_dist.shards import Manifest
 from clm_dist.train.cluster import Cluster
 from tests.conftest import MakeJob
 

@@ -10,19 +10,14 @@ import yaml
 from rich.console import Console
 
 from clm_dist.config.load import load_job, read_saved_job
+from clm_dist.files.atomic import write_json
+from clm_dist.files.records import read_records
+from clm_dist.files.result import read_result
+from clm_dist.files.run_dir import RunDir
 from clm_dist.report.card import render_card
+from clm_dist.report.compare import comparability, comparison_table
 from clm_dist.report.page import render_page
-from clm_dist.report.table import (
-    COLUMNS,
-    change,
-    checkpoint_table,
-    comparability,
-    comparison_table,
-    read_result,
-    result_table,
-    rows,
-)
-from clm_dist.run_dir import RunDir, read_records, write_json
+from clm_dist.report.table import COLUMNS, change, checkpoint_table, result_table, rows
 from tests.support.command import clm_dist
 from tests.support.runs import checkpoints_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from clm_dist.config.load import job_text, load_job
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import write_json
+from clm_dist.files.atomic import write_json
 from clm_dist.submit import launch
 from clm_dist.submit.launch import local_places
 from clm_dist.submit.spec import Submission

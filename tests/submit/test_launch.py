@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from clm_dist.run_dir import write_json
+from clm_dist.files.atomic import write_json
 from clm_dist.submit.launch import is_active, run_states
 from clm_dist.submit.spec import Submission
 from tests.support.command import cells

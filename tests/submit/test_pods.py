@@ -15,7 +15,7 @@ import pytest
 
 from clm_dist.config.load import load_job
 from clm_dist.errors import SubmitError
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from clm_dist.submit import pod_driver, ray_submitter
 from clm_dist.submit.logs import LogFile
 from clm_dist.submit.pods import RAY_SETTINGS, Pod
@@ -173,7 +173,7 @@ def a_pod(directory: Path, number: str) -> Pod:
 _DRIVE = """
 import sys
 from pathlib import Path
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from clm_dist.submit import pod_driver
 from clm_dist.submit.pods import Pod
 pod_driver._POLL_S = pod_driver._PAUSE_S = 0.1

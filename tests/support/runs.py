@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from clm_dist.checkpoints import Checkpoints
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 
 
 def checkpoints_of(run: RunDir) -> Checkpoints:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.config.job import JobConfig
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit
 from clm_dist.train.local import train_here

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.errors import CheckpointError, RunError
-from clm_dist.run_dir import RunDir
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train import driver, signals
 from clm_dist.train.callbacks import Group, reason_of
 from tests.support.runs import checkpoints_of

@@ -14,10 +14,12 @@ from torch import Tensor
 
 import clm_dist.train.checkpoint
 import clm_dist.train.loop
-from clm_dist.checkpoints import Checkpoints, Marker, TrainerState
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.markers import Marker, TrainerState
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments, write_safetensors
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, saved_steps

@@ -16,10 +16,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
+from clm_dist.files.blocks import Blocks, Manifest, write_shards
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.progress import Silent
-from clm_dist.run_dir import RunDir, read_records
-from clm_dist.shards import Blocks, Manifest, write_shards
 from clm_dist.train.documents import block_logits, document_end_of, document_positions, find_mixing
 from clm_dist.train.evaluate import EvalSplit, evaluate_model, evaluate_parts
 from clm_dist.train.loader import BatchOrder

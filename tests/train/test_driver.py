@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from clm_dist.config.job import ClusterConfig, JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.files.atomic import read_json
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.runs import find_run
 from clm_dist.progress import Silent
-from clm_dist.run_dir import RunDir, read_json, read_records
-from clm_dist.runs import find_run
 from clm_dist.train import driver
 from clm_dist.train.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob

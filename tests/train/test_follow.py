@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.run_dir import RunDir, write_text
+from clm_dist.files.atomic import write_text
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.follow import Follower
 from clm_dist.train.record import Recorder
 from tests.support.notes import Notes

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.config.job import JobConfig
-from clm_dist.run_dir import RunDir
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.loader import BatchOrder, MicroBatch
 from clm_dist.train.local import forget_accelerate
 from clm_dist.train.loop import train

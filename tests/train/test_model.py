@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.model import check_model
 from tests.conftest import MakeJob
 

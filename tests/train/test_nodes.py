@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.errors import NotReadyError, RunError
-from clm_dist.run_dir import RunDir
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train import nodes
 from clm_dist.train.cluster import Cluster
 from clm_dist.train.nodes import NodeWatch

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 import clm_dist.train.loop
 from clm_dist.config.job import JobConfig
+from clm_dist.files.blocks import Blocks
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import spike_limit
-from clm_dist.run_dir import RunDir, read_records
-from clm_dist.shards import Blocks
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss

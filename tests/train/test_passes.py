@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from clm_dist.config.job import JobConfig
+from clm_dist.files.blocks import Blocks
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Part
-from clm_dist.run_dir import RunDir, read_records
-from clm_dist.shards import Blocks
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loop import _pass_seed
 from clm_dist.train.model import load_model

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.checkpoints import Share, TrainerState, checkpoint_name
 from clm_dist.errors import RunError
-from clm_dist.run_dir import RunDir, read_records
+from clm_dist.files.markers import Share, TrainerState, checkpoint_name
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpoint import Saved
 from clm_dist.train.record import Message, Recorder
 from tests.support.runs import checkpoints_of, saved_steps

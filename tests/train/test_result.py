@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.job import JobConfig
-from clm_dist.run_dir import RunDir, read_records
-from clm_dist.shards import Manifest
-from clm_dist.train.result import build_result
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.records import read_records
+from clm_dist.files.result import build_result
+from clm_dist.files.run_dir import RunDir
 from tests.conftest import MakeJob
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from clm_dist.config.job import JobConfig
-from clm_dist.run_dir import RunDir
-from clm_dist.shards import Blocks
+from clm_dist.files.blocks import Blocks
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpoint import write_safetensors
 from clm_dist.train.loader import BatchOrder
 from clm_dist.train.loop import Outcome

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
+from clm_dist.files.blocks import Blocks
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Part, combine
-from clm_dist.run_dir import RunDir, read_records
-from clm_dist.shards import Blocks
 from clm_dist.train.checkpoint import Fragment
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loader import BatchOrder

@@ -1,37 +1,80 @@
-"""How a run ended: the written model accepted, and the content of result.json."""
+"""The content of result.json: built from a run's records, written once, read by reports."""
 
 import importlib.metadata
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import RunError
-from clm_dist.run_dir import RunDir, read_records, replace_dir
-from clm_dist.shards import Manifest
+from clm_dist.errors import ConfigError
+from clm_dist.files.atomic import damaged, read_json
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
 
-# Reading the model back runs the same arithmetic on the same weights; sharding adds rounding.
-_VERIFY_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+Result = dict[str, Any]
 
 
-def accept_export(job: JobConfig, run: RunDir) -> None:
-    """Put the written model into place as `final`, once its loss is known to be that of the trained model.
+class _Evaluation(BaseModel):
+    step: int
+    epoch: float
+    loss: float
+    perplexity: float | None
+    bits_per_byte: float | None
+    num_tokens: int
 
-    Raises:
-        RunError: the losses differ; the model stays where it was written.
-    """
-    records = read_records(run.metrics)
-    trained = [r for r in records if r["kind"] == "eval"][-1]["loss"]
-    written = [r for r in records if r["kind"] == "verify"][-1]["loss"]
-    unverified = run.root / "final.unverified"
-    tolerance = _VERIFY_TOLERANCE[job.train.precision]
-    if not abs(written - trained) <= tolerance * abs(trained):
-        raise RunError(
-            f"the written model evaluates to a loss of {written:.6f}, the trained one to {trained:.6f}; it is left in "
-            f"{unverified}, and the checkpoints are whole. This is a fault of clm-dist: please report it"
-        )
-    replace_dir(unverified, run.final)
+
+class _Training(BaseModel):
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float | None
+
+
+class _Hardware(BaseModel):
+    device: str | None
+    machine: str
+    cpus: int | None
+
+
+class _Result(BaseModel):
+    """What result.json must have for a report; more is fine."""
+
+    name: str
+    status: str
+    baseline: _Evaluation | None
+    evals: list[_Evaluation]
+    final: _Evaluation | None
+    train: _Training
+    workers: int
+    strategy: str
+    restarts: int
+    data: str
+    versions: dict[str, str]
+    hardware: _Hardware
+    finished: str
+
+
+def read_result(path: Path) -> Result:
+    """The result of a run directory. Raises ConfigError where there is none, or only a part of one."""
+    run = RunDir(path)
+    if not run.exists() and run.result.is_file():
+        raise ConfigError(f"{run.job} is missing; restore it, or train again with --overwrite")
+    if not run.result.is_file():
+        reason = "has no result yet" if run.exists() else "is no run directory"
+        raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
+    result: Result = read_json(run.result)
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise damaged(run.result, f"{where}: {problem['msg']}" if where else problem["msg"]) from None
+    return result
 
 
 def build_result(

@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
-from clm_dist.checkpoints import Checkpoints
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import differing_fields, read_saved_job
 from clm_dist.errors import ConfigError
-from clm_dist.run_dir import RunDir, read_json
+from clm_dist.files.atomic import read_json
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.run_dir import RunDir
 
 
 def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[RunDir, bool]:

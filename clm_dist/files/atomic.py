@@ -1,4 +1,4 @@
-"""Every path that a run writes, and how it is written: a file is whole or it is not there."""
+"""How files are written: a file is whole or it is not there."""
 
 import contextlib
 import errno
@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,92 +16,6 @@ PART_SUFFIX = ".part"
 """Of files that are not whole yet; their names begin with a dot."""
 _FULL_BYTES = 2**20
 """A disk with less is full: a write that failed took what was left, and may have given some of it back."""
-
-
-@dataclass(frozen=True)
-class RunDir:
-    """The directory of one run."""
-
-    root: Path
-
-    @property
-    def job(self) -> Path:
-        """The resolved job; workers read this copy and nothing else."""
-        return self.root / "job.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line, in the order of the steps."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie unless the job says otherwise."""
-        return self.root / "checkpoints"
-
-    @property
-    def ray(self) -> Path:
-        """Ray Train's own storage of the run."""
-        return self.root / "ray"
-
-    @property
-    def result(self) -> Path:
-        return self.root / "result.json"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def final(self) -> Path:
-        """The trained model, a plain Hugging Face directory."""
-        return self.root / "final"
-
-    @property
-    def exports(self) -> Path:
-        """Models of earlier epochs that wait for their push."""
-        return self.root / "exports"
-
-    @property
-    def hub(self) -> Path:
-        """What is pushed and what is still to push."""
-        return self.root / "hub.json"
-
-    @property
-    def stop(self) -> Path:
-        """Once this file is there, the workers save a checkpoint and end."""
-        return self.root / "stop"
-
-    @property
-    def save(self) -> Path:
-        """Once this file is there, the workers save a checkpoint, remove it and go on."""
-        return self.root / "save"
-
-    @property
-    def beats(self) -> Path:
-        """What each worker does, while workers run."""
-        return self.root / "beats"
-
-    @property
-    def hang(self) -> Path:
-        """Why the driver ends workers that hang, until that is recorded."""
-        return self.root / "hang.txt"
-
-    @property
-    def uncommitted(self) -> Path:
-        """Name of the last checkpoint that every worker wrote and that could not be committed, and why."""
-        return self.root / "uncommitted.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.root / "tensorboard"
-
-    def outlier(self, step: int) -> Path:
-        """The blocks of a step whose loss or gradient stood out, with their text."""
-        return self.root / "outliers" / f"step-{step:08d}.json"
-
-    def exists(self) -> bool:
-        return self.job.is_file()
 
 
 def make_dir(path: Path) -> Path:
@@ -186,25 +99,3 @@ def replace_dir(source: Path, target: Path) -> None:
         target.rename(old)
     source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a crash cut short is left out.
-
-    Raises:
-        ConfigError: another line is no record; the message names it.
-    """
-    if not path.exists():
-        return []
-    # Every whole record ends with a newline, so what follows the last one is a fragment or nothing.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= {"kind", "step"}:
-            raise ConfigError(f"{path}:{number}: not a record of a run; remove this line")
-        records.append(record)
-    return records

@@ -17,8 +17,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,78 +26,17 @@ import fsspec
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, first_line
-from clm_dist.remote import reaching
-from clm_dist.run_dir import RunDir, make_dir, write_json, writing
-from clm_dist.shards import file_sha256
+from clm_dist.files.atomic import make_dir, write_json, writing
+from clm_dist.files.blocks import file_sha256
+from clm_dist.files.markers import FORMAT_VERSION, DamagedError, Marker, Share, TrainerState, best_of
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.storage import reaching
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+
 _MARKER = "committed.json"
 _SET_ASIDE = "damaged.json"
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank wrote of a checkpoint."""
-
-    file: str
-    num_bytes: int
-    sha256: str
-    fragments: Mapping[str, tuple[int, int]]
-    """Of each parameter the first element that is in the file, and the one after the last; parameters are flat."""
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What a checkpoint was taken from; its weights and optimizer lie beside it."""
-
-    step: int
-    num_updates: int
-    """Updates that the optimizer made; fewer than steps where steps were left out."""
-    world_size: int
-    strategy: str
-    fingerprint: str
-    """Of the blocks that it was trained on."""
-    global_size: int
-    seed: int
-    """With the batch size it says which blocks the next step takes."""
-    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shape of every parameter and buffer of the model."""
-    scaler: Mapping[str, float] = field(default_factory=dict)
-    """State of the loss scaler, in fp16."""
-    recent_losses: tuple[float, ...] = ()
-    """Of the last steps, from which the next loss may stand out."""
-    num_left_out: int = 0
-    """Steps without an update in a row, the last among them."""
-    owes_evaluation: bool = False
-    """Whether the run was stopped before it had evaluated at this step, as it should."""
-
-
-@dataclass(frozen=True)
-class Marker:
-    """The content of a committed checkpoint's marker."""
-
-    state: TrainerState
-    shares: tuple[Share, ...]
-    eval_loss: float | None = None
-    """Nats a token, where the eval split was evaluated at this step."""
-    time: float = 0.0
-    """Of the commit, seconds since the epoch."""
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(share.num_bytes for share in self.shares)
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint is not as it was written; the one before it may be."""
-
-
-def checkpoint_name(step: int) -> str:
-    """A name that was never used: a killed save may have left a part of this step behind."""
-    return f"step-{step:08d}-{secrets.token_hex(4)}"
 
 
 class Checkpoints:
@@ -269,54 +208,6 @@ class Checkpoints:
             if inside[0].startswith("step-"):
                 found.setdefault(inside[0], set()).update(inside[1:])
         return found
-
-
-def best_of(markers: Mapping[str, Marker]) -> str | None:
-    """The checkpoint with the lowest eval loss, the newest of equal ones; None where none was evaluated."""
-    losses = {name: marker.eval_loss for name, marker in markers.items() if marker.eval_loss is not None}
-    return min(sorted(losses, reverse=True), key=lambda name: losses[name], default=None)
-
-
-def check_parameters(state: TrainerState, where: str, parameters: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError where a checkpoint is of another model.
-
-    Args:
-        parameters: shape of every parameter and buffer of the job's model.
-    """
-    saved = state.parameters
-    others = [name for name in saved.keys() | parameters.keys() if saved.get(name) != parameters.get(name)]
-    if not others:
-        return
-    there, here = (shapes.get(min(others), "missing") for shapes in (saved, parameters))
-    raise CheckpointError(
-        f"{where} is of another model: {min(others)} is {there} there and {here} in the job's; set model and "
-        "tokenizer to what they were, or start again with --overwrite or another name"
-    )
-
-
-def check_state(state: TrainerState, where: str, job: JobConfig, fingerprint: str) -> None:
-    """Raise CheckpointError where a job cannot go on from a checkpoint's state.
-
-    Args:
-        where: the checkpoint, for people.
-        fingerprint: of the job's blocks.
-    """
-    again = "or start again with --overwrite or another name"
-    for name, saved, now in (
-        ("batch.global_size", state.global_size, job.batch.global_size),
-        ("train.seed", state.seed, job.train.seed),
-    ):
-        if saved != now:
-            raise CheckpointError(
-                f"{where} was saved with {name} {saved}, the job has {now}: after {state.step} steps it would go "
-                f"on with other blocks than those it has not seen; resume with --set {name}={saved}, {again}"
-            )
-    if state.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{where} was trained on the blocks {state.fingerprint}, the job's are {fingerprint}: the data or the "
-            "tokenizer changed since; restore them (a Hub data set: --resume --set data.revision=COMMIT, which is in "
-            f"the manifest.json of those blocks), {again}"
-        )
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

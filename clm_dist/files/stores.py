@@ -1,17 +1,16 @@
 """Stores on s3://, gs:// and the like: each machine fetches a store's files once, checks them and maps its own copy."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 from filelock import FileLock
 
 from clm_dist.config.paths import local_dir, local_path
-from clm_dist.errors import ClmDistError, ConfigError, DataError, first_line
-from clm_dist.run_dir import make_dir, whole_file, writing
-from clm_dist.shards import Manifest, file_sha256
+from clm_dist.errors import DataError
+from clm_dist.files.atomic import make_dir, whole_file, writing
+from clm_dist.files.blocks import Manifest, file_sha256
+from clm_dist.files.storage import reaching
 
 _MANIFEST = "manifest.json"
 
@@ -88,24 +87,3 @@ def upload_store(store: Path, url: str) -> None:
         for name in [*Manifest.read(store / _MANIFEST).sha256_of_files(), _MANIFEST]:
             filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
             filesystem.put_file(str(store / name), f"{root}/{name}")
-
-
-@contextlib.contextmanager
-def reaching(what: str, *, field: str | None = None) -> Iterator[None]:
-    """Turn what a storage raises into a ConfigError that says so.
-
-    Args:
-        what: the option or the field, and its URL.
-        field: dotted name of the job's field, if it is one.
-    """
-    try:
-        yield
-    except ClmDistError:
-        raise
-    except ImportError as error:
-        hint = "pip install 'clm-dist[s3]' for s3://, 'clm-dist[gs]' for gs://"
-        raise ConfigError(f"{what}: {first_line(error)}; {hint}", field=field) from error
-    except Exception as error:  # each kind of storage raises errors of its own
-        raise ConfigError(
-            f"{what}: {first_line(error)}; check the address, your network and your credentials", field=field
-        ) from error

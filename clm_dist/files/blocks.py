@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clm_dist.errors import DataError
-from clm_dist.run_dir import whole_file, write_json, writing
+from clm_dist.files.atomic import whole_file, write_json, writing
 
 FORMAT_VERSION = 2
 EVAL_BYTES = "eval/bytes.npy"

@@ -1,0 +1,90 @@
+"""Every path that a run writes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of one run."""
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        """The resolved job; workers read this copy and nothing else."""
+        return self.root / "job.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, in the order of the steps."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie unless the job says otherwise."""
+        return self.root / "checkpoints"
+
+    @property
+    def ray(self) -> Path:
+        """Ray Train's own storage of the run."""
+        return self.root / "ray"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def final(self) -> Path:
+        """The trained model, a plain Hugging Face directory."""
+        return self.root / "final"
+
+    @property
+    def exports(self) -> Path:
+        """Models of earlier epochs that wait for their push."""
+        return self.root / "exports"
+
+    @property
+    def hub(self) -> Path:
+        """What is pushed and what is still to push."""
+        return self.root / "hub.json"
+
+    @property
+    def stop(self) -> Path:
+        """Once this file is there, the workers save a checkpoint and end."""
+        return self.root / "stop"
+
+    @property
+    def save(self) -> Path:
+        """Once this file is there, the workers save a checkpoint, remove it and go on."""
+        return self.root / "save"
+
+    @property
+    def beats(self) -> Path:
+        """What each worker does, while workers run."""
+        return self.root / "beats"
+
+    @property
+    def hang(self) -> Path:
+        """Why the driver ends workers that hang, until that is recorded."""
+        return self.root / "hang.txt"
+
+    @property
+    def uncommitted(self) -> Path:
+        """Name of the last checkpoint that every worker wrote and that could not be committed, and why."""
+        return self.root / "uncommitted.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def outlier(self, step: int) -> Path:
+        """The blocks of a step whose loss or gradient stood out, with their text."""
+        return self.root / "outliers" / f"step-{step:08d}.json"
+
+    def exists(self) -> bool:
+        return self.job.is_file()

@@ -1,0 +1,55 @@
+"""Several runs' results side by side."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from clm_dist.files.result import Result
+from clm_dist.report.table import change, show
+
+
+def comparison_table(results: Sequence[Result]) -> Table:
+    """One row a run."""
+    table = Table(title="Runs", box=box.SIMPLE_HEAVY, title_justify="left")
+    table.add_column("run", overflow="fold")
+    columns = (
+        "status",
+        "data",
+        "workers",
+        "strategy",
+        "steps",
+        "tokens/s",
+        "baseline",
+        "perplexity",
+        "change",
+        "bits per byte",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("status", "data", "strategy") else "right", no_wrap=True)
+    for result in results:
+        last = result["final"] or (result["evals"] or [None])[-1] or {}
+        table.add_row(
+            result["name"],
+            result["status"],
+            result["data"][:8],
+            str(result["workers"]),
+            result["strategy"],
+            str(result["train"]["steps"]),
+            show(result["train"]["tokens_per_s"], ",.0f"),
+            show((result["baseline"] or {}).get("perplexity"), ".2f"),
+            show(last.get("perplexity"), ".2f"),
+            change(result["baseline"], last) if last else "-",
+            show(last.get("bits_per_byte"), ".4f"),
+        )
+    return table
+
+
+def comparability(results: Sequence[Result]) -> str | None:
+    """What a reader must know before comparing perplexities; None where the runs share their blocks."""
+    if len({result["data"] for result in results}) == 1:
+        return None
+    return (
+        "These runs were evaluated on different blocks (see the column data): their perplexities are not comparable; "
+        "bits per byte are, where the eval text is the same."
+    )

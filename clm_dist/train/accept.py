@@ -1,0 +1,29 @@
+"""The written model accepted as the one that was trained."""
+
+from clm_dist.config.job import JobConfig
+from clm_dist.errors import RunError
+from clm_dist.files.atomic import replace_dir
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
+
+# Reading the model back runs the same arithmetic on the same weights; sharding adds rounding.
+_VERIFY_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+
+
+def accept_export(job: JobConfig, run: RunDir) -> None:
+    """Put the written model into place as `final`, once its loss is known to be that of the trained model.
+
+    Raises:
+        RunError: the losses differ; the model stays where it was written.
+    """
+    records = read_records(run.metrics)
+    trained = [r for r in records if r["kind"] == "eval"][-1]["loss"]
+    written = [r for r in records if r["kind"] == "verify"][-1]["loss"]
+    unverified = run.root / "final.unverified"
+    tolerance = _VERIFY_TOLERANCE[job.train.precision]
+    if not abs(written - trained) <= tolerance * abs(trained):
+        raise RunError(
+            f"the written model evaluates to a loss of {written:.6f}, the trained one to {trained:.6f}; it is left in "
+            f"{unverified}, and the checkpoints are whole. This is a fault of clm-dist: please report it"
+        )
+    replace_dir(unverified, run.final)
