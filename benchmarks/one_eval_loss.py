@@ -49,7 +49,8 @@ from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.local import forget_accelerate
 from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer
-from clm_dist.train.strategy import build_strategy, set_up_worker
+from clm_dist.train.strategies.build import build_strategy
+from clm_dist.train.strategies.environment import set_up_worker
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 MICRO_SIZE = 6

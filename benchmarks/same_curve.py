@@ -37,12 +37,12 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
+from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
-from clm_dist.train.loader import BatchOrder
 from clm_dist.train.local import train_here
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
-from clm_dist.train.record import Recorder
+from clm_dist.train.recorder import Recorder
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "quickstart.yaml"
 GLOBAL_SIZE = 12

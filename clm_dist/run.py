@@ -42,9 +42,9 @@ def run_job(
         from clm_dist import hub
         from clm_dist.files.result import read_result
         from clm_dist.prepare import pipeline
-        from clm_dist.train import driver
-        from clm_dist.train.cluster import start_ray
         from clm_dist.train.model import check_model
+        from clm_dist.train.ray import driver
+        from clm_dist.train.ray.cluster import start_ray
 
         directory, done = find_run(config, runs, resume=resume, overwrite=overwrite)
         if done:

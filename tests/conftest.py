@@ -25,7 +25,7 @@ from clm_dist.files.atomic import write_json
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Silent
-from clm_dist.train.cluster import Cluster, start_ray
+from clm_dist.train.ray.cluster import Cluster, start_ray
 from tests.support.fake_hub import FakeHub, serve_hub
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.load import job_text
-from clm_dist.train.cluster import Cluster
+from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob, WriteJob
 from tests.support.command import Said, clm_dist
 

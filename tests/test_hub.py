@@ -23,7 +23,7 @@ from clm_dist.files.blocks import Manifest
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import LineProgress
 from clm_dist.run import _push_epoch
-from clm_dist.train.cluster import Cluster
+from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import ROOT, MakeJob, WriteJob
 from tests.support.command import clm_dist
 from tests.support.fake_hub import FakeHub

@@ -7,8 +7,8 @@ from clm_dist.config.job import ClusterConfig
 from clm_dist.config.ray_address import check_ray_address
 from clm_dist.errors import ConfigError, NotReadyError
 from clm_dist.prepare.tasks import open_pool
-from clm_dist.train import cluster
-from clm_dist.train.cluster import start_ray
+from clm_dist.train.ray import cluster
+from clm_dist.train.ray.cluster import start_ray
 
 
 def test_a_ray_that_is_not_there_is_said_at_once() -> None:

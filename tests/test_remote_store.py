@@ -94,7 +94,7 @@ def test_a_node_without_the_store_fetches_it_before_training(make_job: MakeJob, 
     The URL is a directory's, since this Ray was started before there was an S3 server to know of.
     """
     from clm_dist.files.run_dir import RunDir
-    from clm_dist.train import driver
+    from clm_dist.train.ray import driver
 
     job = make_job("train.max_steps=2", "checkpoint.every=2")
     url = f"file://{tmp_path}/kept"

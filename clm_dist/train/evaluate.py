@@ -19,7 +19,8 @@ from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
-from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
+from clm_dist.train.documents import block_logits, document_end_of, num_predicted
+from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import autocast, next_token_loss
 
 

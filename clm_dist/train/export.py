@@ -9,7 +9,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import replace_dir, writing
 from clm_dist.metrics import Part
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts, load_written
-from clm_dist.train.strategy import Strategy, shard
+from clm_dist.train.strategies.base import Strategy
+from clm_dist.train.strategies.fsdp2 import shard
 
 
 def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:

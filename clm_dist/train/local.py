@@ -16,8 +16,9 @@ from torch.multiprocessing.spawn import start_processes
 from clm_dist.config.job import JobConfig
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.loop import Outcome, train
-from clm_dist.train.record import Message, Recorder
-from clm_dist.train.reporter import Session
+from clm_dist.train.messages import Message
+from clm_dist.train.recorder import Recorder
+from clm_dist.train.session import Session
 
 
 def train_here(

@@ -22,17 +22,21 @@ from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
 from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
-from clm_dist.train.checkpoint import Saver
-from clm_dist.train.documents import block_logits, document_end_of, find_mixing, num_predicted
+from clm_dist.train.batches import BatchOrder, MicroBatch
+from clm_dist.train.checkpointing.reporter import Reporter, Wish
+from clm_dist.train.checkpointing.saver import Saver
+from clm_dist.train.checkpointing.saves import Saves
+from clm_dist.train.documents import block_logits, document_end_of, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.export import evaluate_export, export
-from clm_dist.train.loader import BatchOrder, MicroBatch
+from clm_dist.train.heartbeat import Heart
+from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
-from clm_dist.train.reporter import Reporter, Session, Wish
-from clm_dist.train.saves import Saves
-from clm_dist.train.strategy import REPORT_FAULT, Strategy, build_strategy, set_up_worker
-from clm_dist.train.watch import Heart
+from clm_dist.train.session import Session
+from clm_dist.train.strategies.base import REPORT_FAULT, Strategy
+from clm_dist.train.strategies.build import build_strategy
+from clm_dist.train.strategies.environment import set_up_worker
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.watch import read_beats
+from clm_dist.train.heartbeat import read_beats
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.processes import descendants, running
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clm_dist.files.records import read_records
-from clm_dist.train.watch import read_beats
+from clm_dist.train.heartbeat import read_beats
 from tests.drills.kills import STRATEGIES, TIMEOUT_S, Drill, DrillError, prepare_drill
 
 BOUND_S = 20.0

@@ -16,9 +16,9 @@ from clm_dist.errors import RunError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train import driver
-from clm_dist.train.cluster import Cluster
-from clm_dist.train.watch import read_beats
+from clm_dist.train.heartbeat import read_beats
+from clm_dist.train.ray import driver
+from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob
 from tests.support.notes import Notes
 from tests.support.runs import saved_steps

@@ -15,12 +15,13 @@ from clm_dist.config.data import DataConfig
 from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train import driver
-from clm_dist.train.cluster import Cluster, _check_resources
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.batches import BatchOrder
 from clm_dist.train.model import load_config, load_model
 from clm_dist.train.optim import build_optimizer
-from clm_dist.train.strategy import FullyShard, Zero
+from clm_dist.train.ray import driver
+from clm_dist.train.ray.cluster import Cluster, _check_resources
+from clm_dist.train.strategies.fsdp2 import FullyShard
+from clm_dist.train.strategies.zero import Zero
 from tests.conftest import MakeJob
 from tests.support.reading import load_records
 from tests.support.runs import saved_steps
@@ -106,8 +107,8 @@ def check_gradient_checkpointing(bench: Bench) -> None:
 
 
 def check_hang_timeout(bench: Bench) -> None:
-    watches = bench.record_calls("clm_dist.train.driver.Watch")
-    bench.record_calls("clm_dist.train.driver.NodeWatch")
+    watches = bench.record_calls("clm_dist.train.ray.driver.Watch")
+    bench.record_calls("clm_dist.train.ray.driver.NodeWatch")
     job: Any = bench.make_job("train.hang_timeout_s=77")
     nothing: Any = None
     driver._Watch(job, RunDir(bench.tmp_path), Cluster(0), nothing)
@@ -175,7 +176,7 @@ def check_model_config(bench: Bench) -> None:
 
 def _trainer(bench: Bench, *settings: str, num_gpus: int = 0) -> SimpleNamespace:
     """What Ray Train is told of a job."""
-    calls = bench.record_calls("clm_dist.train.driver.TorchTrainer")
+    calls = bench.record_calls("clm_dist.train.ray.driver.TorchTrainer")
     driver._build_trainer(
         bench.make_job(*settings), RunDir(bench.tmp_path), bench.tmp_path, None, Cluster(num_gpus), []
     )
@@ -220,7 +221,7 @@ def check_offload(bench: Bench) -> None:
         sharded.append(offload)
         return model
 
-    bench.monkeypatch.setattr("clm_dist.train.strategy.shard", record)
+    bench.monkeypatch.setattr("clm_dist.train.strategies.fsdp2.shard", record)
     for what in ("none", "all"):
         strategy: Any = FullyShard.__new__(FullyShard)
         strategy._job = bench.make_job("cluster.strategy=fsdp2", f"cluster.offload={what}")

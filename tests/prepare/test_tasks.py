@@ -12,7 +12,7 @@ from clm_dist.files.blocks import Manifest
 from clm_dist.prepare import tasks
 from clm_dist.prepare.pipeline import Effort, prepare
 from clm_dist.progress import Silent
-from clm_dist.train.cluster import Cluster
+from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob
 
 

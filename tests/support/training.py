@@ -15,7 +15,7 @@ from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit
 from clm_dist.train.local import train_here
 from clm_dist.train.loop import Outcome
-from clm_dist.train.record import Recorder
+from clm_dist.train.recorder import Recorder
 from tests.support.runs import checkpoints_of
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

@@ -11,8 +11,8 @@ import pytest
 from clm_dist.errors import CheckpointError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train import driver, signals
-from clm_dist.train.callbacks import Group, reason_of
+from clm_dist.train.ray import driver, signals
+from clm_dist.train.ray.callbacks import Group, reason_of
 from tests.support.runs import checkpoints_of
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import clm_dist.train.checkpoint
+import clm_dist.train.checkpointing.saver
 import clm_dist.train.loop
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError
@@ -20,7 +20,8 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import Marker, TrainerState
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments, write_safetensors
+from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
+from clm_dist.train.checkpointing.saver import Saver, write_safetensors
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, saved_steps
 from tests.support.training import losses_of, train_one
@@ -129,7 +130,7 @@ def test_a_save_is_of_the_moment_at_which_it_began(tmp_path: Path, monkeypatch: 
         time.sleep(0.5)
         return write(file, tensors)
 
-    monkeypatch.setattr(clm_dist.train.checkpoint, "write_safetensors", write_late)
+    monkeypatch.setattr(clm_dist.train.checkpointing.saver, "write_safetensors", write_late)
     weight = torch.zeros(1000)
     saver = Saver(Checkpoints(str(tmp_path)), 0, 1)
     for step in (1, 2):
@@ -302,7 +303,7 @@ def test_a_save_that_fails_once_is_said_and_the_run_goes_on(trained: Train, monk
             raise OSError(28, "No space left on device")
         return write(file, tensors)
 
-    monkeypatch.setattr(clm_dist.train.checkpoint, "write_safetensors", fail_second)
+    monkeypatch.setattr(clm_dist.train.checkpointing.saver, "write_safetensors", fail_second)
     run = trained()
     assert saved_steps(run) == [2, 6, 8]
     failed = [r for r in read_records(run.metrics) if r["kind"] == "checkpoint" and "error" in r]

@@ -21,10 +21,11 @@ from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.progress import Silent
-from clm_dist.train.documents import block_logits, document_end_of, document_positions, find_mixing
+from clm_dist.train.batches import BatchOrder
+from clm_dist.train.documents import block_logits, document_end_of, document_positions
 from clm_dist.train.evaluate import EvalSplit, evaluate_model, evaluate_parts
-from clm_dist.train.loader import BatchOrder
 from clm_dist.train.loop import Outcome
+from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import check_model, load_model, next_token_loss
 from tests.conftest import MakeJob
 from tests.support.training import STRATEGIES, losses_of, train_one, train_several

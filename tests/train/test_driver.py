@@ -21,8 +21,8 @@ from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.progress import Silent
-from clm_dist.train import driver
-from clm_dist.train.cluster import Cluster, _check_resources
+from clm_dist.train.ray import driver
+from clm_dist.train.ray.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob
 from tests.support.disks import mounted
 from tests.support.notes import Notes

@@ -6,8 +6,8 @@ import pytest
 
 from clm_dist.files.atomic import write_text
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.follow import Follower
-from clm_dist.train.record import Recorder
+from clm_dist.train.ray.follow import Follower
+from clm_dist.train.recorder import Recorder
 from tests.support.notes import Notes
 from tests.support.runs import checkpoints_of
 
@@ -29,7 +29,7 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
         follower.look()
 
     # The follower may look between any two writes.
-    monkeypatch.setattr("clm_dist.train.record.write_text", look_at_once)
+    monkeypatch.setattr("clm_dist.train.recorder.write_text", look_at_once)
     recorder.receive([{"records": [start | {"step": 2}]}])
     follower.look()
     assert (notes.notes[1:], exported) == (["Resuming from the checkpoint of step 2"], [2])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.batches import BatchOrder
 
 ORDER = BatchOrder(num_blocks=101, global_size=24, micro_size=2, epochs=3, max_steps=None, seed=7)
 

@@ -10,12 +10,13 @@ import pytest
 from clm_dist.config.job import JobConfig
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.loader import BatchOrder, MicroBatch
+from clm_dist.train.batches import BatchOrder, MicroBatch
+from clm_dist.train.heartbeat import Heart
 from clm_dist.train.local import forget_accelerate
 from clm_dist.train.loop import train
-from clm_dist.train.record import Message, Recorder
-from clm_dist.train.reporter import Session
-from clm_dist.train.watch import Heart
+from clm_dist.train.messages import Message
+from clm_dist.train.recorder import Recorder
+from clm_dist.train.session import Session
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, saved_steps
 from tests.support.training import train_one

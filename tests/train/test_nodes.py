@@ -8,9 +8,9 @@ import pytest
 
 from clm_dist.errors import NotReadyError, RunError
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train import nodes
-from clm_dist.train.cluster import Cluster
-from clm_dist.train.nodes import NodeWatch
+from clm_dist.train.ray import nodes
+from clm_dist.train.ray.cluster import Cluster
+from clm_dist.train.ray.nodes import NodeWatch
 from tests.conftest import MakeJob
 from tests.support.notes import Notes
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from clm_dist.train import order
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.batches import BatchOrder
 from clm_dist.train.order import permute
 
 Array = npt.NDArray[np.int64]

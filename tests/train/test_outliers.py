@@ -17,7 +17,7 @@ from clm_dist.files.blocks import Blocks
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import spike_limit
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.batches import BatchOrder
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss
 from tests.conftest import MakeJob

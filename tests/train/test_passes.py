@@ -18,7 +18,7 @@ from clm_dist.metrics import Part
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.loop import _pass_seed
 from clm_dist.train.model import load_model
-from clm_dist.train.strategy import shard
+from clm_dist.train.strategies.fsdp2 import shard
 from tests.conftest import MakeJob
 from tests.support.training import train_one
 

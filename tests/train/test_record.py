@@ -10,8 +10,9 @@ from clm_dist.errors import RunError
 from clm_dist.files.markers import Share, TrainerState, checkpoint_name
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.checkpoint import Saved
-from clm_dist.train.record import Message, Recorder
+from clm_dist.train.checkpointing.saver import Saved
+from clm_dist.train.messages import Message
+from clm_dist.train.recorder import Recorder
 from tests.support.runs import checkpoints_of, saved_steps
 
 

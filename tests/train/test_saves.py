@@ -9,8 +9,8 @@ import pytest
 from clm_dist.config.job import JobConfig
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.checkpoint import write_safetensors
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.batches import BatchOrder
+from clm_dist.train.checkpointing.saver import write_safetensors
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss
 from tests.conftest import MakeJob
@@ -37,7 +37,7 @@ def train_failing(
                 raise OSError(28, "No space left on device")
             return write_safetensors(file, tensors)
 
-        monkeypatch.setattr("clm_dist.train.checkpoint.write_safetensors", write)
+        monkeypatch.setattr("clm_dist.train.checkpointing.saver.write_safetensors", write)
         job = make_job("train.max_steps=6", "checkpoint.every=1", "checkpoint.keep=9")
         return train_one(job, RunDir(tmp_path), prepared(job))
 
@@ -78,7 +78,7 @@ def test_steps_that_are_skipped_now_and_then_end_no_run(
 def test_a_save_that_is_asked_for_is_made_once(
     make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clm_dist.train.reporter._STOP_INTERVAL_S", 0.0)
+    monkeypatch.setattr("clm_dist.train.checkpointing.reporter._STOP_INTERVAL_S", 0.0)
     job = make_job("train.max_steps=4", "checkpoint.every=1000", "checkpoint.keep=9")
     run = RunDir(tmp_path)
     run.save.touch()

@@ -19,12 +19,12 @@ from clm_dist.files.blocks import Blocks
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Part, combine
-from clm_dist.train.checkpoint import Fragment
+from clm_dist.train.batches import BatchOrder
+from clm_dist.train.checkpointing.fragments import Fragment
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
-from clm_dist.train.loader import BatchOrder
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import load_model
-from clm_dist.train.strategy import DataParallel
+from clm_dist.train.strategies.ddp import DataParallel
 from tests.conftest import MakeJob
 from tests.support.runs import saved_steps
 from tests.support.training import (

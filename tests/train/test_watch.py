@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clm_dist.train import watch
-from clm_dist.train.watch import Beat, Heart, Watch, read_beats
+from clm_dist.train import heartbeat as watch
+from clm_dist.train.heartbeat import Beat, Heart, Watch, read_beats
 from tests.support.workers import run_workers
 
 TIMEOUT_S = 10.0
@@ -136,7 +136,7 @@ def test_a_recorder_that_torch_has_changed_stops_no_beat(tmp_path: Path, monkeyp
     def fail() -> None:
         raise KeyError("collective_seq_id")
 
-    monkeypatch.setattr("clm_dist.train.watch.last_collective", fail)
+    monkeypatch.setattr("clm_dist.train.heartbeat.last_collective", fail)
     heart = Heart(tmp_path, 0, "", 2.0)
     time.sleep(0.7)
     (beat,) = read_beats(tmp_path)

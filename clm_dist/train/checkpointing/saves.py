@@ -12,10 +12,11 @@ from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import DamagedError, Marker, TrainerState, check_parameters, check_state, checkpoint_name
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.checkpoint import Fragment, Saver, fetched, load_fragments
-from clm_dist.train.reporter import Reporter
-from clm_dist.train.strategy import Strategy
-from clm_dist.train.watch import Heart
+from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
+from clm_dist.train.checkpointing.reporter import Reporter
+from clm_dist.train.checkpointing.saver import Saver
+from clm_dist.train.heartbeat import Heart
+from clm_dist.train.strategies.base import Strategy
 
 _COMMIT_POLL_S = 0.05
 

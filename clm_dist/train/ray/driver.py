@@ -28,16 +28,16 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.progress import Progress
 from clm_dist.train.accept import accept_export
-from clm_dist.train.callbacks import Group, Receiver, Signals, causes_of, reason_of
-from clm_dist.train.cluster import Cluster, kill_worker, log_dir
+from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
-from clm_dist.train.follow import Follower
-from clm_dist.train.loader import BatchOrder
+from clm_dist.train.heartbeat import Watch
 from clm_dist.train.model import check_model
-from clm_dist.train.nodes import NodeWatch
-from clm_dist.train.record import Recorder
-from clm_dist.train.watch import Watch
-from clm_dist.train.worker import WorkerConfig, train_worker
+from clm_dist.train.ray.callbacks import Group, Receiver, Signals, causes_of, reason_of
+from clm_dist.train.ray.cluster import Cluster, kill_worker, log_dir
+from clm_dist.train.ray.follow import Follower
+from clm_dist.train.ray.nodes import NodeWatch
+from clm_dist.train.ray.worker import WorkerConfig, train_worker
+from clm_dist.train.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 

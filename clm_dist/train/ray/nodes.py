@@ -8,7 +8,7 @@ from clm_dist.config.ray_address import expected_nodes
 from clm_dist.errors import NotReadyError, RunError
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
-from clm_dist.train.cluster import (
+from clm_dist.train.ray.cluster import (
     Cluster,
     alive_nodes,
     draining_nodes,

@@ -12,10 +12,10 @@ from ray.train import CheckpointUploadMode
 from clm_dist.config.load import read_saved_job
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import fetch_store
-from clm_dist.train import signals
 from clm_dist.train.loop import train
-from clm_dist.train.record import Message
-from clm_dist.train.reporter import Session
+from clm_dist.train.messages import Message
+from clm_dist.train.ray import signals
+from clm_dist.train.session import Session
 
 
 class WorkerConfig(TypedDict):

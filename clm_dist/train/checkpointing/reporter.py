@@ -2,39 +2,17 @@
 
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from clm_dist.files.markers import TrainerState
-from clm_dist.files.run_dir import RunDir
-from clm_dist.train.checkpoint import Saved, Saver
-from clm_dist.train.record import Message, Record
-from clm_dist.train.watch import Heart
+from clm_dist.train.checkpointing.saver import Saved, Saver
+from clm_dist.train.heartbeat import Heart
+from clm_dist.train.messages import Message, Record
+from clm_dist.train.session import Session
 
 _REPORT_INTERVAL_S = 1.0
 _STOP_INTERVAL_S = 0.5
-
-Report = Callable[[Message], None]
-"""Send a message to the recorder. Collective."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """This worker's place in the run, and how it is heard."""
-
-    rank: int
-    world_size: int
-    use_gpu: bool
-    num_threads: int
-    run: RunDir
-    store: Path
-    report: Report
-    asked_to_stop: Callable[[], bool] = lambda: False
-    """Whether this worker was told to save a checkpoint and end. Not collective."""
-    node: str = ""
-    """Of Ray, where there is one."""
 
 
 class Wish(NamedTuple):

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.atomic import write_json, write_text, writing
@@ -21,34 +21,11 @@ from clm_dist.files.markers import Marker, TrainerState
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Evaluation, Part, combine
-from clm_dist.train.checkpoint import Saved
+from clm_dist.train.checkpointing.saver import Saved
+from clm_dist.train.messages import Message, Record
 
-Record = dict[str, Any]
 _HANG_S = 60
 """The end of a worker that hangs comes within this time of the reason for it."""
-
-
-class EvalMessage(TypedDict):
-    """A rank's share of an evaluation."""
-
-    kind: str
-    """`eval`, or `verify` for the evaluation of the written model."""
-    step: int
-    epoch: float
-    parts: list[tuple[int, float, int, int]]
-
-
-class Message(TypedDict, total=False):
-    """What a rank sends; every rank sends equally many."""
-
-    host: str
-    """The host that the rank runs on."""
-    records: list[Record]
-    evaluation: EvalMessage
-    saved: Saved
-    """How this rank's part of a save ended."""
-    state: TrainerState
-    """Of the checkpoint in `saved`; rank 0's message has it."""
 
 
 class Recorder:

@@ -11,9 +11,9 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from clm_dist.errors import ClmDistError, RunError, first_line
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train import signals
-from clm_dist.train.cluster import log_dir, tell_of_other_nodes
-from clm_dist.train.record import Recorder
+from clm_dist.train.ray import signals
+from clm_dist.train.ray.cluster import log_dir, tell_of_other_nodes
+from clm_dist.train.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Checkpoints on a rank: fragments of parameters, saved in the background and loaded."""

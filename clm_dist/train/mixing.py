@@ -1,0 +1,107 @@
+"""Whether a model sees the documents of a block apart: tried, because it may take positions and not look at them."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clm_dist.train.documents import attention_of, block_logits, unwrapped
+from clm_dist.train.model import next_token_loss, why_no_positions
+
+# Of the largest loss of a token: documents alone have other shapes, so other sums are rounded.
+_MOVED = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+# Nats. A masked token has weight 0 and changes no bit; a mixture of experts rounds by how many tokens an expert gets.
+_LEAKED = 1e-4
+# Of the leak without a mask, because such rounding is no longer small in half precision.
+_LEAKED_SHARE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.02}
+_TRIED_TOKENS = 128
+
+
+def find_mixing(
+    model: nn.Module,
+    end: int,
+    *,
+    block_size: int,
+    device: torch.device,
+    precision: str,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    any_rank: Callable[[bool], bool] = lambda found: found,
+) -> str | None:
+    """What is wrong where a model mixes the documents of a block; None where it keeps them apart. Collective.
+
+    Two blocks of two documents each, with random tokens: every document must have the losses that it has alone, and
+    no loss of the second may change with the tokens of the first. The second holds to the last bit at every precision,
+    so it sees what rounding would hide in a model with random weights.
+
+    Args:
+        any_rank: whether something is so on any rank, the same answer on every rank.
+    """
+    if problem := why_no_positions(unwrapped(model)):
+        return problem
+    size = min(block_size, _TRIED_TOKENS)
+    short = max(1, size // 3)
+    # The blocks' boundaries differ, so that a mask made for one block of a batch fits no other.
+    first, second = (slice(0, short), slice(short, size)), (slice(0, size - short), slice(size - short, size))
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = unwrapped(model).config.get_text_config().vocab_size
+
+    def random_blocks() -> Tensor:
+        drawn = torch.randint(vocab_size - 1, (2, size), generator=generator)
+        ids_BT = torch.where(drawn >= end, drawn + 1, drawn)
+        ids_BT[0, short - 1] = ids_BT[1, size - short - 1] = ids_BT[:, -1] = end
+        return ids_BT.to(device)
+
+    packed_BT, changed_BT = random_blocks(), random_blocks()
+    for row, (_, kept) in enumerate((first, second)):
+        changed_BT[row, kept] = packed_BT[row, kept]
+
+    def losses(ids_BT: Tensor, end: int | None) -> Tensor:
+        with torch.no_grad(), autocast():
+            logits_BTV = block_logits(model, ids_BT, end)
+        return next_token_loss(logits_BTV, ids_BT, end)
+
+    def of_document(losses_BT: Tensor, row: int, document: slice) -> Tensor:
+        return losses_BT[row, document.start : document.stop - 1]
+
+    def of_second(losses_BT: Tensor) -> Tensor:
+        return torch.cat([of_document(losses_BT, 0, first[1]), of_document(losses_BT, 1, second[1])])
+
+    was_training = model.training
+    model.eval()
+    masked, masked_changed = losses(packed_BT, end), losses(changed_BT, end)
+    plain, plain_changed = losses(packed_BT, None), losses(changed_BT, None)
+    shorts = losses(torch.stack([packed_BT[0, first[0]], packed_BT[1, second[1]]]), None)
+    longs = losses(torch.stack([packed_BT[0, first[1]], packed_BT[1, second[0]]]), None)
+    model.train(was_training)
+
+    alone = torch.cat([shorts.flatten(), longs.flatten()])
+    together = torch.cat(
+        [of_document(masked, *at) for at in ((0, first[0]), (1, second[1]), (0, first[1]), (1, second[0]))]
+    )
+    moved, largest = _largest(together - alone), _largest(alone)
+    leaked, leaked_plain = (
+        _largest(of_second(a) - of_second(b)) for a, b in ((masked, masked_changed), (plain, plain_changed))
+    )
+    apart = moved <= _MOVED[precision] * max(1.0, largest)
+    apart = apart and leaked <= max(_LEAKED, _LEAKED_SHARE[precision] * leaked_plain)
+    # With broken weights nothing can be seen; the first loss will say so.
+    broken = not torch.isfinite(alone).all()
+    if not any_rank(not apart and not broken):
+        return None
+    return (
+        f"data.document_mask does not work with {_name(model)} ({attention_of(model)} attention): in a block of two "
+        f"documents a token's loss differs by {moved:.2g} nats from that of the document alone, and by {leaked:.2g} "
+        "when the other document changes; set data.document_mask to false, or use a model such as gpt2 or llama"
+    )
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude; 0 of nothing, NaN where one is NaN."""
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _name(model: nn.Module) -> str:
+    # FSDP2 puts a class of its own over the model's.
+    return type(unwrapped(model)).__name__.removeprefix("FSDP")

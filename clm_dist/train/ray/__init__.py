@@ -1,0 +1,1 @@
+"""Training under Ray Train; the only place under `train` that imports Ray."""

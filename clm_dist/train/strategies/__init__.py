@@ -1,0 +1,1 @@
+"""How weights, gradients and optimizer live on the ranks, behind one interface."""

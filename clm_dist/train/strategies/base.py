@@ -1,0 +1,237 @@
+"""How weights, gradients and optimizer live on the ranks: DDP, DeepSpeed ZeRO 1 to 3, FSDP2, behind one interface.
+
+Everything that differs between them is in this file. Three promises hold for each: the gradient of a step is the mean
+over the ranks of what each of them passed to `backward`, the norm that `step` returns is that of the whole gradient,
+the same on every rank, and `fragments` are all that changes in training, so that a checkpoint of one strategy and
+number of workers loads into any other. `check_gradients_are_shared` tries the first before any step is trained.
+"""
+
+import contextlib
+import gc
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clm_dist.config.job import JobConfig
+from clm_dist.errors import RunError
+from clm_dist.train.checkpointing.fragments import Fragment
+
+logger = logging.getLogger(__name__)
+
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+REPORT_FAULT = (
+    "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
+)
+
+
+class Strategy(ABC):
+    """A model and its optimizer on this rank. Every method is collective unless it says otherwise."""
+
+    sharded = False
+    """Whether weights are sharded, so that a forward pass needs every rank."""
+
+    def __init__(self, job: JobConfig, *, rank: int, world_size: int, use_gpu: bool) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._job = job
+        self._use_gpu = use_gpu
+        self._max_norm = job.train.max_grad_norm
+        self.accelerator = self._build_accelerator()
+        self.device: torch.device = self.accelerator.device
+        if use_gpu:
+            # Object collectives and seeds go to the current device.
+            torch.cuda.set_device(self.device)
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        self._check_world()
+
+    @abstractmethod
+    def _build_accelerator(self) -> Any: ...
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Spread the model over the ranks, and its optimizer with it.
+
+        The model must have been loaded after this object was made, because ZeRO-3 shards on loading.
+        """
+
+    @contextlib.contextmanager
+    def one_pass(self, *, last: bool) -> Iterator[nn.Module]:
+        """The model for one forward and backward pass; `last` is the one after which gradients are complete."""
+        yield self.model
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss; over the ranks the mean is taken."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @abstractmethod
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
+        """Clip, update the weights, forget the gradient; gives the gradient's 2-norm before clipping.
+
+        Args:
+            drop: update nothing. Nor is anything updated where the norm is not finite.
+        """
+
+    @abstractmethod
+    def full_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU of rank 0; anything on the others."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and saved buffer of the whole model. Not collective."""
+        # ZeRO-3 leaves an empty vector in a parameter's place and keeps its shape beside it.
+        named = self.plain_model.named_parameters()
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+        return shapes | {name: tuple(buffer.shape) for name, buffer in self._buffers()}
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that belong to a checkpoint; they change in an update only, as far as they change."""
+        saved = self.plain_model.state_dict().keys()
+        return ((name, buffer) for name, buffer in self.plain_model.named_buffers() if name in saved)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of weights, optimizer and buffers: views, which change with the next `step`."""
+        buffers = [Fragment(name, 0, {"buffer": b.view(-1)}, replicated=True) for name, b in self._buffers()]
+        return [*self._parameter_fragments(), *buffers]
+
+    @abstractmethod
+    def _parameter_fragments(self) -> Iterable[Fragment]: ...
+
+    def apply_fragments(self, num_updates: int, scaler: Mapping[str, float]) -> None:
+        """Compute from now on with what was written into the fragments.
+
+        Args:
+            num_updates: that the optimizer had made.
+            scaler: what `scaler_state` gave.
+        """
+        for state in self._adam.state.values():
+            state["step"].fill_(num_updates)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that the optimizer made. Not collective."""
+        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+
+    def scaler_state(self) -> dict[str, float]:
+        """State of the loss scaler; empty where there is none. Not collective."""
+        return {}
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer itself."""
+        return self.optimizer
+
+    def _adam_fragment(self, name: str, start: int, parameter: Any, part: slice, **options: Any) -> Fragment:
+        """A part of a parameter of the optimizer, with its moments: zeros before the first update, as AdamW begins.
+
+        Args:
+            name: the model's parameter, of which the part begins at the element `start`.
+        """
+        state = self._adam.state[parameter]
+        if not state:
+            device = parameter.device
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors = {"weight": parameter, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        flat = {kind: local_shard(tensor.detach()).view(-1)[part] for kind, tensor in tensors.items()}
+        return Fragment(name, start, flat, **options)
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The transformers model itself; not collective unless sharded."""
+        module: nn.Module = self.accelerator.unwrap_model(self.model)
+        return module
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of a forward pass outside of `one_pass`."""
+        return contextlib.nullcontext()
+
+    def release(self) -> None:
+        """Give the memory of model and optimizer back."""
+        del self.model, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
+        if self._use_gpu:
+            torch.cuda.empty_cache()
+
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """The sums of each value over the ranks, in float64."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        sums: list[float] = tensor.tolist()
+        return sums
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    @abstractmethod
+    def gradient_norm(self) -> float:
+        """The 2-norm of the gradient as the optimizer would see it, which is forgotten."""
+
+    def check_gradients_are_shared(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
+        """Raise RunError unless the mean over the ranks is taken of what each passes to `backward`.
+
+        Called before weights or optimizer are loaded. A gradient that only rank 0 has, times the number of ranks, must
+        come out as the one that all have: without the mean, what a rank's optimizer sees is either too much or nothing.
+
+        Args:
+            loss_of: the loss of the same block, on every rank.
+        """
+        if self.world_size == 1:
+            return
+        passes = min(2, self._job.batch.passes_per_step(self.world_size))
+
+        def norm(scale: float) -> float:
+            for number in range(passes):
+                with self.one_pass(last=number == passes - 1) as model:
+                    # An accumulated pass must not be lost, nor one that adds nothing change it.
+                    self.backward(loss_of(model) * (scale if number == 0 else 0.0))
+            return self.gradient_norm()
+
+        of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
+        finite = math.isfinite(of_one + of_all)
+        # Rounding is all that may differ; bf16 keeps 8 bits.
+        shared = finite and math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
+        num_shared, num_finite = self.all_reduce([float(shared), float(finite)])
+        if num_shared == self.world_size:
+            return
+        if num_finite:
+            raise RunError(
+                f"the ranks do not share their gradients: one rank's gradient has norm {of_one:.6g}, and {of_all:.6g} "
+                f"when all {self.world_size} ranks have it. Nothing was trained. {REPORT_FAULT}"
+            )
+        if self._job.train.precision != "fp16":
+            raise RunError(
+                "the gradient of the first block is not finite before anything was trained: the weights of the model "
+                "are broken; get them again, or name another model"
+            )
+        logger.warning("whether the ranks share their gradients could not be seen: they overflow in fp16")
+
+    def _check_world(self) -> None:
+        """Accelerate falls back to a single process without a word; then every rank would train alone."""
+        seen = (self.accelerator.num_processes, self.accelerator.process_index)
+        if seen != (self.world_size, self.rank) or dist.get_world_size() != self.world_size:
+            raise RunError(
+                f"worker {self.rank} of {self.world_size} sees itself as process {seen[1]} of {seen[0]} "
+                f"(torch.distributed: {dist.get_world_size()}); it would train alone, so the run stops"
+            )
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+def local_shard(tensor: Any) -> Tensor:
+    """This rank's shard of a tensor, or the tensor where it is not sharded."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -1,0 +1,95 @@
+"""torch's own fully_shard (FSDP2)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clm_dist.train.checkpointing.fragments import Fragment
+from clm_dist.train.strategies.base import MakeOptimizer, Strategy
+
+
+class FullyShard(Strategy):
+    """torch's own fully_shard (FSDP2): weights, gradients and optimizer are sharded.
+
+    Accelerate's FSDP2 is fully_shard as well on GPUs and does nothing at all on CPU, so it is called here directly:
+    one path, the same on both.
+    """
+
+    sharded = True
+
+    def _build_accelerator(self) -> Any:
+        from accelerate import Accelerator
+
+        return Accelerator(cpu=not self._use_gpu)
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.model = shard(
+            model,
+            self.device,
+            self.world_size,
+            bf16=self._job.train.precision == "bf16",
+            offload=self._job.cluster.offload == "all",
+        )
+        # Named here: after an evaluation some modules show whole weights in the place of shards.
+        self._shards = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.model)
+
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
+        self._set_learning_rate(learning_rate)
+        limit = float("inf") if self._max_norm is None else self._max_norm
+        sharded_norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(sharded_norm.full_tensor())
+        if math.isfinite(norm) and not drop:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def gradient_norm(self) -> float:
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.zero_grad()
+        return float(norm.full_tensor())
+
+    @property
+    def plain_model(self) -> nn.Module:
+        return self.model
+
+    def full_weights(self) -> dict[str, Tensor]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: Any = get_model_state_dict(self.model, options=options)
+        return dict(weights)
+
+    def _parameter_fragments(self) -> Iterable[Fragment]:
+        for name, parameter in self._shards.items():
+            # Rows, as torch.chunk deals them out.
+            rows, row_size = parameter.shape[0], math.prod(parameter.shape[1:])
+            first = min(self.rank * -(-rows // self.world_size), rows)
+            yield self._adam_fragment(name, first * row_size, parameter, slice(None))
+
+    def release(self) -> None:
+        del self._shards
+        super().release()
+
+
+def shard(
+    model: nn.Module, device: torch.device, world_size: int, *, bf16: bool = False, offload: bool = False
+) -> nn.Module:
+    """Shard a model's weights over all ranks, a transformer block at a time, and move the shards to the device."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    settings: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world_size,))}
+    if bf16:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload and device.type != "cpu":  # on a CPU they are in host memory already
+        settings["offload_policy"] = CPUOffloadPolicy()
+    block_names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in block_names:
+            fully_shard(module, **settings)
+    fully_shard(model, **settings)
+    return model
