@@ -121,7 +121,9 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
 
     from clm_dist.config.load import load_job
     from clm_dist.files.blocks import Manifest
-    from clm_dist.prepare import parts, pipeline, tokens
+    from clm_dist.prepare import encoded, engines, pipeline, token_bytes
+    from clm_dist.prepare.encoding import Encoding
+    from clm_dist.prepare.tokenizer import load_tokenizer
     from clm_dist.progress import Silent
 
     loading = [0.0]
@@ -137,10 +139,10 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
         return call
 
     # Loading the tokenizer, once for each engine.
-    setattr(pipeline, "load_tokenizer", timed(tokens.load_tokenizer))  # noqa: B010
-    tokens.Encoding.of_tokenizer = timed(tokens.Encoding.of_tokenizer)  # type: ignore[method-assign]
-    build_engine = lru_cache(timed(tokens.build_engine.__wrapped__))
-    for module in (tokens, parts):
+    setattr(pipeline, "load_tokenizer", timed(load_tokenizer))  # noqa: B010
+    setattr(Encoding, "of_tokenizer", timed(Encoding.of_tokenizer))  # noqa: B010
+    build_engine = lru_cache(timed(engines.build_engine.__wrapped__))
+    for module in (engines, encoded, token_bytes):
         setattr(module, "build_engine", build_engine)  # noqa: B010
     from transformers import AutoTokenizer  # noqa: F401
 
@@ -191,9 +193,11 @@ def measure_encode_batch(job: Path) -> dict[str, float]:
 
     from clm_dist.config.load import load_job
     from clm_dist.prepare.documents import documents_of
-    from clm_dist.prepare.files import read_partition
+    from clm_dist.prepare.encoding import Encoding
+    from clm_dist.prepare.engines import Gigatoken
+    from clm_dist.prepare.partitions import read_partition
     from clm_dist.prepare.sources import open_source
-    from clm_dist.prepare.tokens import Encoding, Gigatoken, load_tokenizer
+    from clm_dist.prepare.tokenizer import load_tokenizer
 
     config = load_job(job).config
     assert config.tokenizer.path

@@ -134,7 +134,8 @@ def prepare(
     if prune:
         _prune(open_stores(stores, DEFAULT_STORES)[0], older_than, larger_than, remove=yes)
         return
-    from clm_dist.prepare.pipeline import Effort, prepare
+    from clm_dist.prepare.encode import Effort
+    from clm_dist.prepare.pipeline import prepare
 
     assert job_file is not None
     job = load_job(job_file, overrides or ())

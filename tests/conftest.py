@@ -126,7 +126,7 @@ def cluster() -> Iterator[Cluster]:
 def prepare_in_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests prepare in this process, where they can look, unless they ask for Ray; another test's may be there."""
     if "cluster" not in request.fixturenames:
-        monkeypatch.setattr("clm_dist.prepare.tasks.ray_is_initialised", lambda: False)
+        monkeypatch.setattr("clm_dist.prepare.pools.ray_is_initialised", lambda: False)
 
 
 @pytest.fixture(scope="session")

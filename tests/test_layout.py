@@ -62,7 +62,7 @@ def test_ray_is_imported_by_tasks_and_what_surrounds_the_loop_alone() -> None:
         for file in PACKAGE.rglob("*.py")
         if any(name.split(".")[0] == "ray" for name in imports_of(file))
     }
-    assert with_ray == {"prepare/tasks.py"} | {f"train/ray/{name}.py" for name in names}
+    assert with_ray == {"prepare/pools.py"} | {f"train/ray/{name}.py" for name in names}
 
 
 def test_nothing_below_the_stages_and_nothing_that_submits_imports_torch() -> None:

@@ -76,7 +76,7 @@ def test_show_prints_blocks_with_the_borders_of_documents(prepare: Prepare, writ
 
 def test_fertility_counts_tokens_of_words(prepare: Prepare, write_job: WriteJob) -> None:
     from clm_dist.prepare.show import measure_fertility
-    from clm_dist.prepare.tokens import load_tokenizer
+    from clm_dist.prepare.tokenizer import load_tokenizer
 
     assert prepare(write_job()).code == 0
     tokenizer = load_tokenizer(prepare.store / "tokenizer")
@@ -217,7 +217,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("clm_dist.prepare.pipeline.write_part", interrupted)
+        patch.setattr("clm_dist.prepare.encode.write_part", interrupted)
         said = prepare(write_job())
     assert said.code == 130
     assert "interrupted; the same command goes on with the partitions that are left" in said.err

@@ -6,7 +6,7 @@ import ray
 from clm_dist.config.job import ClusterConfig
 from clm_dist.config.ray_address import check_ray_address
 from clm_dist.errors import ConfigError, NotReadyError
-from clm_dist.prepare.tasks import open_pool
+from clm_dist.prepare.pools import open_pool
 from clm_dist.train.ray import cluster
 from clm_dist.train.ray.cluster import start_ray
 

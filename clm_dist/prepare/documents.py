@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clm_dist.config.data import DataConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.fields import column_of, is_list
 
@@ -204,3 +205,11 @@ def _is_blank(texts: pa.Array) -> npt.NDArray[np.bool_]:
     empty = pc.equal(pc.binary_length(texts), 0)
     blank: npt.NDArray[np.bool_] = pc.or_(empty, pc.utf8_is_space(texts)).to_numpy(zero_copy_only=False)
     return blank
+
+
+def no_text(job: JobConfig, num_records: int, where: str) -> DataError:
+    return DataError(
+        f"data.text {job.data.text} is empty in all {num_records:,} records of {where}; name the field that holds "
+        "the text",
+        field="data.text",
+    )

@@ -1,35 +1,25 @@
-"""A job's records: where they come from, which of them the job takes, and what stands for them in a fingerprint."""
+"""A job's records: where they come from, and which of them the job takes."""
 
-import hashlib
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import ConfigError, DataError, first_line
-from clm_dist.files.atomic import read_json, write_json
+from clm_dist.errors import ConfigError, first_line
 from clm_dist.prepare.fields import check_fields, select_fields
-from clm_dist.prepare.files import (
-    DataFile,
-    Partition,
-    find_files,
-    infer_schema,
-    is_url,
-    partitions_of,
-    table_partitions,
-)
+from clm_dist.prepare.files import DataFile, find_files
+from clm_dist.prepare.identity import is_directory
+from clm_dist.prepare.partition import Partition
+from clm_dist.prepare.partitions import infer_schema, partitions_of
+from clm_dist.prepare.tables import table_partitions
 
 _STREAMED_RECORDS = 1000
-_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -147,12 +137,6 @@ def _load_builtin() -> pa.Table:
     return pa.table({"topic": pa.array(topics.keys(), pa.string()), "text": pa.array(topics.values(), pa.string())})
 
 
-def _builtin_version() -> list[int]:
-    from pydoc_data.topics import topics
-
-    return [len(topics), sum(map(len, topics.values()))]
-
-
 def _streamed_source(data: DataConfig, where: str) -> Source:
     name, _, rest = data.split.partition("[")
     rows = replace(Slice.of_split(f"train[{rest}" if rest else "train"), spec=data.split)
@@ -196,7 +180,7 @@ class _reaching:  # noqa: N801  # a context manager reads as a verb
                 field="data.dataset",
             ) from None
         if isinstance(error, OSError):
-            if _is_directory(self.data):
+            if is_directory(self.data):
                 raise ConfigError(f"data.dataset {dataset}: {first_line(error)}", field="data.dataset") from None
             raise ConfigError(
                 f"data.dataset {dataset} is not reachable on the Hub: {first_line(error)}; check the id, your network "
@@ -219,112 +203,10 @@ def _load_hub(data: DataConfig) -> pa.Table:
         dataset = load_dataset(data.dataset, data.config, split=data.split, revision=data.revision)
     # With no network the library takes whatever commit it read last.
     read = {Path(file["filename"]).parent.name for file in dataset.cache_files}
-    if not _is_directory(data) and re.fullmatch("[0-9a-f]{40}", data.revision or "") and read - {data.revision}:
+    if not is_directory(data) and re.fullmatch("[0-9a-f]{40}", data.revision or "") and read - {data.revision}:
         raise ConfigError(
             f"data.dataset {data.dataset}: the Hub is not reachable, and `datasets` gives commit {', '.join(read)}, "
             f"not {data.revision} as the job needs; set data.revision to that one, or prepare where there is a network",
             field="data.dataset",
         )
     return dataset.with_format("arrow")[:]
-
-
-def pinned(data: DataConfig) -> DataConfig:
-    """The data with the commit that its Hub data set has now; where the Hub is out of reach, had when it was read last.
-
-    A data set that has no such commit stays as it is, and loading it says what is wrong.
-    """
-    if data.source != "hub" or _is_directory(data):
-        return data
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
-
-    assert data.dataset
-    try:
-        resolved = HfApi().resolve_revision(data.dataset, repo_type="dataset", revision=data.revision)
-    except (HfHubHTTPError, HFValidationError, RevisionResolutionError, OSError):
-        return data
-    return data.model_copy(update={"revision": resolved.resolved})
-
-
-def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
-    """What stands for the records of data that is `pinned` in a store's fingerprint.
-
-    A local file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers
-    what files held, so that one whose size and time are as they were is not read again. A file behind a URL is what
-    its server says of it (entity tag, size, time).
-    """
-    if data.source == "builtin":
-        return {"builtin": "pydoc_data.topics", "topics": _builtin_version(), "split": data.split}
-    if data.source == "files":
-        files = find_files(data)
-        local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], digests)
-        # The suffix says how a file is read.
-        known = [
-            ["".join(file.suffixes), _tag_of(file.name) if is_url(file.name) else local[file.name]] for file in files
-        ]
-        return {"files": known, "split": data.split}
-    identity: dict[str, Any] = {"config": data.config, "split": data.split}
-    if _is_directory(data):
-        directory = Path(str(data.dataset))
-        # `datasets` leaves out what is hidden, and sees from a file's name to which split it belongs.
-        names = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
-        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        paths = [(directory / name).absolute() for name in names]
-        found = _digests_of(paths, digests, "data.dataset")
-        known = [[str(name), found[str(path)]] for name, path in zip(names, paths, strict=True)]
-        return identity | {"directory": known}
-    return identity | {"dataset": data.dataset, "revision": data.revision}
-
-
-def _is_directory(data: DataConfig) -> bool:
-    # Path.is_dir raises for a name that is too long.
-    return os.path.isdir(data.dataset or "")  # noqa: PTH112
-
-
-def _tag_of(url: str) -> str:
-    """What a server says of a file, which changes when the file does."""
-    filesystem, path = fsspec.url_to_fs(url)
-    described = filesystem.info(path)
-    tags = [str(described.get(key)) for key in ("ETag", "etag", "md5Hash", "crc32c") if described.get(key)]
-    return " ".join([*tags, str(described.get("size"))]) if tags else str(filesystem.ukey(path))
-
-
-def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> dict[str, str]:
-    """The digest of each file, by its absolute path."""
-    try:
-        known = dict(read_json(remembered))
-    except (ConfigError, OSError, ValueError, TypeError):
-        # Only a memory: without it the files are read again.
-        known = {}
-
-    def key_of(file: Path) -> str:
-        stat = file.stat()
-        return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
-
-    found = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for file in files:
-            try:
-                key = key_of(file)
-                found.append((key, known.get(key) or _digest(file, threads)))
-            except OSError as error:
-                raise DataError(
-                    f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
-                    f"{field}",
-                    field=field,
-                ) from None
-    if not known.keys() >= {key for key, _ in found}:
-        write_json(remembered, known | dict(found))
-    return {str(file): digest for file, (_, digest) in zip(files, found, strict=True)}
-
-
-def _digest(file: Path, threads: ThreadPoolExecutor) -> str:
-    """The sha256 of the sha256 of a file's pieces, which all cores work on."""
-
-    def of_piece(start: int) -> bytes:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            return hashlib.sha256(opened.read(_PIECE_BYTES)).digest()
-
-    digests = threads.map(of_piece, range(0, max(1, file.stat().st_size), _PIECE_BYTES))
-    return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -12,7 +12,7 @@ from filelock import Timeout
 from clm_dist.errors import DataError
 from clm_dist.files.blocks import Blocks, Manifest, file_sha256
 from clm_dist.files.stores import store_lock
-from clm_dist.prepare.parts import PART_NAME
+from clm_dist.prepare.encoded import PART_NAME
 
 _DAY_S = 24 * 3600
 

@@ -10,8 +10,8 @@ from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.documents import Skip, documents_of, held_out
 from clm_dist.prepare.fields import select_fields
-from clm_dist.prepare.gather import split_records
 from clm_dist.prepare.sources import Slice
+from clm_dist.prepare.splits import split_records
 from tests.support.reading import texts_of
 
 

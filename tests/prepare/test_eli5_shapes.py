@@ -12,7 +12,8 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Manifest
-from clm_dist.prepare.pipeline import Effort, prepare
+from clm_dist.prepare.encode import Effort
+from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.reading import load_records, texts_of

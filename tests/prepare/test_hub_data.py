@@ -12,8 +12,8 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Manifest
+from clm_dist.prepare.identity import pinned, source_identity
 from clm_dist.prepare.pipeline import prepare
-from clm_dist.prepare.sources import pinned, source_identity
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.fake_hub import FakeHub

@@ -16,18 +16,16 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, ReadError
 from clm_dist.files.blocks import Blocks, Manifest, token_dtype
 from clm_dist.prepare import files, pipeline
-from clm_dist.prepare.parts import Part, Recipe, encode_partition, write_part
-from clm_dist.prepare.pipeline import Effort, find_store, prepare
+from clm_dist.prepare.encode import Effort
+from clm_dist.prepare.encoded import Part, Recipe, encode_partition, write_part
+from clm_dist.prepare.encoding import Encoding, completed
+from clm_dist.prepare.engines import Gigatoken, Reference
+from clm_dist.prepare.partition import Partition
+from clm_dist.prepare.partitions import read_partition
+from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.prepare.sources import open_source
-from clm_dist.prepare.tokens import (
-    Encoding,
-    Gigatoken,
-    Reference,
-    completed,
-    load_tokenizer,
-    locate_tokenizer,
-    token_sizes,
-)
+from clm_dist.prepare.token_bytes import token_sizes
+from clm_dist.prepare.tokenizer import load_tokenizer, locate_tokenizer
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.disks import mounted
@@ -369,7 +367,7 @@ def test_wrong_input_leaves_nothing_and_trains_no_tokenizer_for_nothing(
 ) -> None:
     assert "less than one block" in str(error_of(make("data.block_size=64000"), tmp_path))
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    monkeypatch.setattr(pipeline, "train_tokenizer", None)
+    monkeypatch.setattr("clm_dist.prepare.tokenizer_training.train_tokenizer", None)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"answers": {"text": [" "]}}\n' * 9)
     assert "is empty in all 9 records" in str(error_of(make(f"data.path={empty}"), tmp_path))
@@ -507,17 +505,17 @@ def test_a_fault_that_may_pass_keeps_what_is_done(
 ) -> None:
     job, effort = make(), Effort(1, 20_000)
     whole = prepare(job, stores, Silent())
-    read = files.read_partition
+    read = read_partition
     calls: list[int] = []
 
-    def fails_later(partition: files.Partition, data: DataConfig) -> pa.Table:
+    def fails_later(partition: Partition, data: DataConfig) -> pa.Table:
         calls.append(1)
         if len(calls) == 6:
             with files.reading(files.DataFile("records.jsonl", 0)):
                 raise OSError(5, "Input/output error")
         return read(partition, data)
 
-    monkeypatch.setattr("clm_dist.prepare.parts.read_partition", fails_later)
+    monkeypatch.setattr("clm_dist.prepare.encoded.read_partition", fails_later)
     with pytest.raises(ReadError, match=r"records.jsonl: cannot be read: .* or run the same command again"):
         prepare(job, tmp_path, Silent(), effort)
     assert len(list(tmp_path.glob("*/work/*.part.arrow"))) == 5

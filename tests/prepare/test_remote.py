@@ -15,8 +15,9 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.blocks import Manifest
-from clm_dist.prepare.pipeline import Effort, find_store, prepare
-from clm_dist.prepare.sources import source_identity
+from clm_dist.prepare.encode import Effort
+from clm_dist.prepare.identity import source_identity
+from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.reading import load_records

@@ -13,8 +13,9 @@ import pytest
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.prepare.files import read_partition
-from clm_dist.prepare.sources import open_source, source_identity
+from clm_dist.prepare.identity import source_identity
+from clm_dist.prepare.partitions import read_partition
+from clm_dist.prepare.sources import open_source
 from tests.support.reading import EMPTY_FILES, LARGE, load_records, texts_of
 
 RECORDS: list[dict[str, Any]] = [

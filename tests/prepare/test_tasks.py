@@ -9,8 +9,9 @@ import pytest
 
 from clm_dist.errors import DataError
 from clm_dist.files.blocks import Manifest
-from clm_dist.prepare import tasks
-from clm_dist.prepare.pipeline import Effort, prepare
+from clm_dist.prepare import pools as tasks
+from clm_dist.prepare.encode import Effort
+from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob
@@ -96,6 +97,6 @@ def test_a_broken_record_in_a_ray_task_is_named(make_job: MakeJob, tmp_path: Pat
 
 def _write_tokenizer(directory: Path) -> None:
     from clm_dist.config.data import TokenizerTraining
-    from clm_dist.prepare.tokens import train_tokenizer
+    from clm_dist.prepare.tokenizer_training import train_tokenizer
 
     train_tokenizer(["a text of some words"], TokenizerTraining(vocab_size=300), directory)

@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from clm_dist.config.data import DataConfig
 from clm_dist.prepare.documents import documents_of
-from clm_dist.prepare.files import read_partition
+from clm_dist.prepare.partitions import read_partition
 from clm_dist.prepare.sources import open_source
 
 LARGE = 1 << 24

@@ -25,8 +25,11 @@ import xxhash
 from clm_dist.config.data import DataConfig
 from clm_dist.files.atomic import whole_file
 from clm_dist.prepare.documents import documents_of, held_out
-from clm_dist.prepare.files import Partition, read_partition
-from clm_dist.prepare.tokens import Encoding, build_engine, check_engine, completed, sample_of, token_sizes
+from clm_dist.prepare.encoding import Encoding, completed
+from clm_dist.prepare.engines import build_engine, check_engine, sample_of
+from clm_dist.prepare.partition import Partition
+from clm_dist.prepare.partitions import read_partition
+from clm_dist.prepare.token_bytes import token_sizes
 
 # Each partition holds the fast engine against the reference on a thousandth of its text.
 _CHECKED_SHARE = 1 / 1000

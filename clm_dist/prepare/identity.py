@@ -1,0 +1,124 @@
+"""What stands for a job's records in a fingerprint."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from clm_dist.config.data import DataConfig
+from clm_dist.errors import ConfigError, DataError
+from clm_dist.files.atomic import read_json, write_json
+from clm_dist.prepare.files import find_files, is_url
+
+_PIECE_BYTES = 1 << 22
+
+
+def builtin_version() -> list[int]:
+    from pydoc_data.topics import topics
+
+    return [len(topics), sum(map(len, topics.values()))]
+
+
+def pinned(data: DataConfig) -> DataConfig:
+    """The data with the commit that its Hub data set has now; where the Hub is out of reach, had when it was read last.
+
+    A data set that has no such commit stays as it is, and loading it says what is wrong.
+    """
+    if data.source != "hub" or is_directory(data):
+        return data
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
+
+    assert data.dataset
+    try:
+        resolved = HfApi().resolve_revision(data.dataset, repo_type="dataset", revision=data.revision)
+    except (HfHubHTTPError, HFValidationError, RevisionResolutionError, OSError):
+        return data
+    return data.model_copy(update={"revision": resolved.resolved})
+
+
+def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
+    """What stands for the records of data that is `pinned` in a store's fingerprint.
+
+    A local file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers
+    what files held, so that one whose size and time are as they were is not read again. A file behind a URL is what
+    its server says of it (entity tag, size, time).
+    """
+    if data.source == "builtin":
+        return {"builtin": "pydoc_data.topics", "topics": builtin_version(), "split": data.split}
+    if data.source == "files":
+        files = find_files(data)
+        local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], digests)
+        # The suffix says how a file is read.
+        known = [
+            ["".join(file.suffixes), _tag_of(file.name) if is_url(file.name) else local[file.name]] for file in files
+        ]
+        return {"files": known, "split": data.split}
+    identity: dict[str, Any] = {"config": data.config, "split": data.split}
+    if is_directory(data):
+        directory = Path(str(data.dataset))
+        # `datasets` leaves out what is hidden, and sees from a file's name to which split it belongs.
+        names = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
+        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        paths = [(directory / name).absolute() for name in names]
+        found = _digests_of(paths, digests, "data.dataset")
+        known = [[str(name), found[str(path)]] for name, path in zip(names, paths, strict=True)]
+        return identity | {"directory": known}
+    return identity | {"dataset": data.dataset, "revision": data.revision}
+
+
+def is_directory(data: DataConfig) -> bool:
+    # Path.is_dir raises for a name that is too long.
+    return os.path.isdir(data.dataset or "")  # noqa: PTH112
+
+
+def _tag_of(url: str) -> str:
+    """What a server says of a file, which changes when the file does."""
+    filesystem, path = fsspec.url_to_fs(url)
+    described = filesystem.info(path)
+    tags = [str(described.get(key)) for key in ("ETag", "etag", "md5Hash", "crc32c") if described.get(key)]
+    return " ".join([*tags, str(described.get("size"))]) if tags else str(filesystem.ukey(path))
+
+
+def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> dict[str, str]:
+    """The digest of each file, by its absolute path."""
+    try:
+        known = dict(read_json(remembered))
+    except (ConfigError, OSError, ValueError, TypeError):
+        # Only a memory: without it the files are read again.
+        known = {}
+
+    def key_of(file: Path) -> str:
+        stat = file.stat()
+        return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+
+    found = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for file in files:
+            try:
+                key = key_of(file)
+                found.append((key, known.get(key) or _digest(file, threads)))
+            except OSError as error:
+                raise DataError(
+                    f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
+                    f"{field}",
+                    field=field,
+                ) from None
+    if not known.keys() >= {key for key, _ in found}:
+        write_json(remembered, known | dict(found))
+    return {str(file): digest for file, (_, digest) in zip(files, found, strict=True)}
+
+
+def _digest(file: Path, threads: ThreadPoolExecutor) -> str:
+    """The sha256 of the sha256 of a file's pieces, which all cores work on."""
+
+    def of_piece(start: int) -> bytes:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return hashlib.sha256(opened.read(_PIECE_BYTES)).digest()
+
+    digests = threads.map(of_piece, range(0, max(1, file.stat().st_size), _PIECE_BYTES))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
