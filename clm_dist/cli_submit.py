@@ -28,9 +28,9 @@ from clm_dist.errors import ConfigError
 from clm_dist.files.stores import open_stores
 from clm_dist.progress import clock, err, out
 from clm_dist.submit import launch
-from clm_dist.submit.slurm import Request, hosts_of, render_prepare, render_run
-from clm_dist.submit.spec import Submission, find_submission, sweep_name, sweep_settings
+from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.states import describe
+from clm_dist.submit.submission import Submission, find_submission, sweep_name, sweep_settings
 
 submit = typer.Typer(no_args_is_help=True, help="Submit a job to a cluster.")
 submit.command()(k8s)

@@ -15,13 +15,14 @@ from clm_dist.config.load import Job, load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
 from clm_dist.progress import err, out
-from clm_dist.submit import k8s_launch
-from clm_dist.submit.k8s import Request, check_job, hosts_of, render, token_secret
-from clm_dist.submit.k8s_checks import claim_warning
-from clm_dist.submit.k8s_commands import Kubectl
+from clm_dist.submit.k8s import backend as k8s_launch
+from clm_dist.submit.k8s.checks import claim_warning
+from clm_dist.submit.k8s.kubectl import Kubectl
+from clm_dist.submit.k8s.render import check_job, render
+from clm_dist.submit.k8s.request import Request, hosts_of, token_secret
+from clm_dist.submit.k8s.sync import pack
 from clm_dist.submit.launch import check_name
-from clm_dist.submit.spec import Place, Submission
-from clm_dist.submit.sync import pack
+from clm_dist.submit.submission import Place, Submission
 
 
 def k8s(

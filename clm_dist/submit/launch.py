@@ -14,11 +14,13 @@ from clm_dist.files.atomic import make_dir, read_json, write_text
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run, remove_run
-from clm_dist.submit import k8s_launch, slurm, slurm_commands
-from clm_dist.submit.k8s_logs import PodLogs
-from clm_dist.submit.logs import Logs
-from clm_dist.submit.spec import Submission, submissions
+from clm_dist.submit.k8s import backend as k8s_launch
+from clm_dist.submit.k8s.logs import PodLogs
+from clm_dist.submit.slurm import commands as slurm_commands
+from clm_dist.submit.slurm import render as slurm
+from clm_dist.submit.slurm.logs import Logs
 from clm_dist.submit.states import JobState, RunState
+from clm_dist.submit.submission import Submission, submissions
 
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/local", "/scratch/local", "/localscratch")
 _RECENT_STEPS = 50

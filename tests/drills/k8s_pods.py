@@ -23,7 +23,8 @@ import yaml
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.files.run_dir import RunDir
-from clm_dist.submit import k8s
+from clm_dist.submit.k8s import render
+from clm_dist.submit.k8s.request import Request, token_secret
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.runs import RunView
 
@@ -74,20 +75,20 @@ class PodJob(RunView):
         job.write_text(yaml.safe_dump(tiny_job(corpus)))
         self.job: JobConfig = load_job(job, [*SETTINGS, *settings, "data.path=/shared/corpus.jsonl"]).config
         super().__init__(RunDir(self._claim / "runs" / "tiny"))
-        self._request = k8s.Request(plain=plain, **request)
+        self._request = Request(plain=plain, **request)
         self.pods: list[Any] = []
         self.status: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "PodJob":
-        k8s.check_job(self.job, self._request)
+        render.check_job(self.job, self._request)
         self.node = podrun().Node(
             self.directory / "pods", images={IMAGE: image()}, claims={"clm-dist": str(self._claim)}, time_scale=0.1
         )
-        *others, self._object = k8s.objects(self.job, self._request)
+        *others, self._object = render.objects(self.job, self._request)
         for one in others:
             self.node.add(one)
-        token = {"metadata": {"name": k8s.token_secret("tiny")}, "stringData": {"auth_token": "0123456789abcdef" * 2}}
+        token = {"metadata": {"name": token_secret("tiny")}, "stringData": {"auth_token": "0123456789abcdef" * 2}}
         self.node.add({"kind": "Secret", **token})
         self._thread.start()
         return self

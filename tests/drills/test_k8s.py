@@ -14,7 +14,7 @@ import yaml
 
 from clm_dist.files.atomic import read_json
 from clm_dist.files.run_dir import RunDir
-from clm_dist.submit.sync import pack
+from clm_dist.submit.k8s.sync import pack
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.drills.k8s import DRILLS
 from tests.drills.k8s_pods import IMAGE, SETTINGS, SHARED, PodJob, a_directory, image, podrun

@@ -2,8 +2,9 @@
 
 import json
 
-from clm_dist.submit.k8s import Request, objects
-from clm_dist.submit.slurm import render_prepare, render_run
+from clm_dist.submit.k8s.render import objects
+from clm_dist.submit.k8s.request import Request
+from clm_dist.submit.slurm.render import render_prepare, render_run
 from tests.submit.test_k8s import job_of
 from tests.support.fakes import full_job, request_of, submission
 

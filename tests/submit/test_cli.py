@@ -11,7 +11,7 @@ from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import write_json
 from clm_dist.submit import launch
 from clm_dist.submit.launch import local_places
-from clm_dist.submit.spec import Submission
+from clm_dist.submit.submission import Submission
 from tests.support.fakes import Commands, FakeSlurm, request_of, submission
 
 

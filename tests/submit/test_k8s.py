@@ -17,7 +17,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import num_bytes, shm_bytes, store_bytes
 from clm_dist.config.load import load_job
 from clm_dist.errors import ConfigError
-from clm_dist.submit.k8s import Code, Request, check_job, hosts_of, objects, render, selector
+from clm_dist.submit.k8s.render import check_job, objects, render
+from clm_dist.submit.k8s.request import Code, Request, hosts_of, selector
 from tests.conftest import ROOT
 
 VALIDATE = ROOT.parent / "shared" / "k8s" / "validate" / "crdcheck.py"
@@ -129,7 +130,8 @@ _RENDER = """
 import sys
 from pathlib import Path
 from clm_dist.config.load import load_job
-from clm_dist.submit.k8s import Request, render
+from clm_dist.submit.k8s.request import Request
+from clm_dist.submit.k8s.render import render
 job = load_job(Path(sys.argv[1]), [f"cluster.k8s.image={sys.argv[2]}"]).config
 print(render(job, Request()), end="")
 """
@@ -207,7 +209,7 @@ def test_pods_may_do_little_and_have_what_they_ask_for(plain: bool) -> None:
         assert int(shm["emptyDir"]["sizeLimit"]) == num_bytes("8Gi") // 4
         assert environment_of(container)["CLM_DIST_NODES"] == ("2" if plain else "3")
         assert spec["terminationGracePeriodSeconds"] == 120
-        assert container["lifecycle"]["preStop"]["exec"]["command"][-1] == "clm_dist.submit.pod_end"
+        assert container["lifecycle"]["preStop"]["exec"]["command"][-1] == "clm_dist.submit.in_pod.end"
 
 
 def test_shared_memory_and_the_object_store_are_parts_of_the_memory() -> None:
@@ -329,11 +331,11 @@ def test_the_images_ray_is_the_one_that_is_required() -> None:
 
 def test_overwriting_and_resuming_reach_the_driver() -> None:
     request = Request(resume=True, overwrite=True)
-    entrypoint = "python -m clm_dist.submit.pod_driver --resume --overwrite"
+    entrypoint = "python -m clm_dist.submit.in_pod.driver --resume --overwrite"
     spec = objects_by_kind(k8s_job(), request)["RayJob"]["spec"]
     assert spec["entrypoint"] == entrypoint
     (container,) = spec["submitterPodTemplate"]["spec"]["containers"]
-    assert container["command"] == ["python", "-m", "clm_dist.submit.ray_submitter", *entrypoint.split()]
+    assert container["command"] == ["python", "-m", "clm_dist.submit.in_pod.submitter", *entrypoint.split()]
     command = objects_by_kind(k8s_job(), Request(plain=True, resume=True, overwrite=True))["Job"]["spec"]["template"][
         "spec"
     ]["containers"][0]["command"]

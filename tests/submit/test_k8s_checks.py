@@ -11,10 +11,11 @@ import pytest
 
 from clm_dist.config.k8s import amount
 from clm_dist.errors import SubmitError
-from clm_dist.submit import k8s, k8s_launch
-from clm_dist.submit import k8s_commands as commands_module
-from clm_dist.submit.k8s_checks import asked_of, lacking_of
-from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl
+from clm_dist.submit.k8s import backend as k8s_launch
+from clm_dist.submit.k8s import kubectl as commands_module
+from clm_dist.submit.k8s import render as k8s
+from clm_dist.submit.k8s.checks import asked_of, lacking_of
+from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl
 from tests.support.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from clm_dist.config.load import job_text, load_job
-from clm_dist.submit.spec import Place, Submission
+from clm_dist.submit.submission import Place, Submission
 from tests.support.clusters import RAY_JOB, Kubernetes, KubernetesCommands
 from tests.support.command import cells
 from tests.support.fakes import FakeSlurm
@@ -26,7 +26,7 @@ def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
     assert not k8s_commands.runs.exists()
     config, policy, job = yaml.safe_load_all(said.out)
     assert {one["metadata"]["namespace"] for one in (config, policy, job)} == {"n"}
-    assert job["spec"]["entrypoint"] == "python -m clm_dist.submit.pod_driver --resume --overwrite"
+    assert job["spec"]["entrypoint"] == "python -m clm_dist.submit.in_pod.driver --resume --overwrite"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     container = group["template"]["spec"]["containers"][0]

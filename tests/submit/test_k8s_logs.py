@@ -6,9 +6,9 @@ import pytest
 
 from clm_dist.errors import SubmitError
 from clm_dist.submit import logs
-from clm_dist.submit.k8s_commands import Kubectl
-from clm_dist.submit.k8s_logs import PodLogs
-from clm_dist.submit.spec import Place
+from clm_dist.submit.k8s.kubectl import Kubectl
+from clm_dist.submit.k8s.logs import PodLogs
+from clm_dist.submit.submission import Place
 from tests.support.clusters import RAY_JOB, Kubernetes, KubernetesCommands
 from tests.support.fakes import submission
 

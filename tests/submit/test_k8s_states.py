@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from clm_dist.progress import LineProgress, Training, read_training
-from clm_dist.submit.k8s_states import Found, has_ended, job_state
+from clm_dist.submit.k8s.states import Found, has_ended, job_state
 from clm_dist.submit.states import JobState
 
 Object = dict[str, Any]

@@ -7,7 +7,7 @@ import pytest
 
 from clm_dist.files.atomic import write_json
 from clm_dist.submit.launch import is_active, run_states
-from clm_dist.submit.spec import Submission
+from clm_dist.submit.submission import Submission
 from tests.support.command import cells
 from tests.support.fakes import Commands, FakeSlurm
 

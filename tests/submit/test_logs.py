@@ -8,7 +8,7 @@ import pytest
 
 from clm_dist.errors import SubmitError
 from clm_dist.submit import logs
-from clm_dist.submit.logs import Logs
+from clm_dist.submit.slurm.logs import Logs
 from tests.support.fakes import Commands, FakeSlurm, submission
 
 

@@ -16,10 +16,11 @@ import pytest
 from clm_dist.config.load import load_job
 from clm_dist.errors import SubmitError
 from clm_dist.files.run_dir import RunDir
-from clm_dist.submit import pod_driver, ray_submitter
+from clm_dist.submit.in_pod import driver as pod_driver
+from clm_dist.submit.in_pod import submitter as ray_submitter
+from clm_dist.submit.in_pod.pod import RAY_SETTINGS, Pod
+from clm_dist.submit.in_pod.ray_jobs import RayJobs
 from clm_dist.submit.logs import LogFile
-from clm_dist.submit.pods import RAY_SETTINGS, Pod
-from clm_dist.submit.ray_jobs import RayJobs
 from tests.conftest import ROOT, WriteJob
 from tests.support.processes import running
 
@@ -174,8 +175,8 @@ _DRIVE = """
 import sys
 from pathlib import Path
 from clm_dist.files.run_dir import RunDir
-from clm_dist.submit import pod_driver
-from clm_dist.submit.pods import Pod
+from clm_dist.submit.in_pod import driver as pod_driver
+from clm_dist.submit.in_pod.pod import Pod
 pod_driver._POLL_S = pod_driver._PAUSE_S = 0.1
 pod_driver._MOST_IDLE = 3
 state, number, script, run = Path(sys.argv[1]), sys.argv[2], sys.argv[3], RunDir(Path(sys.argv[4]))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.submit.ray_node import RayNode, address_towards, granted, interface_of
+from clm_dist.submit.ray_settings import address_towards, interface_of
+from clm_dist.submit.slurm.ray_node import RayNode, granted
 from tests.conftest import ROOT
 from tests.support.processes import running
 
@@ -61,7 +62,7 @@ def test_the_address_towards_a_host_is_on_the_network_that_leads_there() -> None
 _END_DESCENDANTS = """
 import ctypes, subprocess, sys, time
 from pathlib import Path
-from clm_dist.submit.ray_node import end_descendants
+from clm_dist.submit.ray_settings import end_descendants
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 # Its parent has ended, it has a session of its own, and ignores what can be ignored.
 daemon = Path(sys.argv[1])
@@ -141,7 +142,7 @@ class Node:
             "SLURM_PROCID": str(number),
             "SLURM_NTASKS": "2",
         }
-        command = [sys.executable, "-m", "clm_dist.submit.ray_node", str(self.state), f"{self.job_id}.0"]
+        command = [sys.executable, "-m", "clm_dist.submit.slurm.ray_node", str(self.state), f"{self.job_id}.0"]
         self.processes.append(subprocess.Popen(command, env=environment))
         return self.processes[-1]
 

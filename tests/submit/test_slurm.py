@@ -10,8 +10,8 @@ import pytest
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.errors import ConfigError
-from clm_dist.submit.slurm import hosts_of, render_prepare, render_run
-from clm_dist.submit.spec import sweep_name, sweep_settings
+from clm_dist.submit.slurm.render import hosts_of, render_prepare, render_run
+from clm_dist.submit.submission import sweep_name, sweep_settings
 from tests.conftest import ROOT
 from tests.support.fakes import full_job, request_of, submission
 
@@ -43,8 +43,8 @@ _RENDER = """
 import sys
 from pathlib import Path
 from clm_dist.config.load import load_job
-from clm_dist.submit.slurm import Request, render_run
-from clm_dist.submit.spec import Submission
+from clm_dist.submit.slurm.render import Request, render_run
+from clm_dist.submit.submission import Submission
 job = load_job(Path(sys.argv[1])).config
 one = Submission(name=job.name, backend="slurm", runs=Path("/shared/runs"), run_names=(job.name,))
 print(render_run(job, Request(one, store="/shared/store", venv=Path("/shared/clm_dist/.venv"))), end="")
@@ -168,9 +168,9 @@ def test_elastic_workers_outlive_a_node() -> None:
     elastic = render_run(full_job("cluster.workers=[4,16]"), request_of(submission()))
     rigid = render_run(full_job(), request_of(submission()))
     assert "--no-kill" in options(elastic)
-    assert "\nsrun --export=ALL --no-kill --kill-on-bad-exit=0 python3 -m clm_dist.submit.ray_node " in elastic
+    assert "\nsrun --export=ALL --no-kill --kill-on-bad-exit=0 python3 -m clm_dist.submit.slurm.ray_node " in elastic
     assert "--no-kill" not in rigid
-    assert "\nsrun --export=ALL --kill-on-bad-exit=1 python3 -m clm_dist.submit.ray_node " in rigid
+    assert "\nsrun --export=ALL --kill-on-bad-exit=1 python3 -m clm_dist.submit.slurm.ray_node " in rigid
 
 
 def test_a_sweep_is_one_array() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from clm_dist.config.slurm import PrepareJob, SlurmConfig
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.submit.slurm_commands import (
+from clm_dist.submit.slurm.commands import (
     cancel_job,
     check_cluster,
     describe_reason,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.submit.slurm import render_run
+from clm_dist.submit.slurm.render import render_run
 from tests.support.fakes import full_job, request_of, submission
 
 _WAIT_S = 20
@@ -19,7 +19,7 @@ _PROGRAMS = {
     # Ray works until the attempt ends, or until it is told to fail; the driver does what a test wrote.
     "python3": """
 case "$2" in
-    clm_dist.submit.ray_node)
+    clm_dist.submit.slurm.ray_node)
         while now=$(<"$3"/attempt); [ "${now:-$4}" = "$4" ] && [ ! -f "$HERE/ray-fails" ]; do /usr/bin/sleep 0.02; done
         [ ! -f "$HERE/ray-fails" ] || exit 1 ;;
     clm_dist)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.job import JobConfig
-from clm_dist.submit.slurm import Request, render_prepare, render_run
+from clm_dist.submit.slurm.render import Request, render_prepare, render_run
 from tests.support.fakes import full_job, request_of, submission
 
 # Each would leave a file if a shell took it for more than a text.
@@ -147,7 +147,7 @@ def test_pyxis_starts_ray_and_driver_in_steps_with_the_image() -> None:
     mounts = "'/shared/runs:/shared/runs,/shared/store:/shared/store,/data:/data,/x y:/mnt'"
     image = f"--container-image='a b.sqsh' --container-mounts=/tmp:/tmp,{mounts}"
     text = render_run(job, request_of(submission()))
-    assert f"\nsrun --export=ALL {image} --kill-on-bad-exit=1 python3 -m clm_dist.submit.ray_node " in text
+    assert f"\nsrun --export=ALL {image} --kill-on-bad-exit=1 python3 -m clm_dist.submit.slurm.ray_node " in text
     step = f'srun --export=ALL --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {image}'
     assert f'\nTMPDIR=$tmp {step} python3 -m clm_dist run "$state/job.yaml" &\n' in text
     assert f"\n{step} python3 -m clm_dist prepare --tasks 4 " in render_prepare(job, request_of(submission()))
@@ -159,7 +159,10 @@ def test_apptainer_sees_gpus_where_the_job_has_some() -> None:
     request = request_of(submission(), store="s3://bucket/store", resume=True)
     bind = "--bind /shared/runs:/shared/runs 'a b.sif' python3"
     text = render_run(full_job(container), request)
-    assert f"\nsrun --export=ALL --kill-on-bad-exit=1 apptainer exec --nv {bind} -m clm_dist.submit.ray_node " in text
+    assert (
+        f"\nsrun --export=ALL --kill-on-bad-exit=1 apptainer exec --nv {bind} -m clm_dist.submit.slurm.ray_node "
+        in text
+    )
     assert f"\nTMPDIR=$tmp apptainer exec --nv {bind} -m clm_dist run --resume " in text
     without = render_run(full_job(container, "cluster.slurm.gpus_per_node=0"), request)
     assert f"apptainer exec {bind} -m clm_dist run" in without

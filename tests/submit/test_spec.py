@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clm_dist.errors import ConfigError
-from clm_dist.submit.spec import Submission, find_submission, submissions, sweep_name, sweep_settings
+from clm_dist.submit.submission import Submission, find_submission, submissions, sweep_name, sweep_settings
 from tests.support.fakes import submission
 
 

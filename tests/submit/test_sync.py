@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from clm_dist.errors import ConfigError
-from clm_dist.submit import sync
+from clm_dist.submit.k8s import sync
 from tests.conftest import ROOT
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
-from clm_dist.submit.slurm import Request
-from clm_dist.submit.spec import Submission
+from clm_dist.submit.slurm.render import Request
+from clm_dist.submit.submission import Submission
 from tests.conftest import ROOT
 from tests.support.command import Said, clm_dist
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clm_dist.submit.k8s import Object
+from clm_dist.submit.k8s.request import Object
 from clm_dist.submit.states import JobState
 
 DRIVER = "app.kubernetes.io/component"

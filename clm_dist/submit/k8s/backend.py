@@ -13,12 +13,12 @@ from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
 from clm_dist.files.atomic import make_dir, write_text
 from clm_dist.progress import read_training
-from clm_dist.submit import k8s, k8s_states
-from clm_dist.submit.k8s import Object, Request
-from clm_dist.submit.k8s_checks import check_cluster
-from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl, NoKindError
-from clm_dist.submit.spec import Place, Submission
+from clm_dist.submit.k8s import render, states
+from clm_dist.submit.k8s.checks import check_cluster
+from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl, NoKindError
+from clm_dist.submit.k8s.request import Object, Request, selector, token_secret
 from clm_dist.submit.states import RunState
+from clm_dist.submit.submission import Place, Submission
 
 _LAST_LINES = 200
 _POLL_S = 1.0
@@ -44,7 +44,7 @@ class Launch:
     @property
     def objects(self) -> list[Object]:
         """What is applied, the job itself last."""
-        made = k8s.objects(self.job, self.request)
+        made = render.objects(self.job, self.request)
         if self.request.plain:
             made.insert(0, _token(self.job.name))
         return made
@@ -97,7 +97,7 @@ def check_submission(launch: Launch) -> None:
 def pods_that_end(launch: Launch) -> list[Object]:
     """Pods of an earlier submission of this name, whose job is gone and which may still save."""
     pods = launch.kubectl.find("pods", pod_labels(launch.submission))
-    return [pod for pod in pods if not k8s_states.is_over(pod)]
+    return [pod for pod in pods if not states.is_over(pod)]
 
 
 def submit(launch: Launch) -> Submission:
@@ -130,9 +130,9 @@ def run_state(submission: Submission) -> RunState:
     """How far a submission is. Raises SubmitError where the cluster does not answer."""
     kubectl, name = Kubectl.at(_place(submission)), submission.name
     found = _find(kubectl, submission)
-    job = k8s_states.job_state(found)
+    job = states.job_state(found)
     progress: dict[str, Any] = {}
-    driver = k8s_states.driver_pod(found.pods)
+    driver = states.driver_pod(found.pods)
     if driver is not None:
         with contextlib.suppress(SubmitError):  # it has not started, or is gone
             lines = kubectl.last_lines(driver["metadata"]["name"], _LAST_LINES)
@@ -160,15 +160,15 @@ def cancel(submission: Submission) -> bool:
 
 def pod_labels(submission: Submission) -> dict[str, str]:
     """The labels of a submission's pods."""
-    return k8s.selector(submission.name)
+    return selector(submission.name)
 
 
-def _find(kubectl: Kubectl, submission: Submission) -> k8s_states.Found:
+def _find(kubectl: Kubectl, submission: Submission) -> states.Found:
     """What the cluster has of a submission."""
     job = _job_of(kubectl, submission)
     pods = kubectl.find("pods", pod_labels(submission)) if job else []
-    if job is None or k8s_states.has_ended(job):
-        return k8s_states.Found(job, pods)
+    if job is None or states.has_ended(job):
+        return states.Found(job, pods)
     events: Sequence[Object] = ()
     workloads: Sequence[Object] = ()
     with contextlib.suppress(ForbiddenError):
@@ -177,7 +177,7 @@ def _find(kubectl: Kubectl, submission: Submission) -> k8s_states.Found:
         # Without Kueue there are none.
         with contextlib.suppress(SubmitError):
             workloads = kubectl.find("workloads.kueue.x-k8s.io")
-    return k8s_states.Found(job, pods, events, workloads)
+    return states.Found(job, pods, events, workloads)
 
 
 def _jobs(kubectl: Kubectl, name: str) -> list[Object]:
@@ -206,7 +206,7 @@ def _others(kubectl: Kubectl, submission: Submission) -> list[Object]:
                 next(kind for kind, resource in _RESOURCES.items() if one.startswith(resource)),
                 submission.name,
             )
-            found.append({"kind": kind, "metadata": {"name": one.partition("/")[2], "labels": k8s.selector(name)}})
+            found.append({"kind": kind, "metadata": {"name": one.partition("/")[2], "labels": selector(name)}})
     return [one for one in found if one]
 
 
@@ -215,17 +215,17 @@ def _names(submission: Submission) -> list[str]:
     name = submission.name
     both = [f"{_RESOURCES[kind]}/{name}" for kind in ("ConfigMap", "NetworkPolicy")]
     if _place(submission).plain:
-        return [f"{_JOB}/{name}", *both, f"service/{name}", f"secret/{k8s.token_secret(name)}"]
+        return [f"{_JOB}/{name}", *both, f"service/{name}", f"secret/{token_secret(name)}"]
     return [f"{_RAY_JOB}/{name}", *both]
 
 
 def _goes_on(job: Object) -> bool:
     """Whether a job waits or runs; one that is deleted goes when its finalizers are through, and is waited for."""
-    return not k8s_states.has_ended(job) and not job["metadata"].get("deletionTimestamp")
+    return not states.has_ended(job) and not job["metadata"].get("deletionTimestamp")
 
 
 def _is_ours(found: Object, name: str) -> bool:
-    return bool(k8s.selector(name).items() <= found["metadata"].get("labels", {}).items())
+    return bool(selector(name).items() <= found["metadata"].get("labels", {}).items())
 
 
 def _delete_and_wait(kubectl: Kubectl, job: Object) -> None:
@@ -260,7 +260,7 @@ def _wait_for_pods(launch: Launch) -> None:
 def _token(name: str) -> Object:
     """The key without which nobody uses the Ray of a plain job."""
     key = base64.b64encode(secrets.token_hex(32).encode()).decode()
-    metadata = {"name": k8s.token_secret(name), "labels": k8s.selector(name)}
+    metadata = {"name": token_secret(name), "labels": selector(name)}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"auth_token": key}}
 
 

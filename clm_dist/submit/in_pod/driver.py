@@ -1,4 +1,4 @@
-"""The driver of a run on Kubernetes: `python -m clm_dist.submit.pod_driver`, beside Ray's head.
+"""The driver of a run on Kubernetes: `python -m clm_dist.submit.in_pod.driver`, beside Ray's head.
 
 It runs `clm-dist run`, again where that has saved because other pods are to end (75), and keeps what it says, over all
 attempts, in the submission's log. It gives way to a later attempt, which begins where this pod's node is lost to the
@@ -24,8 +24,8 @@ from clm_dist.files.atomic import make_dir, read_json, write_json, write_text
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
-from clm_dist.submit.pods import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
-from clm_dist.submit.ray_jobs import RayJobs
+from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
+from clm_dist.submit.in_pod.ray_jobs import RayJobs
 
 _GOES_ON = NotReadyError.exit_code
 _OWN_FAULT = ConfigError.exit_code

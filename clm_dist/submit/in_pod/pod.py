@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clm_dist.submit.ray_node import RAY_SETTINGS as _RAY_SETTINGS
+from clm_dist.submit.ray_settings import RAY_SETTINGS as _RAY_SETTINGS
 
 JOB_DIR = "/etc/clm-dist"
 """Where pods see the job file."""

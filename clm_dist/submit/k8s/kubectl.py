@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from clm_dist.errors import SubmitError
-from clm_dist.submit.k8s import Object
-from clm_dist.submit.spec import Place
+from clm_dist.submit.k8s.request import Object
+from clm_dist.submit.submission import Place
 
 _REQUEST_TIMEOUT_S = 30
 _TIMEOUT_S = 120

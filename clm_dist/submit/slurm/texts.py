@@ -1,4 +1,4 @@
-"""The texts of the scripts for `sbatch`, with `{fields}` that `clm_dist.submit.slurm` fills."""
+"""The texts of the scripts for `sbatch`, with `{fields}` that `clm_dist.submit.slurm.render` fills."""
 
 HEAD_BY_ROUTE = """\
 # (A host's own name may stand for 127.0.1.1 in its /etc/hosts, so the route to another host tells.)
@@ -55,7 +55,7 @@ says() {{ local now; now=$(cat "$state/attempt" 2>/dev/null); [ -z "$now" ] || [
 # --- Ray, and the driver
 say "hosts $SLURM_JOB_NODELIST, Ray at $RAY_ADDRESS"
 passed='' failed=''
-{srun} --kill-on-bad-exit={on_bad_exit} {python} -m clm_dist.submit.ray_node "$state" "$id" &
+{srun} --kill-on-bad-exit={on_bad_exit} {python} -m clm_dist.submit.slurm.ray_node "$state" "$id" &
 ray=$!
 TMPDIR=$tmp {driver} "$state/job.yaml" &
 driver=$!

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import amount
 from clm_dist.errors import ConfigError, SubmitError
-from clm_dist.submit.k8s import Object, Request
-from clm_dist.submit.k8s_commands import ForbiddenError, Kubectl, NoKindError, NoKubectlError
+from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl, NoKindError, NoKubectlError
+from clm_dist.submit.k8s.request import Object, Request
 
 _PLAIN_SINCE = (1, 31)
 """Of Kubernetes: a Job that ends with the success of its first pod."""

@@ -1,4 +1,4 @@
-"""What a pod does before it is ended, its preStop hook: `python -m clm_dist.submit.pod_end`.
+"""What a pod does before it is ended, its preStop hook: `python -m clm_dist.submit.in_pod.end`.
 
 The run saves: where the driver is, it is told to; elsewhere Ray is told that this node goes. Then Ray's logs are kept,
 and Ray is ended.
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from clm_dist.submit.pods import PORT, RESERVE_S, Pod, processes
+from clm_dist.submit.in_pod.pod import PORT, RESERVE_S, Pod, processes
 
 _POLL_S = 0.5
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -22,7 +22,7 @@ _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 def main() -> int:
     pod = Pod.this()
     deadline = time.monotonic() + pod.grace_s - RESERVE_S
-    if pid := _process("clm_dist.submit.pod_driver"):
+    if pid := _process("clm_dist.submit.in_pod.driver"):
         pod.say("the pod is to end: telling the driver")
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Ray in a pod of an Indexed Job: `python -m clm_dist.submit.pod_node [OPTIONS of ray start] -- DRIVER...`.
+"""Ray in a pod of an Indexed Job: `python -m clm_dist.submit.in_pod.node [OPTIONS of ray start] -- DRIVER...`.
 
 The first pod has Ray's head and runs the driver, whose exit code becomes the pod's. The others join the head, and join
 again when it was replaced; they run until the Job's successPolicy ends them.
@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from clm_dist.submit.pods import PORT, Pod, exit_code
-from clm_dist.submit.ray_node import answers, end_descendants
+from clm_dist.submit.in_pod.pod import PORT, Pod, exit_code
+from clm_dist.submit.ray_settings import answers, end_descendants
 
 _POLL_S = 1.0
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM

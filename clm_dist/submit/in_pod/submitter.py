@@ -1,4 +1,4 @@
-"""What the submitter pod of a RayJob runs: `python -m clm_dist.submit.ray_submitter DRIVER...`.
+"""What the submitter pod of a RayJob runs: `python -m clm_dist.submit.in_pod.submitter DRIVER...`.
 
 It submits the driver to Ray, asks how it is until it has ended, and prints its log from the claim, that of all
 attempts. The operator's own submitter follows the log instead, and takes the end of that stream, which a busy head
@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 
 from clm_dist.errors import SubmitError
+from clm_dist.submit.in_pod.pod import Pod, now
+from clm_dist.submit.in_pod.ray_jobs import ENDED, RayJobs
 from clm_dist.submit.logs import LogFile
-from clm_dist.submit.pods import Pod, now
-from clm_dist.submit.ray_jobs import ENDED, RayJobs
 
 _PATIENCE_S = 280
 _POLL_S = 2.0

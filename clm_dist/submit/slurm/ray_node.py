@@ -1,4 +1,4 @@
-"""Ray's node on one host of a Slurm job: `python -m clm_dist.submit.ray_node STATE ATTEMPT`, a task each.
+"""Ray's node on one host of a Slurm job: `python -m clm_dist.submit.slurm.ray_node STATE ATTEMPT`, a task each.
 
 It gives Ray what Slurm granted and not what the host has, starts a node that dies again (not the head, without which
 nothing goes on), and leaves nothing when the attempt ends: no process, no local file. Ray's logs are kept in STATE.
@@ -17,7 +17,6 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -25,20 +24,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clm_dist.submit.ray_settings import RAY_SETTINGS, address_towards, answers, end_descendants, interface_of
+
 _POLL_S = 1.0
 _MIB = 2**20
 _LAST_LINES = 8
-_SIOCGIFADDR = 0x8915
 _PR_SET_CHILD_SUBREAPER = 36
-RAY_SETTINGS = {
-    # In seconds; what a node waits for a head that does not answer.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-    # A host without a network is given up within 20 s, not within a minute.
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "4",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 # Frameworks that see these take each worker for a task of srun.
 _OF_A_TASK = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -68,33 +59,6 @@ def granted(environment: Mapping[str, str], *, available_mib: int, shm_mib: int)
 def _in_words(amounts: Mapping[str, int]) -> str:
     memory, store = amounts["memory"] // _MIB, amounts["object-store-memory"] // _MIB
     return f"{amounts['num-cpus']} CPUs, {amounts['num-gpus']} GPUs, {memory} MiB and {store} MiB of object store"
-
-
-def address_towards(host: str) -> str:
-    """The address of this host on the network that leads to another; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return str(probe.getsockname()[0])
-
-
-def answers(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return None
 
 
 class RayNode:
@@ -251,18 +215,6 @@ def _remove_unless_in_use(directory: Path) -> None:
                 shutil.rmtree(f"{directory}-driver")
         finally:
             os.close(handle)
-
-
-def end_descendants() -> None:
-    """End all processes that this one started, and theirs, and wait for them."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    # Each that ends hands its own children to this process.
-    while pids := children.read_text().split():
-        for pid in map(int, pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.wait()
 
 
 if __name__ == "__main__":

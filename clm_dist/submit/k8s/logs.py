@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from clm_dist.submit import k8s_states
-from clm_dist.submit.k8s_commands import Kubectl
-from clm_dist.submit.k8s_launch import pod_labels
+from clm_dist.submit.k8s import states
+from clm_dist.submit.k8s.backend import pod_labels
+from clm_dist.submit.k8s.kubectl import Kubectl
 from clm_dist.submit.logs import TIME, follow
-from clm_dist.submit.spec import Place, Submission
+from clm_dist.submit.submission import Place, Submission
 
 # The server's time is not before what it says itself of a log that it cannot get.
 _LINE = re.compile(r"\[pod/([^\]]+)\] (?:(\d{4}-\d\d-\d\dT\S+)(?: |$))?(.*)")
@@ -47,7 +47,7 @@ class PodLogs:
             drivers = {
                 pod["metadata"]["name"]
                 for pod in kubectl.find("pods", pod_labels(self.submission))
-                if k8s_states.is_driver(pod)
+                if states.is_driver(pod)
             }
             for container in names - self._containers.keys():
                 pod = container.partition("/")[0]

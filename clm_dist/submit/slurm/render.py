@@ -1,7 +1,7 @@
 """A job file as a script for `sbatch`. Pure: nothing here asks the cluster, the clock or the host.
 
-The script keeps to what an administrator can follow: it starts one `clm_dist.submit.ray_node` a host as a job step,
-runs the driver on the first host, passes signals on, and requeues itself where running again helps.
+The script keeps to what an administrator can follow: it starts one `clm_dist.submit.slurm.ray_node` a host as a job
+step, runs the driver on the first host, passes signals on, and requeues itself where running again helps.
 """
 
 import shlex
@@ -12,8 +12,8 @@ from pathlib import Path
 from clm_dist.config.job import ClusterConfig, JobConfig
 from clm_dist.config.slurm import Container, Options, SlurmConfig
 from clm_dist.submit.size import Hosts
-from clm_dist.submit.slurm_texts import HEAD_BY_ROUTE, PREPARE, RUN
-from clm_dist.submit.spec import Submission
+from clm_dist.submit.slurm.texts import HEAD_BY_ROUTE, PREPARE, RUN
+from clm_dist.submit.submission import Submission
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from clm_dist.errors import ConfigError
-from clm_dist.submit.k8s import Code
+from clm_dist.submit.k8s.request import Code
 
 _MOST_BYTES = 900_000
 """Of the zip file; the job file is in the ConfigMap, too."""

@@ -1,0 +1,233 @@
+"""A job file as objects of Kubernetes. Pure: nothing here asks the cluster, the clock or the host.
+
+A `RayJob` of the KubeRay operator: it makes a Ray cluster of a head, which has the driver, and of worker pods, and a
+new one after a failure. Or, where there is no operator, an Indexed `Job` whose pods start Ray themselves; the first has
+the head and the driver beside its workers. Both run `clm-dist run` on what lies on the claim, so trying again goes on.
+"""
+
+import shlex
+from typing import Any
+
+import yaml
+
+from clm_dist.config.job import JobConfig
+from clm_dist.config.k8s import num_bytes, store_bytes
+from clm_dist.config.load import job_text
+from clm_dist.errors import ConfigError
+from clm_dist.submit.in_pod.pod import CODE, DASHBOARD_PORT
+from clm_dist.submit.k8s.pods import driver_command, pod_template, submitter_pod
+from clm_dist.submit.k8s.request import Object, Request, hosts_of, metadata_of, selector, token_secret
+
+_RAY_VERSION = "2.60.0"
+"""Of the image; the operator wants to know."""
+_MOST_NAME = 47
+"""Characters: the operator makes the names of services and pods from that of a RayJob."""
+_SUBMITTER_RETRIES = 10
+
+
+def check_job(job: JobConfig, request: Request) -> None:
+    """Find what is wrong with a job for Kubernetes, as far as no cluster need be asked.
+
+    Raises:
+        ConfigError: its name, its image, or its size.
+    """
+    k8s = job.cluster.k8s
+    if (
+        len(job.name) > _MOST_NAME
+        or not job.name[0].isalpha()
+        or set(job.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    ):
+        raise ConfigError(
+            f"the name {job.name} cannot be one of Kubernetes, which takes small letters, digits and dashes, a letter "
+            f"first and {_MOST_NAME} at most; set another with --set name=...",
+            field="name",
+        )
+    if job.name.endswith("-"):
+        raise ConfigError(f"the name {job.name} ends with a dash, which Kubernetes does not take", field="name")
+    if k8s.image is None:
+        raise ConfigError(
+            "no image is named; build one that your cluster can pull as k8s/README.md says, and name it with --image "
+            "or cluster.k8s.image",
+            field="cluster.k8s.image",
+        )
+    if job.hub.push != "never" and k8s.secret is None:
+        raise ConfigError(
+            f"hub.push is {job.hub.push}, and the pods have no token; make a Secret in the job's namespace with "
+            "`kubectl create secret generic hub --from-literal=HF_TOKEN=...`, and name it with --secret or "
+            "cluster.k8s.secret",
+            field="cluster.k8s.secret",
+        )
+    if request.plain and k8s.scheduler in ("volcano", "yunikorn"):
+        raise ConfigError(
+            f"cluster.k8s.scheduler {k8s.scheduler} is not supported with --plain: the operator makes its groups; "
+            "leave out --plain, or take kueue",
+            field="cluster.k8s.scheduler",
+        )
+    if request.code and "PYTHONPATH" in k8s.env:
+        problem = "cluster.k8s.env sets PYTHONPATH, by which --sync puts its code before the image's"
+        raise ConfigError(f"{problem}; leave out one of them", field="cluster.k8s.env")
+    hosts_of(job.cluster).check()
+
+
+def objects(job: JobConfig, request: Request) -> list[Object]:
+    """What is applied, the job itself last."""
+    made = [_config_map(job, request), _network_policy(job, request)]
+    if request.plain:
+        return [*made, _service(job), _indexed_job(job, request)]
+    return [*made, _ray_job(job, request)]
+
+
+def render(job: JobConfig, request: Request) -> str:
+    """The objects as one YAML text."""
+    return yaml.dump_all(objects(job, request), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text and not any(line.endswith(" ") for line in text.splitlines()) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _config_map(job: JobConfig, request: Request) -> Object:
+    data: Object = {"data": {"job.yaml": job_text(job)}}
+    if request.code:
+        data["binaryData"] = {CODE: request.code.archive}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata_of(job, job.name), **data}
+
+
+def _network_policy(job: JobConfig, request: Request) -> Object:
+    """Whoever reaches Ray's ports could run programs; so only the job's own pods do, and the operator the dashboard."""
+    ingress: list[Object] = [{"from": [{"podSelector": {"matchLabels": selector(job.name)}}]}]
+    if not request.plain:
+        operator = {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
+        ingress.append(
+            {
+                "from": [{"namespaceSelector": {}, "podSelector": operator}],
+                "ports": [{"port": DASHBOARD_PORT, "protocol": "TCP"}],
+            }
+        )
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata_of(job, job.name),
+        "spec": {"podSelector": {"matchLabels": selector(job.name)}, "policyTypes": ["Ingress"], "ingress": ingress},
+    }
+
+
+def _ray_job(job: JobConfig, request: Request) -> Object:
+    k8s = job.cluster.k8s
+    head, workers = pod_template(job, request, "head"), pod_template(job, request, "worker")
+    spec: Object = {
+        "entrypoint": shlex.join(driver_command(request)),
+        "submissionMode": "K8sJobMode",
+        "submitterConfig": {"backoffLimit": _SUBMITTER_RETRIES},
+        "submitterPodTemplate": submitter_pod(job, request),
+        "backoffLimit": k8s.max_retries,
+        "shutdownAfterJobFinishes": True,
+    }
+    if k8s.scheduler == "kueue":
+        spec["suspend"] = True
+    elif k8s.start_deadline_s and k8s.queue is None:
+        spec["preRunningDeadlineSeconds"] = k8s.start_deadline_s
+    spec["rayClusterSpec"] = {
+        "rayVersion": _RAY_VERSION,
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {
+            # Workers do not run there.
+            "rayStartParams": {"num-cpus": "0", "object-store-memory": str(store_bytes(k8s.head.memory))},
+            "template": head,
+        },
+        "workerGroupSpecs": [
+            {
+                "groupName": "workers",
+                "replicas": k8s.pods,
+                "minReplicas": k8s.pods,
+                "maxReplicas": k8s.pods,
+                "rayStartParams": {"object-store-memory": str(store_bytes(k8s.memory_per_pod))},
+                "template": workers,
+            }
+        ],
+    }
+    labels = _queue_labels(job)
+    return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata_of(job, job.name, labels), "spec": spec}
+
+
+def _service(job: JobConfig) -> Object:
+    """Gives the pods of a plain job their names."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata_of(job, job.name),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": selector(job.name),
+            "ports": [{"name": "gcs", "port": 6379}],
+        },
+    }
+
+
+def _indexed_job(job: JobConfig, request: Request) -> Object:
+    k8s = job.cluster.k8s
+    template = pod_template(job, request, "worker")
+    template["spec"] |= {"restartPolicy": "Never", "subdomain": job.name}
+    (container,) = template["spec"]["containers"]
+    hosts = hosts_of(job.cluster)
+    store = store_bytes(k8s.memory_per_pod)
+    container["command"] = [
+        *("python", "-m", "clm_dist.submit.in_pod.node"),
+        f"--num-cpus={hosts.cpus}",
+        f"--num-gpus={hosts.gpus}",
+        f"--memory={num_bytes(k8s.memory_per_pod) - store}",
+        f"--object-store-memory={store}",
+        "--",
+        *driver_command(request),
+    ]
+    token = {"secretKeyRef": {"name": token_secret(job.name), "key": "auth_token"}}
+    container["env"] += [
+        {"name": "CLM_DIST_HEAD", "value": f"{job.name}-0.{job.name}"},
+        {"name": "RAY_AUTH_MODE", "value": "token"},
+        {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
+    ]
+    spec: Object = {
+        "completionMode": "Indexed",
+        "completions": k8s.pods,
+        "parallelism": k8s.pods,
+        "backoffLimit": k8s.max_retries * k8s.pods,
+        "podFailurePolicy": {
+            "rules": [
+                # The job file's fault, which trying again does not mend.
+                {"action": "FailJob", "onExitCodes": {"containerName": "ray", "operator": "In", "values": [2]}},
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+        # The first has the driver, and with its success the others are ended.
+        "successPolicy": {"rules": [{"succeededIndexes": "0", "succeededCount": 1}]},
+        "template": template,
+    }
+    if k8s.scheduler == "kueue":
+        spec = {"suspend": True, **spec}
+    labels = _queue_labels(job)
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata_of(job, job.name, labels), "spec": spec}
+
+
+def _queue_labels(job: JobConfig) -> dict[str, str]:
+    k8s = job.cluster.k8s
+    labels = {}
+    if k8s.scheduler == "kueue":
+        labels["kueue.x-k8s.io/queue-name"] = str(k8s.queue)
+    elif k8s.scheduler == "yunikorn":
+        labels |= {"ray.io/gang-scheduling-enabled": "true", "yunikorn.apache.org/app-id": job.name}
+        labels |= {"yunikorn.apache.org/queue": k8s.queue} if k8s.queue else {}
+    elif k8s.queue:
+        labels["volcano.sh/queue-name"] = k8s.queue
+    if k8s.scheduler in ("volcano", "yunikorn") and k8s.priority_class:
+        labels["ray.io/priority-class-name"] = k8s.priority_class
+    return labels

@@ -1,0 +1,59 @@
+"""Settings of the Ray that a cluster's hosts start, and what its hosts are to each other."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import struct
+from pathlib import Path
+
+_SIOCGIFADDR = 0x8915
+RAY_SETTINGS = {
+    # In seconds; what a node waits for a head that does not answer.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # A host without a network is given up within 20 s, not within a minute.
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def address_towards(host: str) -> str:
+    """The address of this host on the network that leads to another; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def end_descendants() -> None:
+    """End all processes that this one started, and theirs, and wait for them."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    # Each that ends hands its own children to this process.
+    while pids := children.read_text().split():
+        for pid in map(int, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.wait()
