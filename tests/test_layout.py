@@ -18,7 +18,7 @@ LAYERS = [
     {"files", "metrics"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"run"},
-    {"cli", "cli_submit", "cli_submit_k8s", "cli_options"},
+    {"cli"},
     {"__main__"},
 ]
 STAGES = LAYERS[3]

@@ -71,7 +71,7 @@ def test_the_commands_take_a_url(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("clm_dist.cli.DEFAULT_STORES", str(tmp_path / "cache"))
+    monkeypatch.setattr("clm_dist.cli.store.DEFAULT_STORES", str(tmp_path / "cache"))
     said = clm_dist(capsys, monkeypatch, "prepare", write_job(), "--store", URL)
     assert said.code == 0, said.err
     store = Path(said.out.strip())

@@ -16,7 +16,7 @@ GIGABYTE = 10**9
 # The peak of the process itself, and of what is its own in it: mapped files are not, the system takes them back.
 WATCHED = """
 import sys, threading, time
-from clm_dist.cli import main
+from clm_dist.cli.app import main
 
 peaks = {"VmRSS": 0, "RssAnon": 0}
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from clm_dist.cli import app
+from clm_dist.cli.app import app
 from tests.conftest import ROOT
 
 HELP = ROOT / "tests" / "pins" / "help"

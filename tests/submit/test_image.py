@@ -227,7 +227,7 @@ def test_rays_head_in_the_image_takes_jobs(start: Start) -> None:
 _LOADED_WITHOUT_BYTECODE = """
 import sys
 from pathlib import Path
-import clm_dist.cli, ray, torch, deepspeed, transformers, datasets
+import clm_dist.cli.app, ray, torch, deepspeed, transformers, datasets
 files = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, "__spec__", None) and m.__spec__.has_location]
 print(len(files), [s.origin for s in files if s.cached and s.origin.endswith(".py") and not Path(s.cached).exists()])
 """

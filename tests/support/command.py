@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clm_dist.cli import main
+from clm_dist.cli.app import main
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ MOST_MODULES = 900
 """Of a command that answers at once; --help loads 736, a prepare that finds its store 678."""
 _LOADED = """
 import json, sys
-from clm_dist.cli import main
+from clm_dist.cli.app import main
 try:
     main()
 finally:

@@ -1,4 +1,4 @@
-"""The commands for clusters: `submit`, `status`, `logs`, `cancel`."""
+"""The command `submit`."""
 
 import json
 import sys
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from clm_dist.cli_options import (
+from clm_dist.cli.options import (
     DEFAULT_RUNS,
     DEFAULT_STORES,
     JobFile,
@@ -20,25 +19,19 @@ from clm_dist.cli_options import (
     Stores,
     located,
 )
-from clm_dist.cli_submit_k8s import k8s
+from clm_dist.cli.submit_k8s import k8s
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
 from clm_dist.files.stores import open_stores
-from clm_dist.progress import clock, err, out
+from clm_dist.progress import err, out
 from clm_dist.submit import launch
 from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
-from clm_dist.submit.states import describe
-from clm_dist.submit.submission import Submission, find_submission, sweep_name, sweep_settings
+from clm_dist.submit.submission import Submission, sweep_name, sweep_settings
 
 submit = typer.Typer(no_args_is_help=True, help="Submit a job to a cluster.")
 submit.command()(k8s)
-
-Which = Annotated[
-    str | None,
-    typer.Argument(metavar="[RUN]", help="Name of a run or a submission, or a job's number; the last submission."),
-]
 
 
 @submit.command()
@@ -113,73 +106,6 @@ def slurm(
     out.print(
         f"clm-dist status {submitted.name} · clm-dist logs -f {submitted.name} · clm-dist cancel {submitted.name}"
     )
-
-
-def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
-    """Show how far a submission is: in the queue, and in its steps."""
-    submission, _ = find_submission(local_dir(runs, "--runs"), which)
-    states = launch.run_states(submission)
-    prepare = launch.prepare_state(submission)
-    if prepare and prepare.state != "COMPLETED":
-        words = ": ".join(filter(None, [prepare.state.lower(), prepare.reason]))
-        out.print(f"prepare (job {submission.prepare_id}): {words}", soft_wrap=True, markup=False)
-    table = Table("run", "job", "state", "hosts", "attempt", "step", "loss", "training left", "time left")
-    for run in states:
-        table.add_row(
-            run.name,
-            run.job_id,
-            describe(run),
-            run.job.nodes if run.job else "",
-            "" if run.job is None or run.job.restarts is None else str(run.job.restarts),
-            "" if run.step is None else f"{run.step}/{run.num_steps}",
-            "" if run.loss is None else f"{run.loss:.4f}",
-            clock(run.seconds_left) if run.is_training and run.seconds_left is not None else "",
-            clock(run.job.seconds_left) if run.job and run.job.seconds_left is not None else "",
-        )
-    out.print(table)
-    for run in states:
-        if run.job and run.job.reason:
-            out.print(f"{run.name}: {run.job.reason}", soft_wrap=True, markup=False)
-    ended = [run for run in states if run.job and not run.job.active and run.job.state != "DELETED"]
-    if any(not (run.result and run.result["status"] == "done") for run in ended):
-        out.print(f"why: clm-dist logs {submission.name} -n 40", soft_wrap=True)
-    done = [str(submission.runs / run.name) for run in states if run.result and run.result["status"] == "done"]
-    if len(done) > 1:
-        out.print(f"compare them: clm-dist report {' '.join(done)}", soft_wrap=True)
-
-
-def logs(
-    which: Which = None,
-    runs: Runs = DEFAULT_RUNS,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
-    last: Annotated[int | None, typer.Option("--last", "-n", min=0, help="Only so many of the lines so far.")] = None,
-) -> None:
-    """Print the logs of a submission, all attempts and all hosts, the host in front of every line."""
-    submission, _ = find_submission(local_dir(runs, "--runs"), which)
-    merged = launch.open_logs(submission)
-    lines = merged.new_lines()
-    for line in lines if last is None else lines[len(lines) - min(last, len(lines)) :]:
-        typer.echo(line)
-    if follow:
-        for line in merged.follow(lambda: launch.is_active(submission)):
-            typer.echo(line)
-
-
-def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
-    """End a submission; what its runs have saved stays, and submitting again goes on from it."""
-    submission, task = find_submission(local_dir(runs, "--runs"), which)
-    cancelled = launch.cancel(submission, task)
-    if submission.k8s:
-        where = f"in the namespace {submission.k8s.namespace}"
-        what = f"deleted {submission.job_id} {where}" if cancelled else f"there is no {submission.job_id} {where}"
-        then = "what the run has saved stays on the claim, and submitting the same job again goes on from it"
-        out.print(f"{what}; {then}", soft_wrap=True)
-    elif cancelled:
-        number = submission.job_id if task is None else submission.task_id(task)
-        then = "submitting the same job again goes on from its last checkpoint"
-        out.print(f"cancelled job {number}; {then}", soft_wrap=True)
-    else:
-        out.print(f"job {submission.job_id} has ended already; nothing to cancel")
 
 
 def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str], name: str) -> list[JobConfig]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from clm_dist.cli_options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume, located
+from clm_dist.cli.options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume, located
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import Job, load_job
 from clm_dist.config.paths import local_dir

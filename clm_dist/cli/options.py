@@ -33,6 +33,12 @@ DEFAULT_RUNS = "runs"
 DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 @contextlib.contextmanager
 def located(job: Job) -> Iterator[None]:
     """Begin an error of a field with the file and the line that set the field."""

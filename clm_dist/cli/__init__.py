@@ -1,0 +1,1 @@
+"""The `clm-dist` command."""

@@ -1,0 +1,139 @@
+"""The commands that make a run and show it: `run`, `train`, `report`, `push`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clm_dist.cli.options import (
+    DEFAULT_RUNS,
+    DEFAULT_STORES,
+    JobFile,
+    Overrides,
+    Overwrite,
+    Resume,
+    Runs,
+    Stores,
+    located,
+)
+from clm_dist.config.load import load_job, read_saved_job
+from clm_dist.config.paths import local_dir, local_path
+from clm_dist.errors import ConfigError
+from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.result import read_result
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import open_stores
+from clm_dist.progress import err, out
+
+EX_TEMPFAIL = 75
+"""Preempted with a checkpoint saved: run it again (sysexits.h)."""
+EX_INTERRUPTED = 130
+"""Ended by Ctrl-C without a checkpoint (128 + SIGINT, as shells say it)."""
+
+
+def _run_path(value: str) -> Path:
+    return local_path(value, "RUN")
+
+
+def run(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    stores: Stores = DEFAULT_STORES,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Prepare, train, evaluate and report; push if the job says so."""
+    _run(job_file, overrides, runs, stores, resume=resume, overwrite=overwrite, only_train=False)
+
+
+def train(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    stores: Stores = DEFAULT_STORES,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on blocks that `prepare` made."""
+    _run(job_file, overrides, runs, stores, resume=resume, overwrite=overwrite, only_train=True)
+
+
+def push(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", parser=_run_path, help="Run directory.")],
+    repo: Annotated[str | None, typer.Option("--repo", help="Repository, instead of the job's.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository, instead of the job's.")
+    ] = None,
+) -> None:
+    """Push a run's final model to the Hub."""
+    from clm_dist import hub
+    from clm_dist.report.card import write_card
+
+    directory = RunDir(run_dir)
+    result = read_result(run_dir)
+    if not directory.final.is_dir():
+        raise ConfigError(f"the run {run_dir} has no final model yet; `clm-dist run {directory.job}` goes on with it")
+    job = read_saved_job(directory.job)
+    write_card(directory.final, job, result)
+    url = hub.push(job, directory, directory.final, result["train"]["steps"], repo=repo, private=private)
+    out.print(f"pushed to {url}", soft_wrap=True)
+
+
+def report(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", parser=_run_path, help="Run directories; several are compared.")
+    ],
+) -> None:
+    """Print a run's figures and write its report.html; compare several runs."""
+    from clm_dist.report.compare import comparability, comparison_table
+    from clm_dist.report.page import write_page
+    from clm_dist.report.table import checkpoint_table, result_table
+
+    results = [read_result(path) for path in run_dirs]
+    if len(results) > 1:
+        out.print(comparison_table(results))
+        if warning := comparability(results):
+            out.print(warning, style="yellow", soft_wrap=True)
+        return
+    directory = RunDir(run_dirs[0])
+    write_page(directory, results[0])
+    out.print(result_table(results[0]))
+    try:
+        checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
+        with checkpoints.reaching():
+            if (saved := checkpoint_table(checkpoints)) is not None:
+                out.print(saved)
+    except ConfigError as error:
+        err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)
+    out.print(f"report: {directory.report}", soft_wrap=True)
+
+
+def _run(
+    job_file: Path,
+    overrides: list[str] | None,
+    runs: str,
+    stores: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    only_train: bool,
+) -> None:
+    from clm_dist.run import run_job
+
+    job = load_job(job_file, overrides or ())
+    runs_dir, (stores_dir, url) = local_dir(runs, "--runs"), open_stores(stores, DEFAULT_STORES)
+    try:
+        with located(job):
+            result = run_job(
+                job.config, runs_dir, stores_dir, url, resume=resume, overwrite=overwrite, only_train=only_train
+            )
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on from the last checkpoint", style="red")
+        raise typer.Exit(EX_INTERRUPTED) from None
+    if result["status"] == "preempted":
+        err.print(
+            f"stopped after step {result['train']['steps']} with a checkpoint saved; the same command goes on from it",
+            style="yellow",
+        )
+        raise typer.Exit(EX_TEMPFAIL)
