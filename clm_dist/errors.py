@@ -1,20 +1,36 @@
-"""What can go wrong, by whose fault it is; the exit code follows from the class."""
+"""What can go wrong, by who must act. The exit code follows from the class, and a scheduler from the exit code.
+
+    ClmDistError              1   base of all; not raised itself
+    ├── RunError              1   the run failed, and the same command would fail again
+    ├── MendFirstError        2   a person must mend something before the same command is run again
+    │   ├── ConfigError           the job file or the call
+    │   │   └── DataError         the data that the job names
+    │   ├── CheckpointError       a checkpoint that the run cannot go on from
+    │   └── SubmitError           a cluster refuses a job, or cannot be asked
+    └── TryAgainError        75   nobody must act in the job: the same command may work later
+        ├── StorageError          a disk is full, a storage or a server is away
+        ├── HubError              the Hub does not answer
+        └── NotReadyError         nodes that the run needs are not there yet
+
+Each boundary to a library has one translator: `files.atomic.writing` for local disks, `files.storage.reaching` for
+what fsspec reaches, `prepare.files.reading` for the formats of data files, `hub` for the Hub, `train.ray.driver` for
+Ray.
+"""
 
 import errno
 import shutil
 from pathlib import Path
+from typing import Self
 
 
 class ClmDistError(Exception):
-    """Something a person can act on: the message says cause, fix and, where there is one, the command."""
+    """An error that a person understands: the message says cause, fix and, where there is one, the command.
+
+    Args:
+        field: dotted name of the job's field at fault, if one is.
+    """
 
     exit_code = 1
-
-
-class ConfigError(ClmDistError):
-    """The job file or the call is wrong. `field` is the dotted name of the job's field at fault."""
-
-    exit_code = 2
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -22,26 +38,15 @@ class ConfigError(ClmDistError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders; the default would lose the keyword.
-        return (_rebuild_config_error, (type(self), str(self), self.field))
+        return (_rebuild, (type(self), str(self), self.field))
+
+    def at(self, place: str) -> Self:
+        """The same error, beginning with the place that it was found at."""
+        return type(self)(f"{place}: {self}", field=self.field)
 
 
-def _rebuild_config_error(kind: type[ConfigError], message: str, field: str | None) -> ConfigError:
+def _rebuild(kind: type[ClmDistError], message: str, field: str | None) -> ClmDistError:
     return kind(message, field=field)
-
-
-class DataError(ConfigError):
-    """The data that the job names is wrong: a broken file, a missing field, too little text."""
-
-
-class ReadError(ConfigError):
-    """The data cannot be read, by a fault of the disk, the network or a server, or because a file is cut short.
-
-    Unlike a DataError it may be gone the next time, so what is done so far is kept.
-    """
-
-
-class CheckpointError(ClmDistError):
-    """A checkpoint cannot be written, or cannot be resumed from."""
 
 
 class RunError(ClmDistError):
@@ -51,36 +56,73 @@ class RunError(ClmDistError):
     """
 
 
-class SubmitError(ClmDistError):
+class MendFirstError(ClmDistError):
+    """A person must mend something before the same command is run again."""
+
+    exit_code = 2
+
+
+class ConfigError(MendFirstError):
+    """The job file or the call is wrong."""
+
+
+class DataError(ConfigError):
+    """The data that the job names is wrong: a broken file, a missing field, too little text."""
+
+
+class CheckpointError(MendFirstError):
+    """The run cannot go on from a checkpoint: it is damaged, or of another job."""
+
+
+class SubmitError(MendFirstError):
     """The cluster refused a job, or could not be asked."""
 
 
-class NotReadyError(ClmDistError):
-    """What the run needs is not there yet; the same command may find it later."""
+class TryAgainError(ClmDistError):
+    """The same command may work later, with the same job; what was done until then is kept."""
 
     exit_code = 75
 
 
-class HubError(ClmDistError):
-    """The Hub refused or could not be reached."""
+class StorageError(TryAgainError):
+    """A disk is full, or a disk, a storage or a server does not answer."""
 
 
-def describe_os_error(error: Exception, path: Path) -> ConfigError | None:
-    """The error that a person understands for a full or unwritable disk; None for anything else."""
+class HubError(TryAgainError):
+    """The Hub does not answer, or not as it should."""
+
+
+class NotReadyError(TryAgainError):
+    """Nodes that the run needs are not there yet."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
+
+def describe_os_error(error: Exception, path: Path) -> ClmDistError | None:
+    """The error that a person understands where a file cannot be written; None for anything else.
+
+    Returns:
+        StorageError for a disk that is full or does not answer, ConfigError for one that may not be written.
+    """
     if not isinstance(error, OSError):
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         existing = next(p for p in (path, *path.parents) if p.exists())
         free_mib = shutil.disk_usage(existing).free / 2**20
-        return ConfigError(
+        return StorageError(
             f"no space left while writing {path} ({free_mib:.0f} MiB free there); free some space, or name another "
             "disk with --runs or --store (TMPDIR for what is on its way there), and run the same command again"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if error.errno in REFUSED:
         return ConfigError(
             f"cannot write {path}: {error.strerror}; name a directory that you may write to with --runs or --store "
             "(or CLM_DIST_RUNS, CLM_DIST_STORE)"
         )
+    if error.errno in _AWAY:
+        return StorageError(f"cannot write {path}: {error.strerror}; run the same command again when its disk answers")
     return None
 
 

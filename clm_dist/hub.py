@@ -17,10 +17,10 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
 from clm_dist.files.atomic import damaged, read_json, write_json
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.storage import http_status, is_passing
 
 logger = logging.getLogger(__name__)
 
-_RETRIED = {408, 429, 500, 502, 503, 504}
 # Few: the library's own tries, where it has any, take 23 s.
 RETRY_DELAYS_S: Sequence[float] = (2, 8)
 
@@ -187,8 +187,8 @@ def _retrying(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:  # judged below
-            status = _status(error)
-            if isinstance(error, ConfigError) or (status is not None and status not in _RETRIED):
+            status = http_status(error)
+            if isinstance(error, ConfigError) or (status is not None and not is_passing(status)):
                 raise
             logger.warning("the push failed (%s), next try in %s s", first_line(error), delay)
             time.sleep(delay)
@@ -196,16 +196,12 @@ def _retrying(action: Callable[[], T]) -> T:
 
 
 def _describe(error: Exception, repo: str) -> ClmDistError:
-    status = _status(error)
+    status = http_status(error)
     if status == 401:
         return ConfigError("the Hub refuses the token; log in again with `hf auth login` or set another HF_TOKEN")
     if status == 403:
         return ConfigError(
             f"the token may not write to {repo}; use a token with write access to it, or set hub.repo", field="hub.repo"
         )
-    return HubError(f"the push to {repo} failed: {first_line(error)}")
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
+    message = f"the push to {repo} failed: {first_line(error)}"
+    return HubError(message) if status is None or is_passing(status) else ConfigError(message)

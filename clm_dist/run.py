@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ClmDistError, ConfigError, HubError, first_line
+from clm_dist.errors import ClmDistError, ConfigError, TryAgainError, first_line
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.progress import Progress, err, open_progress, out
@@ -98,7 +98,7 @@ def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, samp
             else:
                 out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
             shutil.rmtree(directory.exports, ignore_errors=True)
-        except (HubError, ConfigError) as error:
+        except (ConfigError, TryAgainError) as error:
             err.print(
                 f"not pushed: {error}\nThe model is whole in {directory.final}; push it later with "
                 f"`clm-dist push {directory.root}`",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.paths import local_dir
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, StorageError
 from clm_dist.files.atomic import make_dir, read_json, replace_dir, write_json, write_text, writing
 from clm_dist.files.records import read_records
 from tests.support.disks import mounted
@@ -23,7 +23,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"no space left while writing .*result.json .* MiB free there"):
+    with pytest.raises(StorageError, match=r"no space left while writing .*result.json .* MiB free there"):
         write_text(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
@@ -31,9 +31,9 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
 
 def test_a_really_full_disk(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=64k") as disk:
-        with pytest.raises(ConfigError, match=r"no space left .* run the same command again") as caught:
+        with pytest.raises(StorageError, match=r"no space left .* run the same command again") as caught:
             write_text(disk / "metrics.jsonl", "x" * 2**20)
-        assert caught.value.exit_code == 2
+        assert caught.value.exit_code == 75
         assert list(disk.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clm_dist.config.load import Job
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ClmDistError
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -44,6 +44,8 @@ def located(job: Job) -> Iterator[None]:
     """Begin an error of a field with the file and the line that set the field."""
     try:
         yield
-    except ConfigError as error:
+    except ClmDistError as error:
         where = job.where(error.field) if error.field else None
-        raise type(error)(f"{where}: {error}" if where else str(error), field=error.field) from error
+        if where is None:
+            raise
+        raise error.at(where) from error

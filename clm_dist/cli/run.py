@@ -18,7 +18,7 @@ from clm_dist.cli.options import (
 )
 from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ClmDistError, ConfigError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
@@ -104,7 +104,7 @@ def report(
         with checkpoints.reaching():
             if (saved := checkpoint_table(checkpoints)) is not None:
                 out.print(saved)
-    except ConfigError as error:
+    except ClmDistError as error:
         err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)
     out.print(f"report: {directory.report}", soft_wrap=True)
 

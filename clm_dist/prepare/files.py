@@ -1,5 +1,6 @@
 """The files that `data.path` names, local or remote, and what goes wrong while they are read."""
 
+import errno
 from dataclasses import dataclass
 from glob import iglob
 from pathlib import Path
@@ -12,7 +13,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import ClmDistError, ConfigError, DataError, ReadError, first_line
+from clm_dist.errors import REFUSED, ClmDistError, ConfigError, DataError, StorageError, first_line
+from clm_dist.files.storage import describe_storage_error, reaching
 from clm_dist.prepare.json_lines import first_line_not_utf8, not_utf8
 
 Kind = Literal["json", "csv", "parquet", "arrow", "text"]
@@ -123,18 +125,8 @@ def _local_file(path: Path) -> DataFile:
 
 
 def _expand_url(url: str) -> list[DataFile]:
-    try:
+    with reaching(f"data.path {url[:_SHOWN_CHARACTERS]}", field="data.path"):
         return _files_of_url(url)
-    except ClmDistError:
-        raise
-    except Exception as error:  # each kind of storage raises errors of its own
-        advice = "check the address, your network and your credentials"
-        if isinstance(error, ImportError):
-            extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(url.partition("://")[0])
-            advice = f"pip install 'clm-dist[{extra}]'" if extra else "install the package that it names"
-        raise ConfigError(
-            f"data.path {url[:_SHOWN_CHARACTERS]}: {first_line(error)}; {advice}", field="data.path"
-        ) from error
 
 
 def _files_of_url(url: str) -> list[DataFile]:
@@ -184,12 +176,16 @@ class reading:  # noqa: N801  # a context manager reads as a verb
                 with self.file.stream() as stream:
                     number = first_line_not_utf8(stream)
             raise not_utf8(f"{self.file.name}:{number}" if number else self.file.name) from None
-        of_storage = is_url(self.file.name) and isinstance(error, Exception) and not isinstance(error, ClmDistError)
-        if of_storage or isinstance(error, (pa.ArrowException, OSError, EOFError)):
-            assert error is not None
-            passing = of_storage or isinstance(error, (OSError, EOFError))
-            raise (ReadError if passing else DataError)(
-                f"{self.file.name}: cannot be read: {first_line(error)}; mend the file or take it out of data.path"
-                f"{', or run the same command again' if passing else ''}",
-                field="data.path",
-            ) from None
+        if not isinstance(error, Exception) or isinstance(error, ClmDistError):
+            return
+        problem = f"{self.file.name}: cannot be read"
+        mend = "mend the file or take it out of data.path"
+        # Where compressed bytes are damaged or missing, Arrow raises an OSError without a number.
+        of_format = isinstance(error, (pa.ArrowException, EOFError)) or (type(error) is OSError and error.errno is None)
+        if is_url(self.file.name) and not of_format:
+            raise describe_storage_error(error, problem, field="data.path") from None
+        if of_format or (isinstance(error, OSError) and error.errno in (errno.ENOENT, *REFUSED)):
+            raise DataError(f"{problem}: {first_line(error)}; {mend}", field="data.path") from None
+        if isinstance(error, OSError):
+            problem = f"{problem}: {first_line(error)}; {mend}, or run the same command again"
+            raise StorageError(problem, field="data.path") from None

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, first_line
+from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import DataFile, find_files
 from clm_dist.prepare.identity import is_directory
@@ -182,7 +183,8 @@ class _reaching:  # noqa: N801  # a context manager reads as a verb
         if isinstance(error, OSError):
             if is_directory(self.data):
                 raise ConfigError(f"data.dataset {dataset}: {first_line(error)}", field="data.dataset") from None
-            raise ConfigError(
+            raise describe_hub_error(
+                error,
                 f"data.dataset {dataset} is not reachable on the Hub: {first_line(error)}; check the id, your network "
                 "and `hf auth login`, or use local files with --set data.source=files --set data.path=...",
                 field="data.dataset",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.errors import ConfigError, first_line
+from clm_dist.files.hub_errors import describe_hub_error
 
 # Whatever of these a tokenizer has decides which ids a text gets.
 _FILES = (
@@ -35,7 +36,8 @@ def locate_tokenizer(path: str, field: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
+        raise describe_hub_error(
+            error,
             f"{field} {path} is neither a directory nor reachable on the Hub: {first_line(error)}; check the spelling, "
             "your network and, for a private or gated model, `hf auth login`",
             field=field,

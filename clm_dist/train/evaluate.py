@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
+from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.progress import Progress
 from clm_dist.train.documents import block_logits, document_end_of, num_predicted
@@ -98,9 +99,8 @@ def load_written(path: Path | str) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is neither a model's directory nor reachable on the Hub: {first_line(error)}"
-        ) from None
+        message = f"{path} is neither a model's directory nor reachable on the Hub: {first_line(error)}"
+        raise describe_hub_error(error, message) from None
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(
             f"the model of {path} does not load: {first_line(error)}; if its files are damaged or do not belong "

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from clm_dist.config.job import Every, JobConfig
-from clm_dist.errors import ConfigError, RunError
+from clm_dist.errors import ClmDistError, RunError, StorageError
 from clm_dist.files.atomic import make_dir, write_json
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
@@ -52,6 +52,8 @@ class Outcome:
     status: Literal["done", "preempted", "failed"]
     step: int
     error: str | None = None
+    try_again: bool = False
+    """Whether the same command may get further later, where it failed."""
 
 
 class _AskedToStopError(Exception):
@@ -78,11 +80,11 @@ def train(job: JobConfig, session: Session) -> Outcome:
         loop = _Loop(job, session, heart)
         try:
             return loop.run()
-        except RunError as error:
-            with contextlib.suppress(RunError):
+        except (RunError, StorageError) as error:
+            with contextlib.suppress(StorageError):
                 # What was saved until then is worth its commit.
                 loop.saves.conclude()
-            return Outcome("failed", loop.step, str(error))
+            return Outcome("failed", loop.step, str(error), isinstance(error, StorageError))
     finally:
         heart.stop()
 
@@ -187,14 +189,14 @@ class _Loop:
         self.reporter.phase("Evaluating the written model", self.step)
         parts = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
-        with contextlib.suppress(RunError):
+        with contextlib.suppress(StorageError):
             # A last checkpoint that cannot be written is recorded, and takes nothing from the model.
             self.saves.conclude()
         return Outcome("done", self.step)
 
     def _end_early(self) -> Outcome:
         if problem := self.saves.conclude():
-            raise RunError(f"{problem}; the run stops without it, and the same command goes on from the one before")
+            raise StorageError(f"{problem}; the run stops without it, and the same command goes on from the one before")
         return Outcome("preempted", self.step)
 
     def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
@@ -377,7 +379,7 @@ class _Loop:
             figures = {"step": self.step, "loss": _json(loss), "grad_norm": _json(grad_norm)}
             file = self.session.run.outlier(self.step)
             # On a full disk the numbers of the blocks, below, must do.
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(ClmDistError):
                 make_dir(file.parent)
                 write_json(file, {"kind": kind, **figures, "blocks": rows})
             self.reporter.add(kind=kind, **figures, blocks=blocks[:_SHOWN_BLOCKS], **record)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, first_line
+from clm_dist.files.hub_errors import describe_hub_error
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is no causal language model that transformers knows")
     except OSError as error:
-        raise ConfigError(
+        raise describe_hub_error(
+            error,
             f"model.path {job.model.path} is neither a model's directory nor reachable on the Hub: "
             f"{first_line(error)}; check the spelling, your network and, for a gated model, `hf auth login`",
             field="model.path",

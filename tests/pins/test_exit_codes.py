@@ -13,37 +13,42 @@ from clm_dist.errors import (
     ConfigError,
     DataError,
     HubError,
+    MendFirstError,
     NotReadyError,
-    ReadError,
     RunError,
+    StorageError,
     SubmitError,
+    TryAgainError,
     describe_os_error,
 )
 from tests.conftest import WriteJob
 from tests.support.command import clm_dist
 
 CLASSES: dict[type[ClmDistError], int] = {
-    CheckpointError: 1,
     ClmDistError: 1,
+    RunError: 1,
+    MendFirstError: 2,
+    CheckpointError: 2,
     ConfigError: 2,
     DataError: 2,
-    HubError: 1,
+    SubmitError: 2,
+    TryAgainError: 75,
+    HubError: 75,
     NotReadyError: 75,
-    ReadError: 2,
-    RunError: 1,
-    SubmitError: 1,
+    StorageError: 75,
 }
 OS_ERRORS = {
-    errno.ENOSPC: 2,
-    errno.EDQUOT: 2,
+    errno.ENOSPC: 75,
+    errno.EDQUOT: 75,
     errno.EACCES: 2,
     errno.EPERM: 2,
     errno.EROFS: 2,
     errno.ENOTDIR: 2,
     errno.EEXIST: 2,
+    errno.EIO: 75,
+    errno.ESTALE: 75,
     # Not ours to explain: raised as it is.
-    errno.EIO: None,
-    errno.ESTALE: None,
+    errno.EINVAL: None,
 }
 ENDS: dict[str, tuple[Any, int]] = {
     "done": ({"status": "done", "train": {"steps": 1}}, 0),
@@ -52,6 +57,9 @@ ENDS: dict[str, tuple[Any, int]] = {
     "an error of ours": (RunError("the loss is nan"), 1),
     "a wrong job file": (ConfigError("wrong", field="train.epochs"), 2),
     "not ready": (NotReadyError("no nodes yet"), 75),
+    "a full disk": (StorageError("no space left"), 75),
+    "a Hub that is away": (HubError("the Hub is not reachable"), 75),
+    "a checkpoint of another job": (CheckpointError("saved with another seed"), 2),
 }
 """What the run returns or raises, and how `clm-dist run` ends."""
 

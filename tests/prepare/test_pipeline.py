@@ -13,7 +13,7 @@ import pytest
 
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ConfigError, DataError, ReadError
+from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.blocks import Blocks, Manifest, token_dtype
 from clm_dist.prepare import files, pipeline
 from clm_dist.prepare.encode import Effort
@@ -436,7 +436,7 @@ def test_a_full_disk_keeps_what_is_done(make: MakeJob, stores: Path, tmp_path: P
 
     with mounted(tmp_path / "disk", "size=2m") as disk:
         (disk / "other").write_bytes(b"x" * (2**21 - 300_000))
-        with pytest.raises(ConfigError, match=r"no space left while writing .* run the same command again"):
+        with pytest.raises(StorageError, match=r"no space left while writing .* run the same command again"):
             prepare(job, disk, Log(), effort)
         (work,) = disk.glob("*/work")
         done = len(list(work.glob("*.part.arrow")))
@@ -516,7 +516,7 @@ def test_a_fault_that_may_pass_keeps_what_is_done(
         return read(partition, data)
 
     monkeypatch.setattr("clm_dist.prepare.encoded.read_partition", fails_later)
-    with pytest.raises(ReadError, match=r"records.jsonl: cannot be read: .* or run the same command again"):
+    with pytest.raises(StorageError, match=r"records.jsonl: cannot be read: .* or run the same command again"):
         prepare(job, tmp_path, Silent(), effort)
     assert len(list(tmp_path.glob("*/work/*.part.arrow"))) == 5
     monkeypatch.undo()

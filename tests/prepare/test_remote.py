@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.blocks import Manifest
 from clm_dist.prepare.encode import Effort
 from clm_dist.prepare.identity import source_identity
@@ -81,7 +81,8 @@ def test_what_is_wrong_on_s3_is_said(bucket: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     type(bucket).clear_instance_cache()
-    assert "check the address, your network and your credentials" in str(error_of("s3://texts/a.jsonl"))
+    with pytest.raises(StorageError, match="check the address and your network, or run the same command again later"):
+        load_records(files("s3://texts/a.jsonl"), 500)
 
 
 def test_a_storage_whose_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

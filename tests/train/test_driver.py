@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from clm_dist.config.job import ClusterConfig, JobConfig
 from clm_dist.config.load import read_saved_job
-from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.errors import CheckpointError, ConfigError, RunError, StorageError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed
     with mounted(tmp_path / "disk", "size=1200k") as disk:
         run = RunDir(disk / "run")
         with pytest.raises(
-            RunError, match=r"checkpoint of step \d+ could not be written: .*no space left .*, and neither"
+            StorageError, match=r"checkpoint of step \d+ could not be written: .*no space left .*, and neither"
         ):
             fit(job, run.root)
         (*_, name) = checkpoints_of(run).committed()

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.errors import CheckpointError, ConfigError, StorageError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import DamagedError, Marker, TrainerState, check_parameters, check_state, checkpoint_name
@@ -52,7 +52,7 @@ class Saves:
         """Begin to save; the copy and the writing go on while training does. Collective.
 
         Raises:
-            RunError: see `conclude`, of the save before.
+            StorageError: see `conclude`, of the save before.
         """
         self.conclude()
         names = [checkpoint_name(state.step)]
@@ -70,7 +70,7 @@ class Saves:
         """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
 
         Raises:
-            RunError: the one before it failed as well.
+            StorageError: the one before it failed as well.
         """
         self._saver.wait(lambda: self._heart.goes_on("waiting for the checkpoint's file"))
         saved = self._reporter.conclude_save()
@@ -91,7 +91,7 @@ class Saves:
         self._num_failed += 1
         problem = f"the checkpoint of step {saved.step} could not be written: {error}"
         if self._num_failed > 1:
-            raise RunError(f"{problem}, and neither could the one before it. What was committed is whole")
+            raise StorageError(f"{problem}, and neither could the one before it. What was committed is whole")
         return problem
 
     def _await_commit(self, name: str) -> str | None:

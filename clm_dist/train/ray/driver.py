@@ -17,7 +17,15 @@ from transformers import AutoTokenizer
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.config.ray_address import expected_nodes
-from clm_dist.errors import CheckpointError, ClmDistError, ConfigError, NotReadyError, RunError, describe_os_error
+from clm_dist.errors import (
+    CheckpointError,
+    ClmDistError,
+    ConfigError,
+    NotReadyError,
+    RunError,
+    StorageError,
+    describe_os_error,
+)
 from clm_dist.files.atomic import make_dir, write_json, write_text
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
@@ -79,6 +87,7 @@ def train(
     Raises:
         RunError: workers kept failing, the loss is not finite, or the written model is not the one that was trained.
             The result says `failed` then, and what was committed stays.
+        StorageError: checkpoints could not be written; the same.
         ConfigError, CheckpointError: the run cannot be trained as the job says; nothing was changed.
     """
     manifest = Manifest.read(store / "manifest.json")
@@ -121,7 +130,7 @@ def _train(
         with _stop_on_signals(run, progress):
             outcome = _fit(trainer, follower, watch)
         if outcome["status"] == "failed":
-            raise RunError(outcome["error"])
+            raise (StorageError if outcome["try_again"] else RunError)(outcome["error"])
         if outcome["status"] == "done":
             accept_export(job, run)
     except _WorkersFailedError as failed:

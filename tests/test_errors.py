@@ -1,0 +1,84 @@
+"""Which error a fault of a storage or of the Hub becomes: by who must act."""
+
+import errno
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clm_dist.errors import ConfigError, HubError, StorageError
+from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.files.storage import reaching
+
+
+def answered(number: int, **kept: Any) -> Exception:
+    """An error of a server that answered with an HTTP status, as one kind of library keeps it."""
+    error = Exception(f"HTTP {number}")
+    for name, value in kept.items():
+        setattr(error, name, value)
+    return error
+
+
+class NoCredentialsError(Exception):
+    """Named as botocore's."""
+
+
+FAULTS = {
+    "a package that is missing": (ImportError("No module named s3fs"), ConfigError),
+    "an unknown protocol": (ValueError("Protocol not known: nonsense"), ConfigError),
+    "a bucket that is missing": (FileNotFoundError("the specified bucket does not exist"), ConfigError),
+    "a right that is missing": (PermissionError("Access Denied"), ConfigError),
+    "no credentials": (NoCredentialsError("Unable to locate credentials"), ConfigError),
+    "403 of botocore": (answered(403, response={"ResponseMetadata": {"HTTPStatusCode": 403}}), ConfigError),
+    "503 of botocore": (answered(503, response={"ResponseMetadata": {"HTTPStatusCode": 503}}), StorageError),
+    "429 of aiohttp": (answered(429, status=429), StorageError),
+    "404 of gcsfs": (answered(404, code=404), ConfigError),
+    "500 of requests": (answered(500, response=SimpleNamespace(status_code=500)), StorageError),
+    "no network": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), StorageError),
+    "no answer": (TimeoutError("timed out"), StorageError),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_storage_is_told_by_who_must_act(fault: str) -> None:
+    error, kind = FAULTS[fault]
+    with (
+        pytest.raises(kind, match=r"^data.path s3://b/x: ") as caught,
+        reaching("data.path s3://b/x", field="data.path"),
+    ):
+        raise error
+    assert type(caught.value) is kind
+    assert caught.value.field == "data.path"
+
+
+class TransportError(Exception):
+    """Named as the base of the errors of the Hub's HTTP client."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TransportError("connection refused"), HubError),
+        (answered(503, response=SimpleNamespace(status_code=503)), HubError),
+        (answered(404, response=SimpleNamespace(status_code=404)), ConfigError),
+        (OSError("nobody/nothing is not a valid model identifier"), ConfigError),
+    ],
+)
+def test_a_fault_of_the_hub_is_told_by_who_must_act(
+    error: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    outer = OSError("cannot load")
+    outer.__cause__ = error
+    assert type(describe_hub_error(outer, "the model is not reachable", field="model.path")) is kind
+    # Without a network by choice nothing comes back later.
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    assert type(describe_hub_error(outer, "the model is not reachable")) is ConfigError
+
+
+def test_an_error_keeps_its_field_on_its_way_from_another_process() -> None:
+    error = pickle.loads(pickle.dumps(StorageError("no space left", field="checkpoint.path")))
+    assert (type(error), str(error), error.field) == (StorageError, "no space left", "checkpoint.path")
+    placed = error.at("jobs/a.yaml:7")
+    assert (str(placed), placed.field) == ("jobs/a.yaml:7: no space left", "checkpoint.path")
