@@ -3,8 +3,9 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from typing_extensions import TypedDict  # as in files.result
 
 # Dense bf16 peak of a device in FLOP/s, from the makers' data sheets, by a part of the device's name.
 _PEAK_FLOPS = {
@@ -79,6 +80,18 @@ class Part:
     """Bytes of text of the predicted tokens."""
 
 
+class EvalFigures(TypedDict):
+    """The figures of an evaluation as files hold them; see `Evaluation`."""
+
+    step: int
+    epoch: float
+    loss: float
+    perplexity: float | None
+    """None where a float cannot hold it."""
+    bits_per_byte: float | None
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The eval split's figures after a step. Step 0 is the untouched model."""
@@ -90,8 +103,15 @@ class Evaluation:
     bits_per_byte: float | None
     num_tokens: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return {key: None if value == math.inf else value for key, value in asdict(self).items()}
+    def figures(self) -> EvalFigures:
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "perplexity": None if self.perplexity == math.inf else self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "num_tokens": self.num_tokens,
+        }
 
 
 def combine(parts: Sequence[Part], *, step: int, epoch: float, num_parts: int, num_tokens: int) -> Evaluation:

@@ -4,10 +4,10 @@ import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, TryAgainError, first_line
+from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.progress import Progress, err, open_progress, out
@@ -27,7 +27,7 @@ def run_job(
     resume: bool,
     overwrite: bool,
     only_train: bool,
-) -> dict[str, Any]:
+) -> Result:
     """Prepare, train, report, and push if the job says so; gives the run's result.
 
     Args:
@@ -40,7 +40,6 @@ def run_job(
     with open_progress(err) as progress:
         progress.start("Checking the job")
         from clm_dist import hub
-        from clm_dist.files.result import read_result
         from clm_dist.prepare import pipeline
         from clm_dist.train.model import check_model
         from clm_dist.train.ray import driver
@@ -80,7 +79,7 @@ def run_job(
     return result
 
 
-def _conclude(job: JobConfig, directory: RunDir, result: dict[str, Any], *, sample: bool) -> None:
+def _conclude(job: JobConfig, directory: RunDir, result: Result, *, sample: bool) -> None:
     """Report a run that is done, push it if its job says so, and show what its model writes."""
     from clm_dist import hub
     from clm_dist.report.card import write_card

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from clm_dist.files.atomic import read_json
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from tests.conftest import ROOT, WriteJob
 from tests.support.command import clm_dist
 from tests.support.processes import descendants, running
-from tests.support.runs import saved_steps
+from tests.support.runs import metrics_of, saved_steps
 from tests.support.training import losses_of
 
 TIMEOUT_S = 300
@@ -166,7 +165,7 @@ def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(start: Start, 
 
 
 def last_start(run: RunDir) -> int:
-    steps: list[int] = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    steps: list[int] = [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "start"]
     return steps[-1]
 
 

@@ -53,7 +53,7 @@ def test_parts_that_do_not_add_up_to_the_split_are_refused(wrong: list[Part], me
 def test_perplexity_of_a_hopeless_model_is_infinite_and_written_as_null() -> None:
     assert perplexity(1e6, 10) == math.inf
     evaluation = combine([Part(0, 1e6, 10, 0)], step=0, epoch=0, num_parts=1, num_tokens=10)
-    assert (evaluation.as_dict()["perplexity"], evaluation.as_dict()["bits_per_byte"]) == (None, None)
+    assert (evaluation.figures()["perplexity"], evaluation.figures()["bits_per_byte"]) == (None, None)
 
 
 def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight() -> None:

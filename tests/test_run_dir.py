@@ -9,8 +9,8 @@ import pytest
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError, StorageError
 from clm_dist.files.atomic import make_dir, read_json, replace_dir, write_json, write_text, writing
-from clm_dist.files.records import read_records
 from tests.support.disks import mounted
+from tests.support.runs import metrics_of
 
 
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
@@ -69,12 +69,12 @@ def test_records_end_where_a_crash_cut_the_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     good = '{"kind": "step", "step": 1}\n'
     file.write_text(good + good + '{"st')
-    assert [record["step"] for record in read_records(file)] == [1, 1]
-    assert read_records(tmp_path / "none") == []
+    assert [record["step"] for record in metrics_of(file)] == [1, 1]
+    assert metrics_of(tmp_path / "none") == []
     for bad in (b"{", b"42", b"{}", b"\xff", b""):
         file.write_bytes(good.encode() + bad + b"\n")
         with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a record of a run; remove this line"):
-            read_records(file)
+            metrics_of(file)
 
 
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,7 @@ def evaluate(
         directory, url = open_stores(stores, DEFAULT_STORES)
         store = prepare(tokens, directory, progress, url=url)
         evaluation = evaluate_model(path, config, store, progress)
-    figures = evaluation.as_dict()
+    figures: Mapping[str, Any] = evaluation.figures()
     if as_json:
         typer.echo(json.dumps({name: figures[name] for name in _FIGURES}))
     else:

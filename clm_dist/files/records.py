@@ -1,13 +1,157 @@
-"""The lines of metrics.jsonl."""
+"""The records of a run: the lines of metrics.jsonl, one JSON object each, and the type of every kind.
+
+A record is a dictionary as it stands in its line, so what is read is what was written. `kind` says which type it has,
+and type checkers narrow a `Record` by it. `step` is the number of steps that were trained by then.
+"""
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from clm_dist.errors import ConfigError
+from clm_dist.files.atomic import write_text, writing
+from clm_dist.metrics import EvalFigures
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+class StartRecord(TypedDict):
+    """Workers begin to train, for the first time or again."""
+
+    kind: Literal["start"]
+    step: int
+    num_steps: int
+    """Steps of the whole run."""
+    time: float
+    """Seconds since the epoch."""
+    pid: int
+    """Process of rank 0."""
+    workers: int
+    strategy: str
+    device: str
+    owes_evaluation: bool
+    """Whether this step is still to be evaluated: the run was stopped while it was."""
+    hosts: NotRequired[list[str]]
+    """Host of each rank."""
+
+
+class StepRecord(TypedDict):
+    """An optimizer step."""
+
+    kind: Literal["step"]
+    step: int
+    epoch: float
+    loss: float
+    """Mean over the predicted tokens of the global batch, nats."""
+    lr: float
+    grad_norm: float | None
+    """2-norm before clipping; None where it is not finite, as fp16 may have it."""
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    mfu: float | None
+    data_wait: float
+    """Seconds of the step in which rank 0 waited for blocks."""
+    blocks: int
+    """Checksum of the blocks and their tokens."""
+
+
+class EvalRecord(EvalFigures):
+    """An evaluation of the eval split; `verify` is that of the written model."""
+
+    kind: Literal["eval", "verify"]
+
+
+class PhaseRecord(TypedDict):
+    """What the run does from now on, for the display."""
+
+    kind: Literal["phase"]
+    step: int
+    phase: str
+
+
+class CheckpointRecord(TypedDict):
+    """A checkpoint that was committed, or could not be."""
+
+    kind: Literal["checkpoint"]
+    step: int
+    name: str
+    error: NotRequired[str]
+    """Why it is not committed."""
+    bytes: NotRequired[int]
+    seconds: NotRequired[float]
+    """From the begin of the save until the last file was on its storage."""
+    blocked: NotRequired[float]
+    """Seconds of it in which training waited."""
+
+
+class DamagedRecord(TypedDict):
+    """A checkpoint that was passed over because it is not as it was written."""
+
+    kind: Literal["damaged"]
+    step: int
+    error: str
+
+
+class FailureRecord(TypedDict):
+    """Workers died, and are started again."""
+
+    kind: Literal["failure"]
+    step: int
+    worker: int
+    """The first that failed; -1 for Ray's controller."""
+    error: str
+    time: float
+
+
+class OutlierRecord(TypedDict):
+    """A step whose loss or gradient is not finite, or whose loss stands out."""
+
+    kind: Literal["nonfinite", "spike"]
+    step: int
+    loss: float | str
+    """A string where it is not finite: JSON has no such number."""
+    grad_norm: float | str
+    blocks: list[int]
+    """The first of the step's blocks, the worst first."""
+    action: str
+    """What was done: the value of `train.on_nan` or `train.on_spike`."""
+    limit: NotRequired[float]
+    """The loss above which it stands out."""
+
+
+class RollbackRecord(TypedDict):
+    """The run went back to the weights of the step `to`, and left out the steps up to `step`."""
+
+    kind: Literal["rollback"]
+    step: int
+    to: int
+
+
+class ExportRecord(TypedDict):
+    """A model that was written before the end of the run."""
+
+    kind: Literal["export"]
+    step: int
+    epoch: float
+    path: str
+
+
+Record = (
+    StartRecord
+    | StepRecord
+    | EvalRecord
+    | PhaseRecord
+    | CheckpointRecord
+    | DamagedRecord
+    | FailureRecord
+    | OutlierRecord
+    | RollbackRecord
+    | ExportRecord
+)
+
+
+def read_records(path: Path) -> list[Record]:
     """The records of a metrics file; a last line that a crash cut short is left out.
 
     Raises:
@@ -15,15 +159,38 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    # Every whole record ends with a newline, so what follows the last one is a fragment or nothing.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= {"kind", "step"}:
-            raise ConfigError(f"{path}:{number}: not a record of a run; remove this line")
-        records.append(record)
-    return records
+    lines = whole_lines(path.read_bytes())
+    return [parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def whole_lines(content: bytes) -> list[bytes]:
+    """The lines that are whole: each ends with a newline, so what follows the last one is a fragment or nothing."""
+    return content.split(b"\n")[:-1]
+
+
+def parse_record(line: bytes, where: str) -> Record:
+    """The record in a line. Raises ConfigError where it is none; `where` is the line, for the message."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= {"kind", "step"}:
+        raise ConfigError(f"{where}: not a record of a run; remove this line")
+    return record  # type: ignore[return-value]  # clm-dist wrote it
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Add records; they are on the disk when this returns."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(_lines(records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_records(path: Path, records: Sequence[Record]) -> None:
+    """Write the file anew, in one step: whoever follows it sees the old records or these."""
+    write_text(path, _lines(records))
+
+
+def _lines(records: Sequence[Record]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)

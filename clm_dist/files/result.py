@@ -5,58 +5,63 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import damaged, read_json
 from clm_dist.files.blocks import Manifest
-from clm_dist.files.records import read_records
+from clm_dist.files.records import EvalRecord, read_records
 from clm_dist.files.run_dir import RunDir
+from clm_dist.metrics import EvalFigures
 
-Result = dict[str, Any]
-
-
-class _Evaluation(BaseModel):
-    step: int
-    epoch: float
-    loss: float
-    perplexity: float | None
-    bits_per_byte: float | None
-    num_tokens: int
+Status = Literal["done", "preempted", "failed", "running"]
 
 
-class _Training(BaseModel):
+class Training(TypedDict):
+    """What was trained, over all attempts."""
+
     steps: int
     tokens: int
     seconds: float
     tokens_per_s: float | None
 
 
-class _Hardware(BaseModel):
+class Hardware(TypedDict):
+    """Where the last attempt ran."""
+
     device: str | None
     machine: str
     cpus: int | None
 
 
-class _Result(BaseModel):
-    """What result.json must have for a report; more is fine."""
+class Result(TypedDict):
+    """The content of result.json."""
 
     name: str
-    status: str
-    baseline: _Evaluation | None
-    evals: list[_Evaluation]
-    final: _Evaluation | None
-    train: _Training
+    status: Status
+    """`running` only in the card of a model that is pushed before the end."""
+    baseline: EvalFigures | None
+    """Of the untouched model."""
+    evals: list[EvalFigures]
+    final: EvalFigures | None
+    """None until the run is done."""
+    train: Training
     workers: int
+    """When the run ended."""
     strategy: str
     restarts: int
     data: str
+    """Fingerprint of the blocks."""
     versions: dict[str, str]
-    hardware: _Hardware
+    hardware: Hardware
     finished: str
+    """ISO 8601, with the offset of its time zone."""
+    error: NotRequired[str]
+    """Why the run failed."""
 
 
 def read_result(path: Path) -> Result:
@@ -69,7 +74,8 @@ def read_result(path: Path) -> Result:
         raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
     result: Result = read_json(run.result)
     try:
-        _Result.model_validate(result)
+        # What it says besides is a later version's.
+        TypeAdapter(Result).validate_python(result)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -77,17 +83,20 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def build_result(
-    job: JobConfig, run: RunDir, manifest: Manifest, status: str, error: str | None = None
-) -> dict[str, Any]:
+def last_figures(result: Result) -> EvalFigures | None:
+    """The final evaluation, or the last one of a run that is not done."""
+    return result["final"] or (result["evals"][-1] if result["evals"] else None)
+
+
+def build_result(job: JobConfig, run: RunDir, manifest: Manifest, status: Status, error: str | None = None) -> Result:
     """The content of result.json, from the run's metrics."""
     records = read_records(run.metrics)
     steps = [r for r in records if r["kind"] == "step"]
     starts = [r for r in records if r["kind"] == "start"]
-    evals = [{k: v for k, v in r.items() if k != "kind"} for r in records if r["kind"] == "eval"]
+    evals = [_figures(r) for r in records if r["kind"] == "eval"]
     seconds = sum(r["seconds"] for r in steps)
     tokens = sum(r["tokens"] for r in steps)
-    result = {
+    result: Result = {
         "name": job.name,
         "status": status,
         "baseline": evals[0] if evals and evals[0]["step"] == 0 else None,
@@ -112,7 +121,20 @@ def build_result(
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    return result if error is None else result | {"error": error}
+    if error is not None:
+        result["error"] = error
+    return result
+
+
+def _figures(record: EvalRecord) -> EvalFigures:
+    return {
+        "step": record["step"],
+        "epoch": record["epoch"],
+        "loss": record["loss"],
+        "perplexity": record["perplexity"],
+        "bits_per_byte": record["bits_per_byte"],
+        "num_tokens": record["num_tokens"],
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ import yaml
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import write_text
-from clm_dist.files.result import Result
+from clm_dist.files.result import Result, last_figures
 from clm_dist.report.table import COLUMNS, rows
 
 
@@ -58,7 +58,7 @@ def render_card(job: JobConfig, result: Result) -> str:
         f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
         *(f"| {' | '.join(cells)} |" for cells in rows(result)),
     ]
-    evaluated = result["final"] or (result["evals"] or [result["baseline"]])[-1]
+    evaluated = last_figures(result) or result["baseline"]
     if evaluated:
         share = f"{job.data.eval_fraction:.0%}"
         lines += [

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from clm_dist.files.result import Result
+from clm_dist.files.result import Result, last_figures
 from clm_dist.report.table import change, show
 
 
@@ -28,7 +28,7 @@ def comparison_table(results: Sequence[Result]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in ("status", "data", "strategy") else "right", no_wrap=True)
     for result in results:
-        last = result["final"] or (result["evals"] or [None])[-1] or {}
+        baseline, last = result["baseline"], last_figures(result)
         table.add_row(
             result["name"],
             result["status"],
@@ -37,10 +37,10 @@ def comparison_table(results: Sequence[Result]) -> Table:
             result["strategy"],
             str(result["train"]["steps"]),
             show(result["train"]["tokens_per_s"], ",.0f"),
-            show((result["baseline"] or {}).get("perplexity"), ".2f"),
-            show(last.get("perplexity"), ".2f"),
-            change(result["baseline"], last) if last else "-",
-            show(last.get("bits_per_byte"), ".4f"),
+            show(baseline and baseline["perplexity"], ".2f"),
+            show(last and last["perplexity"], ".2f"),
+            change(baseline, last) if last else "-",
+            show(last and last["bits_per_byte"], ".4f"),
         )
     return table
 

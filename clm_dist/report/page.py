@@ -3,10 +3,9 @@
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from clm_dist.files.atomic import write_text
-from clm_dist.files.records import read_records
+from clm_dist.files.records import Record, read_records
 from clm_dist.files.result import Result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.report.table import COLUMNS, rows, show
@@ -32,7 +31,7 @@ def write_page(run: RunDir, result: Result) -> None:
     write_text(run.report, render_page(result, read_records(run.metrics), run.job.read_text(encoding="utf-8")))
 
 
-def render_page(result: Result, records: Sequence[dict[str, Any]], job: str) -> str:
+def render_page(result: Result, records: Sequence[Record], job: str) -> str:
     """The page's HTML."""
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "step"]
     evals = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]

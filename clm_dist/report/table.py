@@ -1,7 +1,6 @@
 """A run's result as a table for the terminal, and several runs' results side by side."""
 
 import time
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -9,6 +8,7 @@ from rich.table import Table
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import best_of
 from clm_dist.files.result import Result
+from clm_dist.metrics import EvalFigures
 
 COLUMNS = ("evaluation", "step", "epoch", "loss", "perplexity", "change", "bits per byte")
 
@@ -78,9 +78,9 @@ def show(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def change(first: dict[str, Any] | None, evaluation: dict[str, Any]) -> str:
+def change(first: EvalFigures | None, evaluation: EvalFigures) -> str:
     """How much the perplexity fell since the baseline: `-84.1 %`, or `÷ 12.3` where it fell tenfold."""
-    if not first or not first["perplexity"] or not evaluation.get("perplexity") or first is evaluation:
+    if not first or not first["perplexity"] or not evaluation["perplexity"] or first is evaluation:
         return ""
     ratio = first["perplexity"] / evaluation["perplexity"]
     return f"÷ {ratio:.1f}" if ratio >= 10 else f"{(1 / ratio - 1) * 100:+.1f} %"

@@ -10,6 +10,7 @@ micro-batch 1. In step 1 worker 1 has none: it repeats micro-batch 0 with weight
 every rank in every pass. Which blocks a step has depends on the number of workers no more than their order does.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -78,3 +79,19 @@ class BatchOrder:
                 yield MicroBatch(index, own, counts=True)
             else:
                 yield MicroBatch(index, blocks[: self.micro_size], counts=False)
+
+
+def block_checksum(numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> int:
+    """What stands for blocks and their tokens: the sum of a CRC-32 of each, so that ranks' shares add up in any order.
+
+    Args:
+        numbers: of the blocks, (B,).
+        ids: their tokens, (B, T).
+    """
+    return sum(zlib.crc32(row.tobytes(), int(number) & 0xFFFFFFFF) for number, row in zip(numbers, ids, strict=True))
+
+
+def pass_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of a pass's dropout: the same whichever rank computes it, and after a resume."""
+    # The 1 keeps it apart from the keys of the order: a SeedSequence takes trailing zeros for nothing.
+    return int(np.random.SeedSequence((1, seed, step, micro_batch)).generate_state(1, np.uint64)[0] >> np.uint64(1))

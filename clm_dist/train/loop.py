@@ -4,25 +4,21 @@ import contextlib
 import logging
 import os
 import time
-import zlib
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from clm_dist.config.job import Every, JobConfig
 from clm_dist.errors import ClmDistError, RunError, StorageError
-from clm_dist.files.atomic import make_dir, write_json
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
-from clm_dist.metrics import SPIKE_WINDOW, flops_per_token, model_flops_utilization, spike_limit
-from clm_dist.train.batches import BatchOrder, MicroBatch
+from clm_dist.files.records import OutlierRecord
+from clm_dist.train.batches import BatchOrder, MicroBatch, block_checksum, pass_seed
 from clm_dist.train.checkpointing.reporter import Reporter, Wish
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import Saves
@@ -33,16 +29,26 @@ from clm_dist.train.heartbeat import Heart
 from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
+from clm_dist.train.outliers import (
+    MOST_LEFT_OUT,
+    SHOWN_BLOCKS,
+    BlockLosses,
+    Outliers,
+    Verdict,
+    advise,
+    describe_nonfinite,
+    gather_losses,
+    json_number,
+    worst_first,
+    write_outlier,
+)
 from clm_dist.train.session import Session
-from clm_dist.train.strategies.base import REPORT_FAULT, Strategy
+from clm_dist.train.strategies.base import REPORT_FAULT
 from clm_dist.train.strategies.build import build_strategy
 from clm_dist.train.strategies.environment import set_up_worker
+from clm_dist.train.throughput import Throughput
 
 logger = logging.getLogger(__name__)
-
-# Rather a failed run than one that does nothing but leave out steps.
-_MOST_LEFT_OUT = 10
-_SHOWN_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,10 @@ class _Loop:
 
         self.tokenizer = AutoTokenizer.from_pretrained(session.store / "tokenizer")
         model = load_model(job, self.tokenizer)
-        self.throughput = _Throughput.of_model(model, self.blocks.block_size, self.strategy)
+        self.throughput = Throughput.of_model(model, self.blocks.block_size, self.strategy)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
         self.step = 0
-        self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.num_left_out = 0
+        self.outliers = Outliers(job.train)
         self.owes_evaluation = False
 
     def run(self) -> Outcome:
@@ -131,15 +136,17 @@ class _Loop:
         self._check_documents_are_apart()
         resumed = self._resume()
         self.reporter.add(
-            kind="start",
-            step=self.step,
-            num_steps=order.num_steps,
-            time=time.time(),
-            pid=os.getpid(),
-            workers=strategy.world_size,
-            strategy=job.cluster.strategy,
-            device=self.throughput.device_name,
-            owes_evaluation=self.owes_evaluation,
+            {
+                "kind": "start",
+                "step": self.step,
+                "num_steps": order.num_steps,
+                "time": time.time(),
+                "pid": os.getpid(),
+                "workers": strategy.world_size,
+                "strategy": job.cluster.strategy,
+                "device": self.throughput.device_name,
+                "owes_evaluation": self.owes_evaluation,
+            }
         )
         # After the start, which is where those who follow the records begin.
         self._say_damages()
@@ -176,7 +183,8 @@ class _Loop:
             if job.hub.push == "epoch" and self._is_due("epoch") and not last:
                 target = self.session.run.exports / f"step-{self.step:08d}"
                 export(strategy, self.session.store / "tokenizer", target)
-                self.reporter.add(kind="export", step=self.step, epoch=order.epoch(self.step), path=str(target))
+                epoch = order.epoch(self.step)
+                self.reporter.add({"kind": "export", "step": self.step, "epoch": epoch, "path": str(target)})
                 self.reporter.send()
         if self.step < order.num_steps:
             return self._end_early()
@@ -251,7 +259,7 @@ class _Loop:
             ids_BT = torch.from_numpy(ids).to(strategy.device)
             data_wait += time.perf_counter() - reading
             self.heart.at(self.step, f"pass {number + 1} of {len(micros)}")
-            torch.manual_seed(_pass_seed(job.train.seed, self.step, micro.index))
+            torch.manual_seed(pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
                 losses = next_token_loss(block_logits(model, ids_BT, self.document_end), ids_BT, self.document_end)
                 strategy.backward(losses.sum() * (scale if micro.counts else 0.0))
@@ -268,77 +276,79 @@ class _Loop:
             raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {len(batch)}. {REPORT_FAULT}")
         wish = Wish(*(value > 0 for value in wishes))
         loss = total / num_targets
-        limit = spike_limit(self.recent_losses)
-        finite, spike = bool(np.isfinite(loss)), loss > limit
-        skip_spike = spike and job.train.on_spike == "skip"
+        limit = self.outliers.limit()
         # A save that began after the last step may still copy what this update changes.
         self.saves.await_copy()
         rate = self.learning_rate(self.step)
-        grad_norm = strategy.step(rate, drop=not finite or skip_spike)
-        finite = finite and (bool(np.isfinite(grad_norm)) or job.train.precision == "fp16")
-        if np.isfinite(loss):
-            self.recent_losses.append(loss)
-        if not finite:
-            self._handle_non_finite(loss, grad_norm, batch, block_losses)
-            return wish
+        grad_norm = strategy.step(rate, drop=self.outliers.drops(loss, limit))
+        verdict = self.outliers.judge(loss, grad_norm, limit)
         self.step += 1
-        if spike:
-            action = job.train.on_spike
-            self._record_outlier("spike", loss, grad_norm, batch, block_losses, limit=limit, action=action)
-        if skip_spike:
+        if verdict.kind:
+            blocks = self._record_outlier(verdict, loss, grad_norm, batch, block_losses)
+            if verdict.kind == "nonfinite":
+                self._leave_out(verdict.action, loss, blocks)
+        if not verdict.is_trained:
             return wish
-        if job.train.on_nan == "skip":
-            self.num_left_out = 0
         seconds = time.perf_counter() - began
         tokens = len(batch) * self.blocks.block_size
         self.reporter.add(
-            kind="step",
-            step=self.step,
-            epoch=self.order.epoch(self.step),
-            loss=loss,
-            lr=rate,
-            grad_norm=grad_norm if np.isfinite(grad_norm) else None,
-            tokens=tokens,
-            seconds=seconds,
-            tokens_per_s=tokens / seconds,
-            mfu=self.throughput.utilization(tokens / seconds),
-            data_wait=data_wait,
-            blocks=int(all_checksums),
+            {
+                "kind": "step",
+                "step": self.step,
+                "epoch": self.order.epoch(self.step),
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_s": tokens / seconds,
+                "mfu": self.throughput.utilization(tokens / seconds),
+                "data_wait": data_wait,
+                "blocks": int(all_checksums),
+            }
         )
         if wish.report:
             self.reporter.send()
         return wish
 
-    def _handle_non_finite(
-        self,
-        loss: float,
-        grad_norm: float,
-        batch: npt.NDArray[np.int64],
-        block_losses: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
-    ) -> None:
+    def _record_outlier(
+        self, verdict: Verdict, loss: float, grad_norm: float, batch: npt.NDArray[np.int64], block_losses: BlockLosses
+    ) -> list[int]:
+        """Write down the blocks of a step that stands out, and return them, the worst first. Collective."""
+        assert verdict.kind
+        losses = gather_losses(block_losses, self.strategy.world_size)
+        blocks = worst_first(batch, losses)
+        if self.strategy.rank == 0:
+            record: OutlierRecord = {
+                "kind": verdict.kind,
+                "step": self.step,
+                "loss": json_number(loss),
+                "grad_norm": json_number(grad_norm),
+                "blocks": blocks[:SHOWN_BLOCKS],
+                "action": verdict.action,
+            }
+            # On a full disk the numbers of the blocks in the record must do.
+            with contextlib.suppress(ClmDistError):
+                file = self.session.run.outlier(self.step)
+                write_outlier(file, record, blocks, losses, blocks=self.blocks, tokenizer=self.tokenizer)
+            if verdict.kind == "spike":
+                record["limit"] = verdict.limit
+            self.reporter.add(record)
+        return blocks
+
+    def _leave_out(self, action: str, loss: float, blocks: Sequence[int]) -> None:
         """Do what the job says after a step whose loss or gradient is not finite; no weight has changed. Collective."""
-        action = self.job.train.on_nan
-        what = f"the loss of step {self.step + 1} is {loss}"
-        if np.isfinite(loss):
-            what = f"the gradient of step {self.step + 1} is not finite (loss {loss:.4f})"
-        self.step += 1
-        self.num_left_out += 1
-        blocks = self._record_outlier("nonfinite", loss, grad_norm, batch, block_losses, action=action)
-        shown = ", ".join(map(str, blocks[:_SHOWN_BLOCKS])) + (", ..." if len(blocks) > _SHOWN_BLOCKS else "")
-        file = self.session.run.outlier(self.step)
-        advice = (
-            f"It was computed on blocks {shown}, whose text is in {file}. Lower train.learning_rate, add "
-            "train.warmup_steps or look at the data"
-        )
+        what = describe_nonfinite(self.step, loss)
+        advice = advise(blocks, self.session.run.outlier(self.step))
         if action == "stop":
             self.step -= 1
             raise RunError(
                 f"{what}; the weights are still those of step {self.step}. {advice}; the same command goes on from the "
                 "last checkpoint, and train.on_nan=skip or rollback goes on by itself"
             )
-        if self.num_left_out > _MOST_LEFT_OUT:
+        if self.outliers.num_left_out > MOST_LEFT_OUT:
             raise RunError(
-                f"{what}, and so were {_MOST_LEFT_OUT} before it, left out with train.on_nan={action}. {advice}"
+                f"{what}, and so were {MOST_LEFT_OUT} before it, left out with train.on_nan={action}. {advice}"
             )
         if action == "rollback":
             left_out = self.step
@@ -346,44 +356,12 @@ class _Loop:
             if not self._resume():
                 raise RunError(f"{what}, and there is no checkpoint to go back to. {advice}")
             self._say_damages()
-            self.reporter.add(kind="rollback", step=left_out, to=self.step)
+            self.reporter.add({"kind": "rollback", "step": left_out, "to": self.step})
             # The weights of then, the blocks from now on: what is between is left out.
             self.step = left_out
             # On disk at once, or a restart would train those blocks after all.
             self._save(regular=False)
         self.reporter.send()
-
-    def _record_outlier(
-        self,
-        kind: str,
-        loss: float,
-        grad_norm: float,
-        batch: npt.NDArray[np.int64],
-        block_losses: list[tuple[npt.NDArray[np.int64], torch.Tensor]],
-        **record: Any,
-    ) -> list[int]:
-        """Write down the blocks of a step that stands out, the worst first, with their text; gives them. Collective.
-
-        Those of a loss that is not finite are the blocks whose own loss is not.
-        """
-        own = [(int(b), float(v)) for blocks, values in block_losses for b, v in zip(blocks, values, strict=True)]
-        gathered: list[list[tuple[int, float]]] = [own] * self.strategy.world_size
-        if self.strategy.world_size > 1:
-            dist.all_gather_object(gathered, own)
-        losses = dict(pair for pairs in gathered for pair in pairs)
-        broken = [int(block) for block in batch if not np.isfinite(losses[int(block)])]
-        blocks = broken or sorted(losses, key=lambda block: -losses[block])
-        if self.strategy.rank == 0:
-            texts = self.tokenizer.batch_decode([self.blocks[np.array([block])][0] for block in blocks])
-            rows = [{"block": b, "loss": _json(losses[b]), "text": t} for b, t in zip(blocks, texts, strict=True)]
-            figures = {"step": self.step, "loss": _json(loss), "grad_norm": _json(grad_norm)}
-            file = self.session.run.outlier(self.step)
-            # On a full disk the numbers of the blocks, below, must do.
-            with contextlib.suppress(ClmDistError):
-                make_dir(file.parent)
-                write_json(file, {"kind": kind, **figures, "blocks": rows})
-            self.reporter.add(kind=kind, **figures, blocks=blocks[:_SHOWN_BLOCKS], **record)
-        return blocks
 
     def _is_due(self, every: Every) -> bool:
         return self.step % (self.order.steps_per_epoch if every == "epoch" else every) == 0
@@ -418,7 +396,7 @@ class _Loop:
             owes_evaluation: it was to be evaluated here, and was not.
         """
         if regular and self.job.train.on_nan == "rollback":
-            self.num_left_out = 0
+            self.outliers.num_left_out = 0
         self.saves.begin(self._state(owes_evaluation))
 
     def _resume(self) -> bool:
@@ -427,14 +405,12 @@ class _Loop:
         if state is None:
             return False
         self.step, self.owes_evaluation = state.step, state.owes_evaluation
-        self.recent_losses.clear()
-        self.recent_losses.extend(state.recent_losses)
-        self.num_left_out = max(self.num_left_out, state.num_left_out)
+        self.outliers.restore(state.recent_losses, state.num_left_out)
         return True
 
     def _say_damages(self) -> None:
         while self.saves.damages:
-            self.reporter.add(kind="damaged", **self.saves.damages.pop(0))
+            self.reporter.add(self.saves.damages.pop(0))
 
     def _state(self, owes_evaluation: bool) -> TrainerState:
         job = self.job
@@ -447,49 +423,8 @@ class _Loop:
             global_size=job.batch.global_size,
             seed=job.train.seed,
             scaler=self.strategy.scaler_state(),
-            recent_losses=tuple(self.recent_losses),
-            num_left_out=self.num_left_out,
+            recent_losses=tuple(self.outliers.recent_losses),
+            num_left_out=self.outliers.num_left_out,
             parameters=self.strategy.shapes(),
             owes_evaluation=owes_evaluation,
         )
-
-
-def block_checksum(numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> int:
-    """What stands for blocks and their tokens: the sum of a CRC-32 of each, so that ranks' shares add up in any order.
-
-    Args:
-        numbers: of the blocks, (B,).
-        ids: their tokens, (B, T).
-    """
-    return sum(zlib.crc32(row.tobytes(), int(number) & 0xFFFFFFFF) for number, row in zip(numbers, ids, strict=True))
-
-
-def _json(value: float) -> float | str:
-    """A number as JSON can hold it."""
-    return value if np.isfinite(value) else str(value)
-
-
-def _pass_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed of a pass's dropout: the same whichever rank computes it, and after a resume."""
-    # The 1 keeps it apart from the keys of the order: a SeedSequence takes trailing zeros for nothing.
-    return int(np.random.SeedSequence((1, seed, step, micro_batch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@dataclass(frozen=True)
-class _Throughput:
-    flops_a_token: float
-    device_name: str
-    num_devices: int
-
-    @classmethod
-    def of_model(cls, model: Any, block_size: int, strategy: Strategy) -> "_Throughput":
-        # ZeRO-3 leaves an empty tensor in a parameter's place and keeps its size beside it.
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        text = model.config.get_text_config()
-        layers, hidden = text.num_hidden_layers, text.hidden_size
-        is_gpu = strategy.device.type == "cuda"
-        name = torch.cuda.get_device_name(strategy.device) if is_gpu else "CPU"
-        return cls(flops_per_token(num_parameters, layers, hidden, block_size), name, strategy.world_size)
-
-    def utilization(self, tokens_per_s: float) -> float | None:
-        return model_flops_utilization(tokens_per_s, self.flops_a_token, self.device_name, self.num_devices)

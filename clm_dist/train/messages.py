@@ -1,17 +1,16 @@
 """What a rank sends; every rank sends equally many messages."""
 
-from typing import Any, TypedDict
+from typing import Literal, TypedDict
 
 from clm_dist.files.markers import TrainerState
+from clm_dist.files.records import Record
 from clm_dist.train.checkpointing.saver import Saved
-
-Record = dict[str, Any]
 
 
 class EvalMessage(TypedDict):
     """A rank's share of an evaluation."""
 
-    kind: str
+    kind: Literal["eval", "verify"]
     """`eval`, or `verify` for the evaluation of the written model."""
     step: int
     epoch: float

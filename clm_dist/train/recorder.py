@@ -7,22 +7,20 @@ checkpoint is committed when every rank has said that its file is on the storage
 """
 
 import contextlib
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clm_dist.errors import ClmDistError, RunError
-from clm_dist.files.atomic import write_json, write_text, writing
+from clm_dist.files.atomic import write_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import Marker, TrainerState
-from clm_dist.files.records import read_records
+from clm_dist.files.records import CheckpointRecord, Record, append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Evaluation, Part, combine
 from clm_dist.train.checkpointing.saver import Saved
-from clm_dist.train.messages import Message, Record
+from clm_dist.train.messages import Message
 
 _HANG_S = 60
 """The end of a worker that hangs comes within this time of the reason for it."""
@@ -62,7 +60,7 @@ class Recorder:
         evaluation = self._evaluation(messages)
         if evaluation:
             kind = messages[0]["evaluation"]["kind"]
-            records = [*records, {"kind": kind, **evaluation.as_dict()}]
+            records = [*records, {"kind": kind, **evaluation.figures()}]
             if kind == "eval":
                 self._eval_losses[evaluation.step] = evaluation.loss
         if starts := [record for record in records if record["kind"] == "start"]:
@@ -91,7 +89,7 @@ class Recorder:
 
     def _conclude_save(self, name: str, saved: dict[int, Saved], state: TrainerState) -> None:
         """Commit a checkpoint that every rank has written, or remove one that a rank could not write."""
-        record: Record = {"kind": "checkpoint", "step": state.step, "name": name}
+        record: CheckpointRecord = {"kind": "checkpoint", "step": state.step, "name": name}
         written = [saved[rank].share for rank in sorted(saved)]
         shares = tuple(share for share in written if share is not None)
         if len(shares) < len(saved):
@@ -136,7 +134,6 @@ class Recorder:
     def _append(self, records: Sequence[Record]) -> None:
         if not records:
             return
-        lines = "".join(json.dumps(record) + "\n" for record in records)
         starts = [record["step"] for record in records if record["kind"] == "start"]
         if starts:
             # In one write: who follows the file sees the new start with what it takes back.
@@ -144,12 +141,9 @@ class Recorder:
             if any(record.get("owes_evaluation") for record in records):
                 # It comes again, if it came in a part of the run that was lost.
                 kept = [r for r in kept if (r["kind"], r["step"]) != ("eval", starts[0])]
-            write_text(self._run.metrics, "".join(json.dumps(record) + "\n" for record in kept) + lines)
+            replace_records(self._run.metrics, [*kept, *records])
         else:
-            with writing(self._run.metrics), self._run.metrics.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
+            append_records(self._run.metrics, records)
         if self._tensorboard:
             self._write_tensorboard(records)
 

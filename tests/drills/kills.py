@@ -34,11 +34,11 @@ from clm_dist.config.load import load_job
 from clm_dist.errors import CheckpointError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.heartbeat import read_beats
 from tests.conftest import ROOT, tiny_job, write_corpus
 from tests.support.processes import descendants, running
+from tests.support.runs import metrics_of
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TARGETS = ("worker", "driver", "raylet", "all")
@@ -84,10 +84,10 @@ class Drill:
         return True
 
     def step(self) -> int:
-        return max((r["step"] for r in read_records(self.run.metrics) if r["kind"] == "step"), default=0)
+        return max((r["step"] for r in metrics_of(self.run.metrics) if r["kind"] == "step"), default=0)
 
     def num_starts(self) -> int:
-        return sum(record["kind"] == "start" for record in read_records(self.run.metrics))
+        return sum(record["kind"] == "start" for record in metrics_of(self.run.metrics))
 
     def await_moment(self, moment: str, rng: random.Random) -> None:
         """Until the moment has come, or the run has ended."""
@@ -134,7 +134,7 @@ class Drill:
 
     def check(self) -> int:
         """Every committed checkpoint is whole, and every recorded step is what it was; gives the checkpoints."""
-        records = [record for record in read_records(self.run.metrics) if record["kind"] == "step"]
+        records = [record for record in metrics_of(self.run.metrics) if record["kind"] == "step"]
         for record in records:
             figures = (record["loss"], record["blocks"])
             if self.seen.setdefault(record["step"], figures) != figures:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from clm_dist.files.records import read_records
 from tests.drills.kills import STRATEGIES, TIMEOUT_S, Drill, DrillError, prepare_drill
+from tests.support.runs import metrics_of
 
 BOUND = 1e-5
 NUM_STEPS = 400
@@ -77,10 +77,10 @@ def stop_at(run: Drill, step: int) -> None:
 
 
 def compare(strategy: str, whole: Drill, cut: Drill) -> Outcome:
-    steps = [[r for r in read_records(one.run.metrics) if r["kind"] == "step"] for one in (whole, cut)]
+    steps = [[r for r in metrics_of(one.run.metrics) if r["kind"] == "step"] for one in (whole, cut)]
     if [r["step"] for r in steps[1]] != list(range(1, NUM_STEPS + 1)):
         raise DrillError(f"{strategy}: steps are missing, or came twice")
-    starts = [(r["workers"], r["step"]) for r in read_records(cut.run.metrics) if r["kind"] == "start"]
+    starts = [(r["workers"], r["step"]) for r in metrics_of(cut.run.metrics) if r["kind"] == "start"]
     return Outcome(
         strategy,
         starts,

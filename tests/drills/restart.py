@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clm_dist.files.records import read_records
 from clm_dist.train.heartbeat import read_beats
 from tests.drills.kills import STRATEGIES, TIMEOUT_S, Drill, DrillError, prepare_drill
+from tests.support.runs import metrics_of
 
 BOUND_S = 20.0
 
@@ -41,7 +41,7 @@ def measure(run: Drill, rng: random.Random) -> list[float]:
         if entered is None and beats and all(beat.pid != victim.pid for beat in beats):
             entered = time.time()
         time.sleep(0.01)
-    records = read_records(run.run.metrics)
+    records = metrics_of(run.run.metrics)
     noticed = [record["time"] for record in records if record["kind"] == "failure"][-1]
     start = last_start(run)
     step = next(r for r in records if r["kind"] == "step" and r["step"] == start["step"] + 1)
@@ -50,7 +50,7 @@ def measure(run: Drill, rng: random.Random) -> list[float]:
 
 
 def last_start(run: Drill) -> dict[str, float]:
-    return [record for record in read_records(run.run.metrics) if record["kind"] == "start"][-1]
+    return [record for record in metrics_of(run.run.metrics) if record["kind"] == "start"][-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

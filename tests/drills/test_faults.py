@@ -14,14 +14,13 @@ import pytest
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.files.atomic import read_json
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.heartbeat import read_beats
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob
 from tests.support.notes import Notes
-from tests.support.runs import saved_steps
+from tests.support.runs import metrics_of, saved_steps
 
 SETTINGS = (
     "cluster.workers=2",
@@ -38,7 +37,7 @@ Fit = Callable[..., dict[str, Any]]
 @pytest.fixture
 def fit(cluster: Cluster, prepared: Callable[[JobConfig], Path]) -> Fit:
     def run(job: JobConfig, run: RunDir, progress: Notes | None = None) -> dict[str, Any]:
-        return driver.train(job, run, prepared(job), cluster, progress or Notes())
+        return dict(driver.train(job, run, prepared(job), cluster, progress or Notes()))
 
     return run
 
@@ -59,13 +58,13 @@ def check(fit: Fit, make_job: MakeJob, untouched: dict[str, bytes], tmp_path: Pa
             fit(make_job(*SETTINGS), whole)
             untouched["weights"] = (whole.final / "model.safetensors").read_bytes()
         assert (run.final / "model.safetensors").read_bytes() == untouched["weights"]
-        assert [r["step"] for r in read_records(run.metrics) if r["kind"] == "step"] == list(range(1, 301))
+        assert [r["step"] for r in metrics_of(run.metrics) if r["kind"] == "step"] == list(range(1, 301))
 
     return check
 
 
 def step_of(run: RunDir) -> int:
-    return max((r["step"] for r in read_records(run.metrics) if r["kind"] == "step"), default=0)
+    return max((r["step"] for r in metrics_of(run.metrics) if r["kind"] == "step"), default=0)
 
 
 def pid_of(run: RunDir, rank: int) -> int:
@@ -73,7 +72,7 @@ def pid_of(run: RunDir, rank: int) -> int:
 
 
 def starts_of(run: RunDir) -> list[int]:
-    return [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    return [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "start"]
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_a_worker_that_stands_still_is_named_and_replaced(
     meanwhile(stop_a_worker)
     result = fit(make_job(*SETTINGS, "train.hang_timeout_s=8"), run, notes)
     assert (result["status"], result["restarts"]) == ("done", 1)
-    said = next(record["error"] for record in read_records(run.metrics) if record["kind"] == "failure")
+    said = next(record["error"] for record in metrics_of(run.metrics) if record["kind"] == "failure")
     assert "worker 1 gives no sign of life: its process is stopped" in said
     assert "at step " in said
     assert re.search(r"(waiting in|last collective) gloo:\w+ number \d+, in ", said)
@@ -175,7 +174,7 @@ def test_a_worker_that_dies_each_time_ends_the_run_with_the_first_death(
     with pytest.raises(RunError, match=r"more often than train.max_failures allows. worker 1 after step \d+: its proc"):
         fit(make_job(*SETTINGS, "train.max_failures=1"), run, notes)
     assert "(the first of 2 failures; the others were after step " in read_json(run.result)["error"]
-    failed = [record for record in read_records(run.metrics) if record["kind"] == "failure"]
+    failed = [record for record in metrics_of(run.metrics) if record["kind"] == "failure"]
     assert [record["worker"] for record in failed] == [1, 0]
     assert saved_steps(run)
     assert any("Worker 1 failed after step" in note for note in notes.notes)

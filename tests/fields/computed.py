@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, GPT2Config
 
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.model import load_config, load_model
@@ -24,7 +23,7 @@ from clm_dist.train.strategies.fsdp2 import FullyShard
 from clm_dist.train.strategies.zero import Zero
 from tests.conftest import MakeJob
 from tests.support.reading import load_records
-from tests.support.runs import saved_steps
+from tests.support.runs import metrics_of, saved_steps
 from tests.support.training import losses_of, train_one
 
 
@@ -117,7 +116,7 @@ def check_hang_timeout(bench: Bench) -> None:
 
 def check_eval_every(bench: Bench) -> None:
     run = bench.train("run", "train.max_steps=5", "eval.every=2")
-    assert [record["step"] for record in read_records(run.metrics) if record["kind"] == "eval"] == [0, 2, 4, 5]
+    assert [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "eval"] == [0, 2, 4, 5]
 
 
 def check_document_mask(bench: Bench) -> None:
@@ -128,7 +127,7 @@ def check_document_mask(bench: Bench) -> None:
 def check_eval_micro_size(bench: Bench) -> None:
     # The recorder, which knows the size from the job, refuses an evaluation with other micro-batches.
     run = bench.train("run", "train.max_steps=1", "eval.micro_size=3")
-    assert [record["step"] for record in read_records(run.metrics) if record["kind"] == "eval"] == [0, 1]
+    assert [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "eval"] == [0, 1]
 
 
 def check_checkpoint_every(bench: Bench) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.job import JobConfig
-from clm_dist.files.records import read_records
 from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from tests.pins.corpus import fixed_job
+from tests.support.runs import metrics_of
 from tests.support.training import STRATEGIES, train_several
 from tests.support.workers import run_workers
 from tests.train.test_strategy import train_and_resume
@@ -45,7 +45,7 @@ def small_store(directory: Path) -> Path:
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    return [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "step"]
+    return [record for record in metrics_of(run / "metrics.jsonl") if record["kind"] == "step"]
 
 
 def train_strategies(directory: Path, *strategies: str) -> dict[str, Path]:
@@ -75,7 +75,7 @@ def exact_numbers(directory: Path) -> str:
         whole, cut = directory / f"{strategy}-whole", directory / f"{strategy}-cut"
         run_workers(train_and_resume, 2, job, whole, cut, store)
         for name, run in (("whole", whole), ("resumed", cut)):
-            for record in read_records(run / "metrics.jsonl"):
+            for record in metrics_of(run / "metrics.jsonl"):
                 if record["kind"] in ("step", "eval", "verify"):
                     norm = record.get("grad_norm")
                     numbers = [record["loss"].hex(), *([norm.hex()] if norm is not None else [])]

@@ -3,7 +3,7 @@
 import json
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -14,6 +14,7 @@ from clm_dist.files.atomic import write_json
 from clm_dist.files.records import read_records
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
+from clm_dist.metrics import EvalFigures
 from clm_dist.report.card import render_card
 from clm_dist.report.compare import comparability, comparison_table
 from clm_dist.report.page import render_page
@@ -23,7 +24,7 @@ from tests.support.runs import checkpoints_of
 
 
 @pytest.fixture
-def result(finished_run: RunDir) -> dict[str, Any]:
+def result(finished_run: RunDir) -> Any:
     return read_result(finished_run.root)
 
 
@@ -33,7 +34,7 @@ def printed(table: Any) -> str:
     return console.export_text()
 
 
-def test_the_table_has_the_baseline_every_epoch_and_the_final_model(result: dict[str, Any]) -> None:
+def test_the_table_has_the_baseline_every_epoch_and_the_final_model(result: Any) -> None:
     assert [cells[0] for cells in rows(result)] == ["baseline", "epoch 1", "final"]
     text = printed(result_table(result))
     for evaluation in (result["baseline"], *result["evals"]):
@@ -41,15 +42,19 @@ def test_the_table_has_the_baseline_every_epoch_and_the_final_model(result: dict
     assert change(result["baseline"], result["final"]) in text
 
 
+def figures(values: Any) -> EvalFigures:
+    return cast(EvalFigures, values)
+
+
 def test_changes_are_percent_or_factors() -> None:
-    first = {"perplexity": 100.0}
-    assert change(first, {"perplexity": 50.0}) == "-50.0 %"
-    assert change(first, {"perplexity": 125.0}) == "+25.0 %"
-    assert change(first, {"perplexity": 8.0}) == "÷ 12.5"
-    assert change(first, {"perplexity": None}) == change(None, first) == change(first, first) == ""
+    first: Any = {"perplexity": 100.0}
+    assert change(first, figures({"perplexity": 50.0})) == "-50.0 %"
+    assert change(first, figures({"perplexity": 125.0})) == "+25.0 %"
+    assert change(first, figures({"perplexity": 8.0})) == "÷ 12.5"
+    assert change(first, figures({"perplexity": None})) == change(None, first) == change(first, first) == ""
 
 
-def test_runs_on_other_blocks_are_not_compared_by_perplexity(result: dict[str, Any]) -> None:
+def test_runs_on_other_blocks_are_not_compared_by_perplexity(result: Any) -> None:
     other = result | {"name": "other", "data": "0123"}
     assert "tiny" in printed(comparison_table([result, other]))
     assert comparability([result, result]) is None
@@ -71,7 +76,7 @@ class Page(HTMLParser):
             self.points += len(str(values["points"]).split())
 
 
-def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDir, result: dict[str, Any]) -> None:
+def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDir, result: Any) -> None:
     text = render_page(result, read_records(finished_run.metrics), finished_run.job.read_text())
     page = Page()
     page.feed(text)
@@ -82,7 +87,7 @@ def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDi
     assert "learning_rate: 0.001" in text
 
 
-def test_the_page_of_a_run_that_failed_at_once_says_so(result: dict[str, Any]) -> None:
+def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:
     failed = result | {"status": "failed", "error": "<b>no & nothing</b>", "baseline": None, "evals": [], "final": None}
     failed["train"] = {"steps": 0, "tokens": 0, "seconds": 0, "tokens_per_s": None}
     text = render_page(failed, [], "name: a")
@@ -90,9 +95,7 @@ def test_the_page_of_a_run_that_failed_at_once_says_so(result: dict[str, Any]) -
     assert "No data yet" in text
 
 
-def test_the_card_has_front_matter_that_the_hub_reads_and_the_figures(
-    finished_run: RunDir, result: dict[str, Any]
-) -> None:
+def test_the_card_has_front_matter_that_the_hub_reads_and_the_figures(finished_run: RunDir, result: Any) -> None:
     card = render_card(read_saved_job(finished_run.job), result)
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "text-generation"
@@ -104,7 +107,7 @@ def test_the_card_has_front_matter_that_the_hub_reads_and_the_figures(
     assert f"| final | 24 | 2.00 | {result['final']['loss']:.4f} |" in table[-1]
 
 
-def test_the_card_of_a_hub_job_links_model_and_data_set(result: dict[str, Any]) -> None:
+def test_the_card_of_a_hub_job_links_model_and_data_set(result: Any) -> None:
     job = load_job(Path(__file__).parent.parent.parent / "jobs" / "eli5-guide.yaml").config
     card = render_card(job, result)
     front = yaml.safe_load(card.split("---")[1])

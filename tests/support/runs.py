@@ -1,7 +1,8 @@
 """What tests look at in a run's checkpoints."""
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.records import read_records
@@ -17,6 +18,11 @@ def saved_steps(run: RunDir) -> list[int]:
     return [int(name.split("-")[1]) for name in checkpoints_of(run).committed()]
 
 
+def metrics_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, as tests compare them with what they expect."""
+    return cast(list[dict[str, Any]], read_records(path))
+
+
 class RunView:
     """A run as its files show it, also while it is trained."""
 
@@ -24,7 +30,7 @@ class RunView:
         self.run = run
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in read_records(self.run.metrics) if record["kind"] == kind]
+        return [record for record in metrics_of(self.run.metrics) if record["kind"] == kind]
 
     def last_step(self) -> int:
         """The last step that is on disk."""

@@ -9,14 +9,13 @@ import pytest
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.checkpoints import Checkpoints
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.documents import document_end_of
 from clm_dist.train.evaluate import EvalSplit
 from clm_dist.train.local import train_here
 from clm_dist.train.loop import Outcome
 from clm_dist.train.recorder import Recorder
-from tests.support.runs import checkpoints_of
+from tests.support.runs import checkpoints_of, metrics_of
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SOME_SLOW = [pytest.param(name, marks=() if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
@@ -56,7 +55,7 @@ def train_one_here(rank: int, world_size: int, job: JobConfig, run: RunDir, stor
 
 
 def losses_of(run: Path) -> list[float]:
-    return [record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "step"]
+    return [record["loss"] for record in metrics_of(run / "metrics.jsonl") if record["kind"] == "step"]
 
 
 def forget_after(run: RunDir, step: int) -> None:

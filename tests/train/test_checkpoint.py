@@ -18,12 +18,11 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import Marker, TrainerState
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
 from clm_dist.train.checkpointing.saver import Saver, write_safetensors
 from tests.conftest import MakeJob
-from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.runs import checkpoints_of, metrics_of, saved_steps
 from tests.support.training import losses_of, train_one
 
 SIZES = {"wte": 1000, "bias": 3, "one": 1, "scale": 64}
@@ -211,7 +210,7 @@ def test_a_damaged_marker_stops_no_run(newest: bool, trained: Train) -> None:
     names = checkpoints_of(run).committed()
     (run.checkpoints / names[-1 if newest else 0] / "committed.json").write_text("{")
     assert losses_of(trained().root) == whole
-    starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    starts = [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "start"]
     assert starts == [0, 6 if newest else 8]
 
 
@@ -227,7 +226,7 @@ def test_a_commit_that_fails_is_a_save_that_failed(trained: Train, monkeypatch: 
     monkeypatch.setattr(Checkpoints, "commit", fail_second)
     run = trained()
     assert saved_steps(run) == [2, 6, 8]
-    (failed,) = [r for r in read_records(run.metrics) if r["kind"] == "checkpoint" and "error" in r]
+    (failed,) = [r for r in metrics_of(run.metrics) if r["kind"] == "checkpoint" and "error" in r]
     assert failed["step"] == 4
     assert failed["error"].startswith("its commit: no space left")
 
@@ -269,7 +268,7 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_owes_it(
                     clm_dist.train.loop._Loop, "_evaluating", lambda self, n: ask(self, n) if self.step == 8 else None
                 )
     assert train_one(job, cut, prepared(job)).status == "done"
-    evals = [[r for r in read_records(run.metrics) if r["kind"] == "eval"] for run in (whole, cut)]
+    evals = [[r for r in metrics_of(run.metrics) if r["kind"] == "eval"] for run in (whole, cut)]
     assert evals[0] == evals[1]
     assert losses_of(cut.root) == losses_of(whole.root)
 
@@ -285,9 +284,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(trained: Train
         damaged[-1] ^= 1
         file.write_bytes(damaged)
     assert losses_of(trained().root) == whole
-    starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    starts = [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "start"]
     assert starts == [0, 4]
-    said = [(r["step"], r["error"]) for r in read_records(run.metrics) if r["kind"] == "damaged"]
+    said = [(r["step"], r["error"]) for r in metrics_of(run.metrics) if r["kind"] == "damaged"]
     assert [step for step, _ in said] == [8, 6]
     assert all("rank-00000.safetensors is not as it was written" in error for _, error in said)
     assert saved_steps(run) == [2, 4, 6, 8]
@@ -306,7 +305,7 @@ def test_a_save_that_fails_once_is_said_and_the_run_goes_on(trained: Train, monk
     monkeypatch.setattr(clm_dist.train.checkpointing.saver, "write_safetensors", fail_second)
     run = trained()
     assert saved_steps(run) == [2, 6, 8]
-    failed = [r for r in read_records(run.metrics) if r["kind"] == "checkpoint" and "error" in r]
+    failed = [r for r in metrics_of(run.metrics) if r["kind"] == "checkpoint" and "error" in r]
     assert [record["step"] for record in failed] == [4]
     assert "no space left while writing" in failed[0]["error"]
     assert len(list(run.checkpoints.iterdir())) == 3

@@ -17,7 +17,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Blocks, Manifest, write_shards
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.progress import Silent
@@ -28,6 +27,7 @@ from clm_dist.train.loop import Outcome
 from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import check_model, load_model, next_token_loss
 from tests.conftest import MakeJob
+from tests.support.runs import metrics_of
 from tests.support.training import STRATEGIES, losses_of, train_one, train_several
 from tests.support.workers import run_workers
 
@@ -328,7 +328,7 @@ def test_every_strategy_trains_as_on_documents_alone(
     assert train_one(alone, RunDir(tmp_path / "alone"), store).status == "done"
     np.testing.assert_allclose(losses_of(tmp_path / "alone"), losses_of(runs[0]), rtol=1e-6)
     # The written model, evaluated by the loop and by the command.
-    records = {r["kind"]: r for r in read_records(tmp_path / "alone" / "metrics.jsonl")}
+    records = {r["kind"]: r for r in metrics_of(tmp_path / "alone" / "metrics.jsonl")}
     evaluated = evaluate_model(str(tmp_path / "alone" / "final.unverified"), alone, store, Silent())
     for loss in (records["eval"]["loss"], records["verify"]["loss"]):
         assert evaluated.loss == pytest.approx(loss, rel=1e-6)

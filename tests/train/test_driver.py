@@ -17,7 +17,6 @@ from clm_dist.config.job import ClusterConfig, JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import CheckpointError, ConfigError, RunError, StorageError
 from clm_dist.files.atomic import read_json
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.progress import Silent
@@ -26,7 +25,7 @@ from clm_dist.train.ray.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob
 from tests.support.disks import mounted
 from tests.support.notes import Notes
-from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.runs import checkpoints_of, metrics_of, saved_steps
 from tests.support.training import losses_of, train_one
 
 TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
@@ -36,7 +35,7 @@ TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
 def fit(cluster: Cluster, prepared: Callable[[JobConfig], Path]) -> Callable[..., dict[str, Any]]:
     def run(job: JobConfig, directory: Path, **options: Any) -> dict[str, Any]:
         progress = options.pop("progress", Silent())
-        return driver.train(job, RunDir(directory), prepared(job), cluster, progress, **options)
+        return dict(driver.train(job, RunDir(directory), prepared(job), cluster, progress, **options))
 
     return run
 
@@ -54,7 +53,7 @@ def test_a_run_leaves_what_the_design_promises(
     assert (result["status"], result["workers"], result["strategy"], result["restarts"]) == ("done", 2, "ddp", 0)
     assert result["train"]["steps"] == 24
     assert result["data"] == prepared(job).name
-    records = read_records(run.metrics)
+    records = metrics_of(run.metrics)
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, 25))
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait"} <= steps[0].keys()
@@ -76,7 +75,7 @@ def test_a_run_leaves_what_the_design_promises(
     alone = make_job("train.max_steps=24")
     assert train_one(alone, RunDir(tmp_path / "alone"), prepared(alone)).status == "done"
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-6)
-    evals = [r for r in read_records(tmp_path / "alone" / "metrics.jsonl") if r["kind"] == "eval"]
+    evals = [r for r in metrics_of(tmp_path / "alone" / "metrics.jsonl") if r["kind"] == "eval"]
     assert evals[0]["loss"] == result["baseline"]["loss"]
 
 
@@ -93,7 +92,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothi
     def kill_rank_0_after_a_commit() -> None:
         while not saved_steps(run):
             time.sleep(0.02)
-        pid = next(record["pid"] for record in read_records(run.metrics) if record["kind"] == "start")
+        pid = next(record["pid"] for record in metrics_of(run.metrics) if record["kind"] == "start")
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
 
@@ -104,7 +103,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothi
     killer.join()
     assert killed
     assert (result["status"], result["restarts"]) == ("done", 1)
-    starts = [record["step"] for record in read_records(run.metrics) if record["kind"] == "start"]
+    starts = [record["step"] for record in metrics_of(run.metrics) if record["kind"] == "start"]
     assert starts[0] == 0
     assert starts[1] >= 10
     assert any(f"Resuming from the checkpoint of step {starts[1]}" in note for note in progress.notes)

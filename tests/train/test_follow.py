@@ -1,5 +1,6 @@
 """What the driver shows of a run's metrics."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from clm_dist.train.ray.follow import Follower
 from clm_dist.train.recorder import Recorder
 from tests.support.notes import Notes
 from tests.support.runs import checkpoints_of
+from tests.train.test_record import sent
 
 
 def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,9 +20,9 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
     follower = Follower(run, notes, lambda path, step: exported.append(step))
     evaluation = {"kind": "eval", "step": 0, "epoch": 0.0, "parts": [(0, 4.0, 4, 8)]}
     start = {"kind": "start", "num_steps": 9}
-    recorder.receive([{"records": [start | {"step": 0}], "evaluation": evaluation}])  # type: ignore[typeddict-item]
-    recorder.receive([{"records": [{"kind": "export", "step": 2, "epoch": 1.0, "path": "x"}]}])
-    recorder.receive([{"records": [{"kind": "checkpoint", "step": 2}, {"kind": "checkpoint", "step": 4}]}])
+    recorder.receive([sent(start | {"step": 0}, evaluation=evaluation)])
+    recorder.receive([sent({"kind": "export", "step": 2, "epoch": 1.0, "path": "x"})])
+    recorder.receive([sent({"kind": "checkpoint", "step": 2}, {"kind": "checkpoint", "step": 4})])
     follower.look()
     assert (len(notes.notes), exported) == (1, [2])
 
@@ -29,7 +31,20 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
         follower.look()
 
     # The follower may look between any two writes.
-    monkeypatch.setattr("clm_dist.train.recorder.write_text", look_at_once)
-    recorder.receive([{"records": [start | {"step": 2}]}])
+    monkeypatch.setattr("clm_dist.files.records.write_text", look_at_once)
+    recorder.receive([sent(start | {"step": 2})])
     follower.look()
     assert (notes.notes[1:], exported) == (["Resuming from the checkpoint of step 2"], [2])
+
+
+def test_a_start_is_found_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
+    run, notes = RunDir(tmp_path), Notes()
+    follower = Follower(run, notes, lambda path, step: None)
+    lines = [
+        {"step": 0, "num_steps": 9, "kind": "start"},
+        {"step": 3, "error": "killed", "worker": 0, "kind": "failure"},
+        {"step": 2, "num_steps": 9, "kind": "start"},
+    ]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    follower.look()
+    assert notes.notes == ["Resuming from the checkpoint of step 2"]

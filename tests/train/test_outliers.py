@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import clm_dist.train.loop
-from clm_dist.config.job import JobConfig
+from clm_dist.config.job import JobConfig, TrainConfig
 from clm_dist.files.blocks import Blocks
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import spike_limit
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss
+from clm_dist.train.outliers import Outliers
 from tests.conftest import MakeJob
-from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.runs import checkpoints_of, metrics_of, saved_steps
 from tests.support.training import SOME_SLOW, leave_only, losses_of, train_one
 from tests.support.workers import run_workers
 
@@ -85,7 +85,7 @@ def block_of(job: JobConfig, store: Path, step: int) -> int:
 
 
 def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [record for record in read_records(run / "metrics.jsonl") if record["kind"] == kind]
+    return [record for record in metrics_of(run / "metrics.jsonl") if record["kind"] == kind]
 
 
 NAN = float("nan")
@@ -199,3 +199,29 @@ def test_the_limit_of_a_loss() -> None:
     assert sum(loss > spike_limit(losses) for loss in 3 + 0.1 * rng.standard_normal(100_000)) == 0
     assert spike_limit(losses[:31]) == np.inf
     assert spike_limit([2.0] * 100) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "grad_norm", "drops", "kind", "action"),
+    [
+        ({}, 1.0, 1.0, False, None, "train"),
+        ({}, NAN, NAN, True, "nonfinite", "stop"),
+        ({"on_nan": "skip"}, 1.0, NAN, False, "nonfinite", "skip"),
+        ({"precision": "fp16"}, 1.0, NAN, False, None, "train"),
+        ({"on_nan": "rollback"}, float("inf"), 1.0, True, "nonfinite", "rollback"),
+        ({}, 9.0, 1.0, False, "spike", "report"),
+        ({"on_spike": "skip"}, 9.0, 1.0, True, "spike", "skip"),
+    ],
+)
+def test_the_verdict_on_a_step(
+    settings: dict[str, Any], loss: float, grad_norm: float, drops: bool, kind: str | None, action: str
+) -> None:
+    outliers = Outliers(TrainConfig(**settings))
+    for number in range(64):
+        outliers.judge(1.0 + number % 2 / 10, 1.0, outliers.limit())
+    limit = outliers.limit()
+    assert 1.1 < limit < 9.0
+    assert outliers.drops(loss, limit) is drops
+    verdict = outliers.judge(loss, grad_norm, limit)
+    assert (verdict.kind, verdict.action) == (kind, action)
+    assert outliers.num_left_out == (kind == "nonfinite")

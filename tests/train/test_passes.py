@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.blocks import Blocks
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Part
+from clm_dist.train.batches import pass_seed
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
-from clm_dist.train.loop import _pass_seed
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.fsdp2 import shard
 from tests.conftest import MakeJob
+from tests.support.runs import metrics_of
 from tests.support.training import train_one
 
 DROPOUT = ("model.config.resid_pdrop=0.5", "model.config.embd_pdrop=0.5", "model.config.attn_pdrop=0.5")
@@ -27,7 +27,7 @@ DROPOUT = ("model.config.resid_pdrop=0.5", "model.config.embd_pdrop=0.5", "model
 
 def test_every_pass_has_a_seed_of_its_own() -> None:
     places = list(itertools.product((0, 1, 42), range(4), range(4)))
-    assert len({_pass_seed(*place) for place in places}) == len(places)
+    assert len({pass_seed(*place) for place in places}) == len(places)
 
 
 def test_passes_are_seeded_by_step_and_micro_batch(
@@ -43,7 +43,7 @@ def test_passes_are_seeded_by_step_and_micro_batch(
     monkeypatch.setattr("clm_dist.train.loop.torch.manual_seed", record)
     job = make_job("train.max_steps=2", "train.seed=7")
     assert train_one(job, RunDir(tmp_path), prepared(job)).status == "done"
-    expected = [_pass_seed(7, step, micro_batch) for step in range(2) for micro_batch in range(2)]
+    expected = [pass_seed(7, step, micro_batch) for step in range(2) for micro_batch in range(2)]
     assert [seed for seed in seeds if seed in expected] == expected
 
 
@@ -71,7 +71,7 @@ def test_an_epoch_counts_the_tokens_of_its_blocks_once(
     num_blocks = len(Blocks(store, "train"))
     assert num_blocks % 7, "no short batch"
     assert train_one(job, RunDir(tmp_path), store).status == "done"
-    steps = [record for record in read_records(RunDir(tmp_path).metrics) if record["kind"] == "step"]
+    steps = [record for record in metrics_of(RunDir(tmp_path).metrics) if record["kind"] == "step"]
     assert sum(record["tokens"] for record in steps) == num_blocks * job.data.block_size
     for record in steps:
         assert record["tokens_per_s"] * record["seconds"] == pytest.approx(record["tokens"])

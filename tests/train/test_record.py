@@ -3,17 +3,17 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from clm_dist.errors import RunError
 from clm_dist.files.markers import Share, TrainerState, checkpoint_name
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.saver import Saved
 from clm_dist.train.messages import Message
 from clm_dist.train.recorder import Recorder
-from tests.support.runs import checkpoints_of, saved_steps
+from tests.support.runs import checkpoints_of, metrics_of, saved_steps
 
 
 @pytest.fixture
@@ -24,6 +24,11 @@ def run(tmp_path: Path) -> RunDir:
 
 def recorder(run: RunDir, keep: int = 2) -> Recorder:
     return Recorder(run, checkpoints_of(run), num_parts=3, num_tokens=30, keep=keep)
+
+
+def sent(*records: Any, **more: Any) -> Message:
+    """A message with records that have no more fields than a test looks at."""
+    return cast(Message, {"records": list(records), **more})
 
 
 def shares(*by_rank: list[int], loss: float = 10.0) -> list[Message]:
@@ -38,42 +43,42 @@ def shares(*by_rank: list[int], loss: float = 10.0) -> list[Message]:
 
 
 def test_the_start_of_workers_names_their_hosts(run: RunDir) -> None:
-    recorder(run).receive([{"host": "a", "records": [{"kind": "start", "step": 0}]}, {"host": "b"}, {"host": "a"}])
-    assert read_records(run.metrics) == [{"kind": "start", "step": 0, "hosts": ["a", "b", "a"]}]
+    recorder(run).receive([sent({"kind": "start", "step": 0}, host="a"), {"host": "b"}, {"host": "a"}])
+    assert metrics_of(run.metrics) == [{"kind": "start", "step": 0, "hosts": ["a", "b", "a"]}]
 
 
 def test_the_driver_adds_up_what_the_ranks_ran(run: RunDir) -> None:
     evaluation = recorder(run).receive(shares([0, 2], [1]))
     assert evaluation
     assert (evaluation.loss, evaluation.num_tokens) == (1.0, 30)
-    (record,) = read_records(run.metrics)
-    assert record == {"kind": "eval", **evaluation.as_dict()}
+    (record,) = metrics_of(run.metrics)
+    assert record == {"kind": "eval", **evaluation.figures()}
 
 
 @pytest.mark.parametrize("wrong", [([0, 2], []), ([0, 1], [1, 2]), ([0], [1])])
 def test_an_evaluation_that_does_not_cover_the_split_fails_the_run(run: RunDir, wrong: tuple[list[int], ...]) -> None:
     with pytest.raises(RunError, match=r"micro-batches, the split 3; the committed checkpoints are whole"):
         recorder(run).receive(shares(*wrong))
-    assert read_records(run.metrics) == []
+    assert metrics_of(run.metrics) == []
 
 
-def records_of(*steps: int) -> list[Message]:
-    return [{"records": [{"kind": "step", "step": step} for step in steps]}]
+def steps(*numbers: int) -> list[Message]:
+    return [sent(*({"kind": "step", "step": number} for number in numbers))]
 
 
 def test_steps_that_are_trained_again_are_recorded_once(run: RunDir) -> None:
     first = recorder(run)
-    first.receive([{"records": [{"kind": "start", "step": 0}]}])
-    first.receive(records_of(1, 2, 3, 4))
+    first.receive([sent({"kind": "start", "step": 0})])
+    first.receive(steps(1, 2, 3, 4))
     with run.metrics.open("a") as file:
         file.write('{"kind": "st')  # a kill cut the last line short
     second = recorder(run)
-    second.receive([{"records": [{"kind": "start", "step": 2}]}])
-    second.receive(records_of(3, 4, 5))
-    kinds = [(record["kind"], record["step"]) for record in read_records(run.metrics)]
+    second.receive([sent({"kind": "start", "step": 2})])
+    second.receive(steps(3, 4, 5))
+    kinds = [(record["kind"], record["step"]) for record in metrics_of(run.metrics)]
     assert kinds == [("start", 0), ("step", 1), ("step", 2), ("start", 2), ("step", 3), ("step", 4), ("step", 5)]
-    recorder(run).receive([{"records": [{"kind": "start", "step": 0}]}])
-    assert [record["kind"] for record in read_records(run.metrics)] == ["start"] * 3
+    recorder(run).receive([sent({"kind": "start", "step": 0})])
+    assert [record["kind"] for record in metrics_of(run.metrics)] == ["start"] * 3
 
 
 STATE = TrainerState(4, 4, 2, "ddp", "blocks", global_size=8, seed=42)
@@ -101,7 +106,7 @@ def test_a_checkpoint_is_committed_when_the_last_rank_has_written_its_file(run: 
     assert saved_steps(run) == [4]
     marker = checkpoints_of(run).read(name)
     assert (marker.state, marker.eval_loss, marker.num_bytes) == (STATE, 1.0, 20)
-    assert read_records(run.metrics)[-1] == {
+    assert metrics_of(run.metrics)[-1] == {
         "kind": "checkpoint",
         "step": 4,
         "name": name,
@@ -116,7 +121,7 @@ def test_a_checkpoint_that_a_rank_could_not_write_is_removed_and_said(run: RunDi
     (run.checkpoints / name).mkdir()
     recorder(run).receive(saves(name, None, "no space left"))
     assert not (run.checkpoints / name).exists()
-    assert read_records(run.metrics)[-1]["error"] == "worker 1: no space left"
+    assert metrics_of(run.metrics)[-1]["error"] == "worker 1: no space left"
 
 
 def test_what_dead_workers_wrote_completes_no_checkpoint(run: RunDir) -> None:
@@ -125,7 +130,7 @@ def test_what_dead_workers_wrote_completes_no_checkpoint(run: RunDir) -> None:
     (run.checkpoints / name).mkdir()
     driver = recorder(run)
     driver.receive([first, {}])
-    driver.receive([{"records": [{"kind": "start", "step": 0}]}, {}])
+    driver.receive([sent({"kind": "start", "step": 0}), {}])
     driver.receive([{}, second])
     assert saved_steps(run) == []
 
@@ -142,13 +147,13 @@ def test_a_save_has_the_eval_loss_of_its_own_step(run: RunDir) -> None:
 
 def test_an_evaluation_that_is_owed_is_recorded_once(run: RunDir) -> None:
     driver = recorder(run)
-    driver.receive([{"records": [{"kind": "start", "step": 0}]}])
+    driver.receive([sent({"kind": "start", "step": 0})])
     driver.receive(shares([0, 2], [1]))
     # It was made in a part of the run that was lost, so it comes again.
-    driver.receive([{"records": [{"kind": "start", "step": 4, "owes_evaluation": True}]}])
+    driver.receive([sent({"kind": "start", "step": 4, "owes_evaluation": True})])
     driver.receive(shares([0, 2], [1]))
-    driver.receive([{"records": [{"kind": "start", "step": 4, "owes_evaluation": False}]}])
-    assert [record["kind"] for record in read_records(run.metrics)] == ["start", "start", "eval", "start"]
+    driver.receive([sent({"kind": "start", "step": 4, "owes_evaluation": False})])
+    assert [record["kind"] for record in metrics_of(run.metrics)] == ["start", "start", "eval", "start"]
 
 
 def test_the_reason_of_a_hang_is_told_of_the_failure_that_follows_it_and_of_no_later_one(run: RunDir) -> None:
@@ -159,7 +164,7 @@ def test_the_reason_of_a_hang_is_told_of_the_failure_that_follows_it_and_of_no_l
     run.hang.write_text("worker 1 stood still long ago")
     os.utime(run.hang, (0, 0))
     driver.receive_failure(0, "out of memory")
-    assert [record["error"] for record in read_records(run.metrics)] == [
+    assert [record["error"] for record in metrics_of(run.metrics)] == [
         "worker 1 stands still",
         "its process ended",
         "out of memory",

@@ -8,10 +8,10 @@ import pytest
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.blocks import Manifest
-from clm_dist.files.records import read_records
 from clm_dist.files.result import build_result
 from clm_dist.files.run_dir import RunDir
 from tests.conftest import MakeJob
+from tests.support.runs import metrics_of
 
 
 def test_elastic_workers_are_as_many_as_started_last(
@@ -19,7 +19,7 @@ def test_elastic_workers_are_as_many_as_started_last(
 ) -> None:
     job = make_job("cluster.workers=[1,2]")
     manifest = Manifest.read(prepared(job) / "manifest.json")
-    start = next(record for record in read_records(run.metrics) if record["kind"] == "start")
+    start = next(record for record in metrics_of(run.metrics) if record["kind"] == "start")
     for workers in (2, 1):
         with run.metrics.open("a") as file:
             file.write(json.dumps(start | {"workers": workers}) + "\n")

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.files.blocks import Blocks
-from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Part, combine
 from clm_dist.train.batches import BatchOrder
@@ -26,7 +25,7 @@ from clm_dist.train.loop import Outcome
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.ddp import DataParallel
 from tests.conftest import MakeJob
-from tests.support.runs import saved_steps
+from tests.support.runs import metrics_of, saved_steps
 from tests.support.training import (
     SOME_SLOW,
     STRATEGIES,
@@ -115,7 +114,7 @@ def test_ranks_without_a_micro_batch_left_change_no_evaluation(
     model = load_model(job, AutoTokenizer.from_pretrained(few_blocks / "tokenizer"))
     parts = evaluate_parts(model, split, device=torch.device("cpu"))
     alone = combine(parts, step=0, epoch=0, num_parts=split.num_parts, num_tokens=split.num_tokens)
-    baseline = next(r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
+    baseline = next(r for r in metrics_of(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
     assert baseline["loss"] == alone.loss
     check_export(tmp_path / "run", job, few_blocks)
 
@@ -130,7 +129,7 @@ def check_export(run: Path, job: JobConfig, store: Path) -> None:
     split = EvalSplit.of_store(store, job.eval.micro_size)
     parts: list[Part] = evaluate_parts(model, split, device=torch.device("cpu"))
     loss = combine(parts, step=0, epoch=0, num_parts=split.num_parts, num_tokens=split.num_tokens).loss
-    records = read_records(run / "metrics.jsonl")
+    records = metrics_of(run / "metrics.jsonl")
     for kind in ("eval", "verify"):
         assert [r for r in records if r["kind"] == kind][-1]["loss"] == pytest.approx(loss, rel=1e-6)
 
@@ -184,10 +183,10 @@ def test_resumes_with_other_numbers_of_workers_change_nothing(
         forget_after(cut, step)
         job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": world_size})})
         assert run_workers(train_one_here, world_size, job, cut, few_blocks)[0].status == "done"
-    starts = [(r["step"], r["workers"]) for r in read_records(cut.metrics) if r["kind"] == "start"]
+    starts = [(r["step"], r["workers"]) for r in metrics_of(cut.metrics) if r["kind"] == "start"]
     assert starts == [(0, 2), (3, 1), (6, 3), (9, 2)]
     np.testing.assert_allclose(losses_of(cut.root), losses_of(whole.root), rtol=1e-5)
-    blocks = [[r["blocks"] for r in read_records(run.metrics) if r["kind"] == "step"] for run in (cut, whole)]
+    blocks = [[r["blocks"] for r in metrics_of(run.metrics) if r["kind"] == "step"] for run in (cut, whole)]
     assert blocks[0] == blocks[1]
     assert len(set(blocks[0])) == 12
 
@@ -202,7 +201,7 @@ def test_resumes_with_other_strategies_change_nothing(make_job: MakeJob, few_blo
     for step, job in zip((3, 6, 9, 12), jobs[1:], strict=True):
         forget_after(cut, step)
         assert run_workers(train_one_here, 2, job, cut, few_blocks)[0].status == "done"
-    assert [r["strategy"] for r in read_records(cut.metrics) if r["kind"] == "start"] == list(STRATEGIES)
+    assert [r["strategy"] for r in metrics_of(cut.metrics) if r["kind"] == "start"] == list(STRATEGIES)
     np.testing.assert_allclose(losses_of(cut.root), losses_of(whole.root), rtol=1e-5)
 
 
@@ -241,7 +240,7 @@ def test_bf16_trains_close_to_fp32(strategy: str, make_job: MakeJob, few_blocks:
     fp32, bf16 = (losses_of(run) for run in runs)
     np.testing.assert_allclose(bf16, fp32, rtol=1e-3)
     assert bf16 != fp32
-    evaluations = {r["kind"]: r["loss"] for r in read_records(runs[1] / "metrics.jsonl") if "perplexity" in r}
+    evaluations = {r["kind"]: r["loss"] for r in metrics_of(runs[1] / "metrics.jsonl") if "perplexity" in r}
     assert evaluations["verify"] == pytest.approx(evaluations["eval"], rel=1e-3)
 
 

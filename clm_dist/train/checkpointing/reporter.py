@@ -3,12 +3,13 @@
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from clm_dist.files.markers import TrainerState
+from clm_dist.files.records import Record
 from clm_dist.train.checkpointing.saver import Saved, Saver
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.messages import Message, Record
+from clm_dist.train.messages import Message
 from clm_dist.train.session import Session
 
 _REPORT_INTERVAL_S = 1.0
@@ -40,14 +41,15 @@ class Reporter:
     sent: float = field(default_factory=time.monotonic)
     looked: float = 0.0
 
-    def add(self, **record: Any) -> None:
+    def add(self, record: Record) -> None:
+        """Keep a record for the next message; rank 0's are sent."""
         if self.session.rank == 0:
             self.records.append(record)
 
     def phase(self, name: str, step: int) -> None:
         """Say what begins now. Collective."""
         self.heart.at(step, name[0].lower() + name[1:])
-        self.add(kind="phase", step=step, phase=name)
+        self.add({"kind": "phase", "step": step, "phase": name})
         self.send()
 
     def wishes(self) -> Wish:
@@ -64,7 +66,7 @@ class Reporter:
         """Collective."""
         self._report({})
 
-    def send_evaluation(self, kind: str, step: int, epoch: float, parts: list[Any]) -> None:
+    def send_evaluation(self, kind: Literal["eval", "verify"], step: int, epoch: float, parts: list[Any]) -> None:
         """Collective."""
         rows = [(part.index, part.loss_sum, part.num_tokens, part.num_bytes) for part in parts]
         self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "parts": rows}})

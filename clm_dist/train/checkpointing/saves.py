@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from typing import Any
 
 import torch.distributed as dist
 
@@ -11,6 +10,7 @@ from clm_dist.errors import CheckpointError, ConfigError, StorageError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import DamagedError, Marker, TrainerState, check_parameters, check_state, checkpoint_name
+from clm_dist.files.records import DamagedRecord
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
 from clm_dist.train.checkpointing.reporter import Reporter
@@ -45,7 +45,7 @@ class Saves:
         self._num_failed = 0
         self.saved_step = 0
         """Of the save that was begun last."""
-        self.damages: list[dict[str, Any]] = []
+        self.damages: list[DamagedRecord] = []
         """Of checkpoints that were not whole, for the records."""
 
     def begin(self, state: TrainerState) -> None:
@@ -150,7 +150,7 @@ class Saves:
                 found[0] = str(error)
         dist.broadcast_object_list(found)
         if isinstance(found[0], str):
-            self.damages.append({"step": int(name.split("-")[1]), "error": found[0]})
+            self.damages.append({"kind": "damaged", "step": int(name.split("-")[1]), "error": found[0]})
         return found[0] if isinstance(found[0], Marker) else None
 
     def _load(self, name: str, marker: Marker, fragments: list[Fragment]) -> bool:
@@ -166,7 +166,7 @@ class Saves:
                 problems = [None] * self._strategy.world_size
                 dist.all_gather_object(problems, problem)
             if problem := next((p for p in problems if p), None):
-                self.damages.append({"step": marker.state.step, "error": problem})
+                self.damages.append({"kind": "damaged", "step": marker.state.step, "error": problem})
                 return False
             load_fragments(files, marker, fragments)
         self._strategy.apply_fragments(marker.state.num_updates, marker.state.scaler)

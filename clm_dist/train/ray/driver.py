@@ -30,8 +30,8 @@ from clm_dist.files.atomic import make_dir, write_json, write_text
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import DamagedError, TrainerState, check_state
-from clm_dist.files.records import read_records
-from clm_dist.files.result import build_result
+from clm_dist.files.records import FailureRecord, read_records
+from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.progress import Progress
@@ -77,7 +77,7 @@ def train(
     store_url: str | None = None,
     overwrite: bool = False,
     on_export: Callable[[Path, int], None] = lambda path, step: None,
-) -> dict[str, Any]:
+) -> Result:
     """Train the job on the cluster's workers, from the run's last checkpoint if it has one; gives the result.
 
     Args:
@@ -106,7 +106,7 @@ def _train(
     cluster: Cluster,
     progress: Progress,
     on_export: Callable[[Path, int], None],
-) -> dict[str, Any]:
+) -> Result:
     checkpoints = Checkpoints.of_run(job, run)
     recorder = Recorder(
         run,
@@ -325,12 +325,12 @@ def _cause(error: BaseException) -> BaseException:
     return _WorkersFailedError(f"worker {rank}: {reason}")
 
 
-def _failures(run: RunDir) -> list[dict[str, Any]]:
+def _failures(run: RunDir) -> list[FailureRecord]:
     """The records of workers' deaths."""
     return [record for record in read_records(run.metrics) if record["kind"] == "failure"]
 
 
-def _with_first_death(failed: _WorkersFailedError, failures: list[dict[str, Any]]) -> RunError:
+def _with_first_death(failed: _WorkersFailedError, failures: list[FailureRecord]) -> RunError:
     """The error that a person reads: what came first is the reason, what came last may be its consequence."""
     reason, times = str(failed), ""
     if failures:

@@ -1,12 +1,10 @@
 """The driver's eyes: reads the run's metrics as they come, and shows them."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from clm_dist.files.records import read_records
+from clm_dist.files.records import Record, parse_record, read_records, whole_lines
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
 
@@ -33,19 +31,21 @@ class Follower:
             return
         with self._run.metrics.open("rb") as file:
             inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                # A restart wrote the file anew; only what follows its start is news.
-                text = file.read()
-                start = text.rfind(b'{"kind": "start"')
-                self._inode, self._seen = inode, max(start, 0)
+            is_new = inode != self._inode
+            if is_new:
+                self._inode, self._seen = inode, 0
             file.seek(self._seen)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._seen += len(whole)
-        for line in whole.splitlines():
-            self._show(json.loads(line))
+            lines = whole_lines(file.read())
+        self._seen += sum(len(line) + 1 for line in lines)
+        records = [parse_record(line, str(self._run.metrics)) for line in lines]
+        if is_new:
+            # A restart wrote the file anew; only its last start and what follows is news.
+            starts = [place for place, record in enumerate(records) if record["kind"] == "start"]
+            records = records[starts[-1] :] if starts else records
+        for record in records:
+            self._show(record)
 
-    def _show(self, record: dict[str, Any]) -> None:
+    def _show(self, record: Record) -> None:
         progress = self._progress
         if record["kind"] == "start":
             self._num_steps = record["num_steps"]

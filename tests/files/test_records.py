@@ -1,0 +1,39 @@
+"""The records of a run are of the types that are declared, whoever wrote them."""
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from clm_dist.errors import ConfigError
+from clm_dist.files.records import Record, append_records, parse_record, read_records, replace_records
+from clm_dist.files.run_dir import RunDir
+
+TYPES = {kind: of for of in get_args(Record) for kind in get_args(get_type_hints(of)["kind"])}
+
+
+def test_every_record_of_a_run_has_the_fields_of_its_type(finished_run: RunDir) -> None:
+    seen = set()
+    for record in read_records(finished_run.metrics):
+        of = TYPES[record["kind"]]
+        assert of.__required_keys__ <= record.keys() <= of.__required_keys__ | of.__optional_keys__, record["kind"]
+        seen.add(record["kind"])
+    assert seen == {"start", "phase", "step", "eval", "verify", "checkpoint"}
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first: Record = {"kind": "phase", "step": 0, "phase": "Training"}
+    second: Record = {"kind": "rollback", "step": 7, "to": 4}
+    append_records(path, [first])
+    append_records(path, [second])
+    assert read_records(path) == [first, second]
+    replace_records(path, [second])
+    assert path.read_text() == json.dumps(second) + "\n"
+
+
+@pytest.mark.parametrize("line", [b"", b"[]", b'{"kind": "step"}', b'{"step": 1}', b'{"kind": "st'])
+def test_a_line_that_is_no_record_is_named(line: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^here:7: not a record of a run; remove this line$"):
+        parse_record(line, "here:7")
