@@ -193,7 +193,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
     # Its memory is the process's.
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST"))
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     files.mkdir("texts")
     yield files
     s3fs.S3FileSystem.clear_instance_cache()

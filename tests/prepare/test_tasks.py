@@ -80,7 +80,7 @@ def _zipped(corpus: Path, directory: Path) -> Path:
     import pyarrow.csv
 
     path = directory / "corpus.csv"
-    pa.csv.write_csv(pa.Table.from_pylist([json.loads(line) for line in corpus.open()]), path)
+    pa.csv.write_csv(pa.Table.from_pylist([json.loads(line) for line in corpus.read_text().splitlines()]), path)
     return path
 
 

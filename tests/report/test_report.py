@@ -1,5 +1,6 @@
 """What a run looks like on a terminal, as a page and as a card."""
 
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,7 +30,7 @@ def result(finished_run: RunDir) -> Any:
 
 
 def printed(table: Any) -> str:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
