@@ -26,12 +26,12 @@ from clm_dist.config.load import load_job
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.evaluate import EvalSplit
 from clm_dist.train.local import train_here
 from clm_dist.train.recorder import Recorder
+from tests.support.stores import prepare
 
 BOUND = 0.05
 STEPS, EVERY = 12, 4

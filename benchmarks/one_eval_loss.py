@@ -43,7 +43,6 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.files.blocks import Blocks
 from clm_dist.metrics import Part, combine
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
 from clm_dist.train.local import forget_accelerate
@@ -51,6 +50,7 @@ from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer
 from clm_dist.train.strategies.build import build_strategy
 from clm_dist.train.strategies.environment import set_up_worker
+from tests.support.stores import prepare
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
 MICRO_SIZE = 6

@@ -120,7 +120,7 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     import gigatoken  # noqa: F401
 
     from clm_dist.config.load import load_job
-    from clm_dist.files.blocks import Manifest
+    from clm_dist.files.stores import Stores
     from clm_dist.prepare import encoded, engines, pipeline, token_bytes
     from clm_dist.prepare.encoding import Encoding
     from clm_dist.prepare.tokenizer import load_tokenizer
@@ -151,10 +151,10 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     stores = arguments.directory / "stores"
     shutil.rmtree(stores, ignore_errors=True)
     start = time.perf_counter()
-    store = pipeline.prepare(config, stores, Silent())
+    store = pipeline.prepare(config, Stores(stores), Silent())
     seconds = time.perf_counter() - start - loading[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    text_mb = sum(split.num_text_bytes for split in Manifest.read(store / "manifest.json").splits.values()) / 1e6
+    text_mb = sum(split.num_text_bytes for split in store.manifest().splits.values()) / 1e6
     start = time.perf_counter()
     command = [sys.executable, "-m", "clm_dist", "prepare", str(job), "--store", str(stores)]
     subprocess.run(command, check=True, capture_output=True)

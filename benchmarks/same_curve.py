@@ -35,7 +35,6 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import EvalSplit, evaluate_parts
@@ -43,6 +42,7 @@ from clm_dist.train.local import train_here
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.recorder import Recorder
+from tests.support.stores import prepare
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "quickstart.yaml"
 GLOBAL_SIZE = 12

@@ -10,6 +10,7 @@ from clm_dist.errors import ClmDistError, ConfigError, TryAgainError, first_line
 from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
+from clm_dist.files.stores import Store, Stores
 from clm_dist.progress import Progress, err, open_progress, out
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,7 @@ _SAMPLE_BYTES = 2 * 2**30
 def run_job(
     config: JobConfig,
     runs: Path,
-    stores: Path,
-    url: str | None = None,
+    stores: Stores,
     *,
     resume: bool,
     overwrite: bool,
@@ -31,7 +31,6 @@ def run_job(
     """Prepare, train, report, and push if the job says so; gives the run's result.
 
     Args:
-        url: where the stores are kept, if not in a directory that every node sees; each node fetches what it needs.
         only_train: take blocks that are prepared already, and show no sample.
 
     Raises:
@@ -54,12 +53,12 @@ def run_job(
                 hub.check_access(config)
             check_model(config)
             driver.check_trackers(config)
-            store = pipeline.find_store(config, stores, url)
-            if store is None and only_train:
+            resolved = pipeline.resolve(config, stores)
+            if only_train and not resolved.store.fetch():
                 raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")
             with start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
-                store = pipeline.prepare(config, stores, progress, url=url)
+                store = pipeline.prepare_resolved(resolved, progress)
 
                 def push_epoch(path: Path, step: int) -> None:
                     pushing.submit(_push_epoch, config, directory, store, path, step, progress)
@@ -70,7 +69,6 @@ def run_job(
                     store,
                     cluster,
                     progress,
-                    store_url=url and f"{url}/{store.name}",
                     overwrite=overwrite,
                     on_export=push_epoch,
                 )
@@ -123,15 +121,14 @@ def _show_sample(directory: RunDir) -> None:
     out.print(f"  {text.strip()}\n", markup=False, style="italic")
 
 
-def _push_epoch(job: JobConfig, directory: RunDir, store: Path, path: Path, step: int, progress: Progress) -> None:
+def _push_epoch(job: JobConfig, directory: RunDir, store: Store, path: Path, step: int, progress: Progress) -> None:
     """Push an epoch's model; a failure does not stop training, and the next push supersedes it."""
     from clm_dist import hub
-    from clm_dist.files.blocks import Manifest
     from clm_dist.files.result import build_result
     from clm_dist.report.card import write_card
 
     try:
-        result = build_result(job, directory, Manifest.read(store / "manifest.json"), "running")
+        result = build_result(job, directory, store.manifest(), "running")
         write_card(path, job, result)
         url = hub.push(job, directory, path, step)
     except Exception as error:  # whatever it is: nobody reads what a thread of the pool raises

@@ -108,7 +108,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prepared(stores: Path) -> Callable[[JobConfig], Path]:
     """The store of a job."""
-    from clm_dist.prepare.pipeline import prepare
+    from tests.support.stores import prepare
 
     return lambda job: prepare(job, stores, Silent())
 
@@ -142,8 +142,8 @@ def shared() -> Path:
 def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores: Path) -> RunDir:
     """A run that is done: trained in this process, two epochs of the tiny job. Tests copy it before they change it."""
     from clm_dist.files.result import build_result
-    from clm_dist.prepare.pipeline import prepare
     from clm_dist.train.accept import accept_export
+    from tests.support.stores import prepare
     from tests.support.training import train_one
 
     directory = tmp_path_factory.mktemp("runs")

@@ -21,6 +21,7 @@ from clm_dist.errors import ConfigError, HubError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import Store
 from clm_dist.progress import LineProgress
 from clm_dist.run import _push_epoch
 from clm_dist.train.ray.cluster import Cluster
@@ -168,7 +169,7 @@ def test_whatever_an_epoch_s_push_raises_is_said(
     monkeypatch.setattr(hub, "push", fail)
     job = read_saved_job(run.job)
     log = io.StringIO()
-    _push_epoch(job, run, prepared(job), run.final, 12, LineProgress(Console(file=log)))
+    _push_epoch(job, run, Store(prepared(job)), run.final, 12, LineProgress(Console(file=log)))
     assert "The model of step 12 is not pushed: 'oid'" in log.getvalue()
     assert "the push of step 12 failed" in caplog.text
     assert run.final.is_dir()

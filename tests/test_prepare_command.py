@@ -183,10 +183,10 @@ def test_prune_lists_and_removes_old_and_large_stores(prepare: Prepare, write_jo
 
 
 def test_a_store_that_is_being_prepared_is_not_removed(prepare: Prepare, write_job: WriteJob) -> None:
-    from clm_dist.files.stores import store_lock
+    from clm_dist.files.stores import Store
 
     prepare(write_job())
-    with store_lock(prepare.store):
+    with Store(prepare.store).lock():
         assert "in use" in prepare("--prune", "--yes", "--larger-than", "0.000001").out
     assert prepare.store.exists()
 

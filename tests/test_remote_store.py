@@ -7,12 +7,12 @@ import pytest
 
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.blocks import Blocks, Manifest
-from clm_dist.files.stores import fetch_store, open_stores, upload_store
+from clm_dist.files.stores import Store, Stores
 from clm_dist.prepare import pipeline
-from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob, WriteJob
 from tests.support.command import clm_dist
+from tests.support.stores import find_store, prepare
 
 URL = "s3://texts/stores"
 
@@ -40,10 +40,10 @@ def test_a_store_is_prepared_once_for_all_machines(
 def test_a_file_that_is_here_is_not_fetched_again(bucket: Any, make_job: MakeJob, tmp_path: Path) -> None:
     store = prepare(make_job(), tmp_path / "one", Silent(), url=URL)
     here = tmp_path / "two" / store.name
-    assert fetch_store(f"{URL}/{store.name}", here)
+    assert Store(here, f"{URL}/{store.name}").fetch()
     (here / "manifest.json").unlink()
     bucket.rm(f"texts/stores/{store.name}/train/00000.arrow")
-    assert fetch_store(f"{URL}/{store.name}", here)
+    assert Store(here, f"{URL}/{store.name}").fetch()
     assert files_of(here) == files_of(store)
 
 
@@ -52,16 +52,16 @@ def test_a_shard_that_is_damaged_there_is_named(bucket: Any, make_job: MakeJob, 
     shard = f"texts/stores/{store.name}/train/00000.arrow"
     bucket.pipe(shard, bucket.cat(shard)[:-1] + b"x")
     with pytest.raises(DataError, match=r"train/00000.arrow is not as its manifest says; remove s3://.* again"):
-        fetch_store(f"{URL}/{store.name}", tmp_path / "two" / store.name)
+        Store(tmp_path / "two" / store.name, f"{URL}/{store.name}").fetch()
     assert not (tmp_path / "two" / store.name / "manifest.json").exists()
 
 
 def test_a_store_that_was_not_put_there_whole_is_not_taken(bucket: Any, make_job: MakeJob, tmp_path: Path) -> None:
     store = prepare(make_job(), tmp_path / "one", Silent())
     bucket.pipe(f"texts/stores/{store.name}/train/00000.arrow", b"half")
-    assert not fetch_store(f"{URL}/{store.name}", tmp_path / "two" / store.name)
-    upload_store(store, f"{URL}/{store.name}")
-    assert fetch_store(f"{URL}/{store.name}", tmp_path / "two" / store.name)
+    assert not Store(tmp_path / "two" / store.name, f"{URL}/{store.name}").fetch()
+    Store(store, f"{URL}/{store.name}").upload()
+    assert Store(tmp_path / "two" / store.name, f"{URL}/{store.name}").fetch()
 
 
 def test_the_commands_take_a_url(
@@ -71,15 +71,15 @@ def test_the_commands_take_a_url(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("clm_dist.cli.store.DEFAULT_STORES", str(tmp_path / "cache"))
+    monkeypatch.setattr("clm_dist.cli.options.DEFAULT_STORES", str(tmp_path / "cache"))
     said = clm_dist(capsys, monkeypatch, "prepare", write_job(), "--store", URL)
     assert said.code == 0, said.err
     store = Path(said.out.strip())
     assert store.is_relative_to(tmp_path / "cache" / "remote")
     assert Manifest.read(store / "manifest.json").splits["train"].num_blocks > 0
     assert bucket.exists(f"texts/stores/{store.name}/manifest.json")
-    assert open_stores(URL, str(tmp_path / "cache")) == (store.parent, URL)
-    assert open_stores(str(tmp_path), "cache") == (tmp_path, None)
+    assert Stores.at(URL, str(tmp_path / "cache")) == Stores(store.parent, URL)
+    assert Stores.at(str(tmp_path), "cache") == Stores(tmp_path)
 
 
 def test_a_url_that_cannot_be_reached(make_job: MakeJob, tmp_path: Path) -> None:
@@ -99,16 +99,14 @@ def test_a_node_without_the_store_fetches_it_before_training(make_job: MakeJob, 
     job = make_job("train.max_steps=2", "checkpoint.every=2")
     url = f"file://{tmp_path}/kept"
     store = prepare(job, tmp_path / "one", Silent(), url=url)
-    elsewhere = tmp_path / "node" / store.name
+    elsewhere = Store(tmp_path / "node" / store.name, f"{url}/{store.name}")
     build = driver._build_trainer
 
-    def on_another_node(job: Any, run: Any, _: Path, *rest: Any) -> Any:
+    def on_another_node(job: Any, run: Any, _: Store, *rest: Any) -> Any:
         return build(job, run, elsewhere, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_build_trainer", on_another_node)
-        result = driver.train(
-            job, RunDir(tmp_path / "runs" / "tiny"), store, cluster, Silent(), store_url=f"{url}/{store.name}"
-        )
+        result = driver.train(job, RunDir(tmp_path / "runs" / "tiny"), Store(store, elsewhere.url), cluster, Silent())
     assert result["status"] == "done"
-    assert files_of(elsewhere) == files_of(store)
+    assert files_of(elsewhere.local) == files_of(store)

@@ -11,9 +11,10 @@ import typer
 from clm_dist.cli.options import (
     DEFAULT_STORES,
     Overrides,
-    Stores,
+    StoreOption,
     is_given,
     located,
+    open_stores,
 )
 from clm_dist.config.data import TokenizerConfig
 from clm_dist.config.job import ModelConfig
@@ -21,7 +22,6 @@ from clm_dist.config.load import Job, load_job
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
-from clm_dist.files.stores import open_stores
 from clm_dist.progress import err, open_progress
 
 
@@ -31,7 +31,7 @@ def evaluate(
         Path | None, typer.Option("--job", help="Job whose eval split is used; a run directory has its own.")
     ] = None,
     overrides: Overrides = None,
-    stores: Stores = DEFAULT_STORES,
+    stores: StoreOption = DEFAULT_STORES,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a model on a job's eval split: loss, perplexity, bits per byte."""
@@ -56,9 +56,8 @@ def evaluate(
         load_config(config)
         # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there already.
         tokens = config if "tokenizer" in update else job.config
-        directory, url = open_stores(stores, DEFAULT_STORES)
-        store = prepare(tokens, directory, progress, url=url)
-        evaluation = evaluate_model(path, config, store, progress)
+        store = prepare(tokens, open_stores(stores), progress)
+        evaluation = evaluate_model(path, config, store.local, progress)
     figures: Mapping[str, Any] = evaluation.figures()
     if as_json:
         typer.echo(json.dumps({name: figures[name] for name in _FIGURES}))

@@ -10,6 +10,7 @@ import typer
 
 from clm_dist.config.load import Job
 from clm_dist.errors import ClmDistError
+from clm_dist.files.stores import Stores
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -18,7 +19,7 @@ Overrides = Annotated[
 Runs = Annotated[
     str, typer.Option("--runs", envvar="CLM_DIST_RUNS", help="Directory of the runs; every node must see it.")
 ]
-Stores = Annotated[
+StoreOption = Annotated[
     str,
     typer.Option(
         "--store",
@@ -37,6 +38,11 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option stands on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def open_stores(path: str) -> Stores:
+    """The stores that `--store` names; copies of what is kept at a URL lie in the user's cache."""
+    return Stores.at(path, DEFAULT_STORES)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from clm_dist.cli.options import (
     Overwrite,
     Resume,
     Runs,
-    Stores,
+    StoreOption,
     located,
+    open_stores,
 )
 from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
@@ -22,7 +23,6 @@ from clm_dist.errors import ClmDistError, ConfigError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
-from clm_dist.files.stores import open_stores
 from clm_dist.progress import err, out
 
 EX_TEMPFAIL = 75
@@ -39,7 +39,7 @@ def run(
     job_file: JobFile,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
-    stores: Stores = DEFAULT_STORES,
+    stores: StoreOption = DEFAULT_STORES,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -51,7 +51,7 @@ def train(
     job_file: JobFile,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
-    stores: Stores = DEFAULT_STORES,
+    stores: StoreOption = DEFAULT_STORES,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -122,12 +122,10 @@ def _run(
     from clm_dist.run import run_job
 
     job = load_job(job_file, overrides or ())
-    runs_dir, (stores_dir, url) = local_dir(runs, "--runs"), open_stores(stores, DEFAULT_STORES)
+    runs_dir, kept = local_dir(runs, "--runs"), open_stores(stores)
     try:
         with located(job):
-            result = run_job(
-                job.config, runs_dir, stores_dir, url, resume=resume, overwrite=overwrite, only_train=only_train
-            )
+            result = run_job(job.config, runs_dir, kept, resume=resume, overwrite=overwrite, only_train=only_train)
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on from the last checkpoint", style="red")
         raise typer.Exit(EX_INTERRUPTED) from None

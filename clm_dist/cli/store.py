@@ -9,14 +9,15 @@ from rich.table import Table
 from clm_dist.cli.options import (
     DEFAULT_STORES,
     Overrides,
-    Stores,
+    StoreOption,
     is_given,
     located,
+    open_stores,
 )
 from clm_dist.cli.run import EX_INTERRUPTED
 from clm_dist.config.load import load_job
 from clm_dist.errors import ConfigError
-from clm_dist.files.stores import open_stores
+from clm_dist.files.stores import Store, Stores
 from clm_dist.progress import err, open_progress, out
 
 
@@ -26,7 +27,7 @@ def prepare(
         Path | None, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")
     ] = None,
     overrides: Overrides = None,
-    stores: Stores = DEFAULT_STORES,
+    stores: StoreOption = DEFAULT_STORES,
     tasks: Annotated[
         int | None, typer.Option("--tasks", min=1, help="Partitions at once.", show_default="as many as CPUs")
     ] = None,
@@ -65,7 +66,7 @@ def prepare(
         _verify(verify)
         return
     if prune:
-        _prune(open_stores(stores, DEFAULT_STORES)[0], older_than, larger_than, remove=yes)
+        _prune(open_stores(stores), older_than, larger_than, remove=yes)
         return
     from clm_dist.prepare.encode import Effort
     from clm_dist.prepare.pipeline import prepare
@@ -73,24 +74,21 @@ def prepare(
     assert job_file is not None
     job = load_job(job_file, overrides or ())
     effort = Effort(tasks, int(partition_mib * 2**20))
-    directory, url = open_stores(stores, DEFAULT_STORES)
     try:
         with located(job), open_progress(err) as progress:
-            store = prepare(job.config, directory, progress, effort, url)
+            store = prepare(job.config, open_stores(stores), progress, effort)
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on with the partitions that are left", style="red")
         raise typer.Exit(EX_INTERRUPTED) from None
     if show is not None:
         from clm_dist.prepare.show import show_store
 
-        out.print(show_store(store, show))
-    typer.echo(store)
+        out.print(show_store(store.local, show))
+    typer.echo(store.local)
 
 
 def _verify(store: Path) -> None:
-    from clm_dist.prepare.stores import verify_store
-
-    problems = list(verify_store(store))
+    problems = list(Store(store).verify())
     for problem in problems:
         err.print(problem, style="red", markup=False, soft_wrap=True)
     if problems:
@@ -99,28 +97,27 @@ def _verify(store: Path) -> None:
     out.print(f"{store}: every hash and count is as its manifest says", soft_wrap=True)
 
 
-def _prune(stores: Path, older_than: float, larger_than: float, *, remove: bool) -> None:
-    from clm_dist.prepare.stores import list_stores, remove_store
-
+def _prune(stores: Stores, older_than: float, larger_than: float, *, remove: bool) -> None:
     if remove and not (older_than or larger_than):
         raise ConfigError("--prune --yes would remove every store; say which, with --older-than or --larger-than")
-    found = list_stores(stores)
+    found = stores.list()
     table = Table("store", "from", "blocks", "MB", "days ago", "")
     chosen = [store for store in found if store.age_days >= older_than and store.num_bytes >= larger_than * 1e6]
-    for store in found:
+    for stored in found:
         verdict = "keep"
-        if store in chosen:
-            verdict = "to remove" if not remove else "removed" if remove_store(store.path) else "in use"
+        if stored in chosen:
+            verdict = "to remove" if not remove else "removed" if stored.store.remove() else "in use"
         table.add_row(
-            store.path.name,
-            store.origin,
-            f"{store.num_blocks:,}",
-            f"{store.num_bytes / 1e6:,.1f}",
-            f"{store.age_days:.1f}",
+            stored.store.fingerprint,
+            stored.origin,
+            f"{stored.num_blocks:,}",
+            f"{stored.num_bytes / 1e6:,.1f}",
+            f"{stored.age_days:.1f}",
             verdict,
         )
     out.print(table)
     if chosen and not remove:
         out.print(
-            f"{len(chosen)} of {len(found)} stores in {stores} would be removed; --yes removes them", soft_wrap=True
+            f"{len(chosen)} of {len(found)} stores in {stores.local} would be removed; --yes removes them",
+            soft_wrap=True,
         )

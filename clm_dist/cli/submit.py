@@ -16,15 +16,15 @@ from clm_dist.cli.options import (
     Overwrite,
     Resume,
     Runs,
-    Stores,
+    StoreOption,
     located,
+    open_stores,
 )
 from clm_dist.cli.submit_k8s import k8s
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
-from clm_dist.files.stores import open_stores
 from clm_dist.progress import err, out
 from clm_dist.submit import launch
 from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
@@ -39,7 +39,7 @@ def slurm(
     job_file: JobFile,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
-    stores: Stores = DEFAULT_STORES,
+    stores: StoreOption = DEFAULT_STORES,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Hosts.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each host.")] = None,
     limit: Annotated[str | None, typer.Option("--time", help="Time limit, as Slurm writes it: 2:00:00.")] = None,
@@ -78,7 +78,6 @@ def slurm(
         raise ConfigError("--at-once goes with --array; leave it out")
     job = load_job(job_file, settings)
     configs = _sweep(job_file, settings, array, job.config.name) if array else [job.config]
-    directory, url = open_stores(stores, DEFAULT_STORES)
     submission = Submission(
         name=job.config.name,
         backend="slurm",
@@ -86,7 +85,7 @@ def slurm(
         run_names=tuple(config.name for config in configs),
         sweep=bool(array),
     )
-    request = Request(submission, store=url or str(directory), venv=Path(sys.prefix), resume=resume, at_once=at_once)
+    request = Request(submission, store=str(open_stores(stores)), venv=Path(sys.prefix), resume=resume, at_once=at_once)
     with located(job):
         for config in configs:
             hosts_of(config.cluster).check()

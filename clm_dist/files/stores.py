@@ -1,89 +1,252 @@
-"""Stores on s3://, gs:// and the like: each machine fetches a store's files once, checks them and maps its own copy."""
+"""Where prepared blocks are kept: a directory of this machine, or a URL from which each machine fetches them once.
+
+A store holds the blocks of one job, under the fingerprint of all that they are made from. The shards and the manifest
+in it are those of `blocks`; a store whose manifest is there is whole.
+"""
 
 import hashlib
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import make_dir, whole_file, writing
-from clm_dist.files.blocks import Manifest, file_sha256
+from clm_dist.files.blocks import Blocks, Manifest, file_sha256
+from clm_dist.files.hashes import HashMemory
 from clm_dist.files.storage import reaching
 
+PARTIAL_SUFFIX = ".part.arrow"
+"""Of the files with encoded partitions in a store's `work`, while it is prepared."""
 _MANIFEST = "manifest.json"
+_DAY_S = 24 * 3600
 
 
-def open_stores(path: str, cache: str) -> tuple[Path, str | None]:
-    """The directory of the stores on this machine, and the URL that they are kept at if `path` is one.
+@dataclass(frozen=True)
+class Store:
+    """The blocks of one job."""
 
-    Args:
-        cache: directory under which copies of what is kept at a URL lie.
-    """
-    if "://" not in path or path.startswith("file://"):
-        return local_dir(path, "--store"), None
-    url = path.rstrip("/")
-    name = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return local_path(cache, "the cache").absolute() / "remote" / name, url
+    local: Path
+    """Directory on this machine; its name is the fingerprint."""
+    url: str | None = None
+    """Where it is kept, if not in a directory that every node sees."""
 
+    @property
+    def fingerprint(self) -> str:
+        return self.local.name
 
-def store_lock(store: Path) -> FileLock:
-    """Holds a store against other processes; the system lets go of it when the process ends, however it ends."""
-    return FileLock(store.parent / f".{store.name}.lock")
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on this machine, and whole."""
+        return self._manifest_file.exists()
 
+    @property
+    def _manifest_file(self) -> Path:
+        return self.local / _MANIFEST
 
-def fetch_store(url: str, store: Path) -> bool:
-    """Bring the store at a URL to this machine, once; false where there is none.
+    def manifest(self) -> Manifest:
+        """Raises DataError where the manifest is of another format or does not parse."""
+        return Manifest.read(self._manifest_file)
 
-    Raises:
-        ConfigError: the URL cannot be reached.
-        DataError: a file is not as the manifest says.
-    """
-    make_dir(store.parent)
-    with store_lock(store):
-        return copy_store_here(url, store)
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest, with which the store is whole."""
+        manifest.write(self._manifest_file)
 
+    def lock(self) -> FileLock:
+        """Hold the store against other processes; the system releases it when the process ends, however it ends."""
+        return FileLock(self.local.parent / f".{self.local.name}.lock")
 
-def copy_store_here(url: str, store: Path) -> bool:
-    """`fetch_store` for who holds the store's lock already."""
-    if (store / _MANIFEST).exists():
+    def fetch(self) -> bool:
+        """Bring the store to this machine, once; return whether it is here then.
+
+        Raises:
+            ConfigError, StorageError: the URL cannot be reached.
+            DataError: a file is not as the manifest says.
+        """
+        make_dir(self.local.parent)
+        with self.lock():
+            return self.fetch_held()
+
+    def fetch_held(self) -> bool:
+        """`fetch` for a process that holds the lock already."""
+        if self.is_here or self.url is None:
+            return self.is_here
+        with reaching(f"--store {self.url}"):
+            filesystem, root = fsspec.url_to_fs(self.url)
+            filesystem.invalidate_cache()
+            if not filesystem.exists(f"{root}/{_MANIFEST}"):
+                return False
+            with writing(self.local):
+                make_dir(self.local)
+                # The manifest last: a store that has one is whole.
+                with whole_file(self._manifest_file) as manifest:
+                    filesystem.get_file(f"{root}/{_MANIFEST}", str(manifest))
+                    for name, sha256 in Manifest.read(manifest).sha256_of_files().items():
+                        self._fetch_file(filesystem, f"{root}/{name}", self.local / name, sha256)
         return True
-    with reaching(f"--store {url}"):
-        filesystem, root = fsspec.url_to_fs(url)
-        filesystem.invalidate_cache()
-        if not filesystem.exists(f"{root}/{_MANIFEST}"):
-            return False
-        with writing(store):
-            make_dir(store)
-            # The manifest last: a store that has one is whole.
-            with whole_file(store / _MANIFEST) as manifest:
-                filesystem.get_file(f"{root}/{_MANIFEST}", str(manifest))
-                for name, sha256 in Manifest.read(manifest).sha256_of_files().items():
-                    _fetch(filesystem, f"{root}/{name}", store / name, sha256, url)
-    return True
 
-
-def _fetch(filesystem: fsspec.AbstractFileSystem, source: str, target: Path, sha256: str, url: str) -> None:
-    if target.exists() and file_sha256(target) == sha256:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as part:
-        filesystem.get_file(source, str(part))
-        if file_sha256(part) != sha256:
-            raise DataError(
-                f"{source} is not as its manifest says; remove {url}/{_MANIFEST} to prepare it again, or copy the file "
-                "there once more"
-            )
-
-
-def upload_store(store: Path, url: str) -> None:
-    """Copy a store to a URL, unless it is there. Raises ConfigError where the URL cannot be written."""
-    with reaching(f"--store {url}"):
-        filesystem, root = fsspec.url_to_fs(url)
-        filesystem.invalidate_cache()
-        if filesystem.exists(f"{root}/{_MANIFEST}"):
+    def _fetch_file(self, filesystem: fsspec.AbstractFileSystem, source: str, target: Path, sha256: str) -> None:
+        if target.exists() and file_sha256(target) == sha256:
             return
-        for name in [*Manifest.read(store / _MANIFEST).sha256_of_files(), _MANIFEST]:
-            filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-            filesystem.put_file(str(store / name), f"{root}/{name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as part:
+            filesystem.get_file(source, str(part))
+            if file_sha256(part) != sha256:
+                raise DataError(
+                    f"{source} is not as its manifest says; remove {self.url}/{_MANIFEST} to prepare it again, or copy "
+                    "the file there once more"
+                )
+
+    def upload(self) -> None:
+        """Copy the store to its URL, if it has one and is not there.
+
+        Raises:
+            ConfigError, StorageError: the URL cannot be written.
+        """
+        if self.url is None:
+            return
+        with reaching(f"--store {self.url}"):
+            filesystem, root = fsspec.url_to_fs(self.url)
+            filesystem.invalidate_cache()
+            if filesystem.exists(f"{root}/{_MANIFEST}"):
+                return
+            for name in [*self.manifest().sha256_of_files(), _MANIFEST]:
+                filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                filesystem.put_file(str(self.local / name), f"{root}/{name}")
+
+    def problems(self, known: HashMemory | None = None) -> dict[str, str]:
+        """What is wrong with each file that is not as the manifest says, by its name in the store.
+
+        Args:
+            known: files that are as it remembers them are not read, and those that are right are remembered.
+        """
+        found, right = {}, {}
+        for name, sha256 in self.manifest().sha256_of_files().items():
+            file = self.local / name
+            if not file.is_file():
+                found[name] = "is missing"
+            elif (known and known.get(file)) == sha256 or (actual := file_sha256(file)) == sha256:
+                right[file] = sha256
+            else:
+                found[name] = f"has sha256 {actual[:16]}..., its manifest says {sha256[:16]}..."
+        if known and not found:
+            known.remember(right)
+        return found
+
+    def remember(self, known: HashMemory) -> None:
+        """Remember the files of a store that was written just now."""
+        known.remember({self.local / name: sha256 for name, sha256 in self.manifest().sha256_of_files().items()})
+
+    def verify(self) -> Iterator[str]:
+        """What is wrong with the store, a line each; nothing where every hash and count is as the manifest says.
+
+        Raises:
+            DataError: there is no manifest, or one of another format version.
+        """
+        if not self.is_here:
+            raise DataError(f"{self.local} is no store: it has no {_MANIFEST}; `clm-dist prepare JOB` prints its store")
+        manifest = self.manifest()
+        if not Manifest.is_as_written(self._manifest_file):
+            yield f"{self._manifest_file} was changed since it was written"
+        problems = self.problems()
+        yield from (f"{self.local / name} {problem}" for name, problem in problems.items())
+        for name, split in manifest.splits.items():
+            counted = sum(shard.num_blocks for shard in split.shards)
+            if counted != split.num_blocks:
+                yield f"the shards of {name} have {counted:,} blocks, the split {split.num_blocks:,}"
+            if split.num_tokens != split.num_blocks * manifest.block_size + split.num_dropped_tokens:
+                yield f"{name} has {split.num_tokens:,} tokens, which its blocks and what was dropped do not add up to"
+            if problems.keys().isdisjoint(shard.file for shard in split.shards):
+                try:
+                    Blocks(self.local, name)
+                except DataError as error:
+                    yield str(error)
+
+    def remove(self) -> bool:
+        """Remove the store from this machine; false where a preparation is working on it."""
+        try:
+            with self.lock().acquire(timeout=0):
+                # Without its manifest it is no store, whatever a kill leaves of the rest.
+                self._manifest_file.unlink(missing_ok=True)
+                shutil.rmtree(self.local)
+        except Timeout:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A store as it lies in its directory."""
+
+    store: Store
+    num_bytes: int
+    age_days: float
+    """Since a job last asked for it."""
+    origin: str
+    num_blocks: int
+    """0 where its preparation was not finished."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """All stores of a directory or a URL."""
+
+    local: Path
+    """Directory on this machine; under the cache where the stores are kept at a URL."""
+    url: str | None = None
+
+    @classmethod
+    def at(cls, path: str, cache: str) -> "Stores":
+        """The stores at a directory or a URL that a person named.
+
+        Args:
+            cache: directory under which copies of what is kept at a URL lie.
+        """
+        if "://" not in path or path.startswith("file://"):
+            return cls(local_dir(path, "--store"))
+        url = path.rstrip("/")
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        return cls(local_path(cache, "the cache").absolute() / "remote" / name, url)
+
+    def __str__(self) -> str:
+        return self.url or str(self.local)
+
+    def store(self, fingerprint: str) -> Store:
+        """The store of a fingerprint, whether it was prepared or not."""
+        return Store(self.local / fingerprint, self.url and f"{self.url}/{fingerprint}")
+
+    def known_files(self) -> HashMemory:
+        """The memory of the stores' own files."""
+        return HashMemory(self.local / "files.json")
+
+    def known_sources(self) -> HashMemory:
+        """The memory of the files that stores were made from."""
+        return HashMemory(self.local / "digests.json")
+
+    def list(self) -> list[StoredBlocks]:
+        """The stores on this machine, the one that was asked for last first; unfinished ones too, and nothing else."""
+        found = []
+        for path in self.local.iterdir() if self.local.is_dir() else ():
+            if not re.fullmatch("[0-9a-f]{16}", path.name):
+                continue
+            store = self.store(path.name)
+            try:
+                manifest = store.manifest()
+                origin, num_blocks = manifest.origin, sum(split.num_blocks for split in manifest.splits.values())
+            except FileNotFoundError:
+                if not any((path / "work").glob(f"*{PARTIAL_SUFFIX}")):
+                    continue
+                origin, num_blocks = "unfinished", 0
+            except (DataError, OSError):
+                # Of another version, which knows what it is.
+                continue
+            num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            age_days = (time.time() - path.stat().st_mtime) / _DAY_S
+            found.append(StoredBlocks(store, num_bytes, age_days, origin, num_blocks))
+        return sorted(found, key=lambda stored: stored.age_days)

@@ -8,7 +8,8 @@ from typing import Any
 
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
-from clm_dist.prepare.encoded import PART_NAME, Part, Recipe, encode_partition, write_part
+from clm_dist.files.stores import PARTIAL_SUFFIX
+from clm_dist.prepare.encoded import Part, Recipe, encode_partition, write_part
 from clm_dist.prepare.encoding import Encoding
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.partitions import read_partition
@@ -67,7 +68,7 @@ def encode_all(
         recipe = pool.share(Recipe(job.data, encoding, engine, parallel=pool.num_tasks == 1))
 
         def path_of(index: int) -> Path:
-            return work / f"{effort.partition_bytes}-{index:06d}{PART_NAME}"
+            return work / f"{effort.partition_bytes}-{index:06d}{PARTIAL_SUFFIX}"
 
         def begin(item: tuple[int, Partition]) -> Any:
             index, partition = item

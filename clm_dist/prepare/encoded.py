@@ -35,8 +35,6 @@ from clm_dist.prepare.token_bytes import token_sizes
 _CHECKED_SHARE = 1 / 1000
 _STATS = b"clm_dist"
 _DIGEST_BYTES = 8
-PART_NAME = ".part.arrow"
-"""What the names of parts end with."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import fsspec
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import ConfigError, DataError
-from clm_dist.files.atomic import read_json, write_json
+from clm_dist.errors import DataError
+from clm_dist.files.hashes import HashMemory
 from clm_dist.prepare.files import find_files, is_url
 
 _PIECE_BYTES = 1 << 22
@@ -40,23 +40,25 @@ def pinned(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"revision": resolved.resolved})
 
 
-def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
+def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
     """What stands for the records of data that is `pinned` in a store's fingerprint.
 
-    A local file is what it holds: one that was copied, moved or touched stays the same. The file `digests` remembers
-    what files held, so that one whose size and time are as they were is not read again. A file behind a URL is what
-    its server says of it (entity tag, size, time).
+    A local file is what it holds: one that was copied, moved or touched stays the same. A file behind a URL is what its
+    server says of it (entity tag, size, time).
+
+    Args:
+        known: local files that are as it remembers them are not read.
     """
     if data.source == "builtin":
         return {"builtin": "pydoc_data.topics", "topics": builtin_version(), "split": data.split}
     if data.source == "files":
         files = find_files(data)
-        local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], digests)
+        local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], known)
         # The suffix says how a file is read.
-        known = [
+        tags = [
             ["".join(file.suffixes), _tag_of(file.name) if is_url(file.name) else local[file.name]] for file in files
         ]
-        return {"files": known, "split": data.split}
+        return {"files": tags, "split": data.split}
     identity: dict[str, Any] = {"config": data.config, "split": data.split}
     if is_directory(data):
         directory = Path(str(data.dataset))
@@ -64,9 +66,9 @@ def source_identity(data: DataConfig, digests: Path) -> dict[str, Any]:
         names = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
         names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         paths = [(directory / name).absolute() for name in names]
-        found = _digests_of(paths, digests, "data.dataset")
-        known = [[str(name), found[str(path)]] for name, path in zip(names, paths, strict=True)]
-        return identity | {"directory": known}
+        found = _digests_of(paths, known, "data.dataset")
+        content = [[str(name), found[str(path)]] for name, path in zip(names, paths, strict=True)]
+        return identity | {"directory": content}
     return identity | {"dataset": data.dataset, "revision": data.revision}
 
 
@@ -83,33 +85,21 @@ def _tag_of(url: str) -> str:
     return " ".join([*tags, str(described.get("size"))]) if tags else str(filesystem.ukey(path))
 
 
-def _digests_of(files: list[Path], remembered: Path, field: str = "data.path") -> dict[str, str]:
+def _digests_of(files: list[Path], known: HashMemory, field: str = "data.path") -> dict[str, str]:
     """The digest of each file, by its absolute path."""
-    try:
-        known = dict(read_json(remembered))
-    except (ConfigError, OSError, ValueError, TypeError):
-        # Only a memory: without it the files are read again.
-        known = {}
-
-    def key_of(file: Path) -> str:
-        stat = file.stat()
-        return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
-
-    found = []
+    found = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for file in files:
             try:
-                key = key_of(file)
-                found.append((key, known.get(key) or _digest(file, threads)))
+                found[file] = known.get(file) or _digest(file, threads)
             except OSError as error:
                 raise DataError(
                     f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
                     f"{field}",
                     field=field,
                 ) from None
-    if not known.keys() >= {key for key, _ in found}:
-        write_json(remembered, known | dict(found))
-    return {str(file): digest for file, (_, digest) in zip(files, found, strict=True)}
+    known.remember(found)
+    return {str(file): digest for file, digest in found.items()}
 
 
 def _digest(file: Path, threads: ThreadPoolExecutor) -> str:

@@ -12,6 +12,7 @@ goes on with the partitions that were in flight, and the shards come out the sam
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from filelock import Timeout
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint
-from clm_dist.errors import ConfigError, DataError
-from clm_dist.files.atomic import make_dir, read_json, remove_parts, write_json, writing
+from clm_dist.errors import DataError
+from clm_dist.files.atomic import make_dir, remove_parts, writing
 from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest, file_sha256
-from clm_dist.files.stores import copy_store_here, fetch_store, store_lock, upload_store
+from clm_dist.files.hashes import HashMemory
+from clm_dist.files.stores import PARTIAL_SUFFIX, Store, Stores
 from clm_dist.prepare.corpus import Corpus
 from clm_dist.prepare.documents import documents_of, no_text
 from clm_dist.prepare.encode import Effort, count_records, encode_all
-from clm_dist.prepare.encoded import PART_NAME, release_parts
+from clm_dist.prepare.encoded import release_parts
 from clm_dist.prepare.encoding import Encoding
 from clm_dist.prepare.engines import EngineError, Reference, choose_engine, sample_of
 from clm_dist.prepare.identity import pinned, source_identity
@@ -44,64 +46,83 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 1 << 16
 
 
-def prepare(
-    job: JobConfig, stores: Path, progress: Progress, effort: Effort | None = None, url: str | None = None
-) -> Path:
-    """The store with the job's blocks; made now, or found where the same job was prepared before.
+@dataclass(frozen=True)
+class Resolved:
+    """A job with all that its blocks are made from: found once, and handed on."""
 
-    Files that are not as the manifest says are made again.
+    job: JobConfig
+    """With the commit that its Hub data set has now."""
+    tokenizer: Path | None
+    """Directory of its tokenizer; None where one is trained."""
+    identity: dict[str, Any]
+    """All that decides which blocks come out."""
+    stores: Stores
 
-    Args:
-        url: where stores are kept for other machines: a store that is there is fetched, one that is not is put there.
+    @property
+    def store(self) -> Store:
+        """Where its blocks are, or will be."""
+        return self.stores.store(fingerprint(self.identity))
+
+
+def resolve(job: JobConfig, stores: Stores) -> Resolved:
+    """Find what a job's blocks are made from.
 
     Raises:
-        ConfigError, DataError: the data or the tokenizer is not reachable, broken, or too small.
+        ConfigError, DataError: the data or the tokenizer is not reachable or broken.
+        StorageError, HubError: a storage or the Hub is away.
     """
+    make_dir(stores.local)
     job = job.model_copy(update={"data": pinned(job.data)})
-    tokenizer = _locate_tokenizer(job)
-    make_dir(stores)
-    identity = _identity(job, tokenizer, stores)
-    store = stores / fingerprint(identity)
-    with writing(store), _only_preparation(store, progress):
-        is_there = (store / "manifest.json").exists()
-        if url and not is_there:
-            is_there = copy_store_here(f"{url}/{store.name}", store)
-        damaged = _damaged_files(store, stores) if is_there else []
-        for file in damaged:
-            progress.note(f"{file} is not as its manifest says; preparing it again")
+    tokenizer = None
+    if job.tokenizer_path is not None:
+        tokenizer = locate_tokenizer(job.tokenizer_path, "tokenizer.path" if job.tokenizer.path else "model.path")
+    return Resolved(job, tokenizer, _identity(job, tokenizer, stores.known_sources()), stores)
+
+
+def prepare(job: JobConfig, stores: Stores, progress: Progress, effort: Effort | None = None) -> Store:
+    """`prepare_resolved`, for a job that is not resolved yet."""
+    return prepare_resolved(resolve(job, stores), progress, effort)
+
+
+def prepare_resolved(resolved: Resolved, progress: Progress, effort: Effort | None = None) -> Store:
+    """The store with a job's blocks; made now, or found where the same blocks were prepared before.
+
+    Files that are not as the manifest says are made again. A store that is at the URL is fetched, one that is not is
+    put there.
+
+    Raises:
+        ConfigError, DataError: the data is broken, or too small.
+        StorageError: a disk is full, or a storage is away; what is done until then is kept.
+    """
+    store, known = resolved.store, resolved.stores.known_files()
+    with writing(store.local), _only_preparation(store, progress):
+        is_there = store.fetch_held()
+        damaged = store.problems(known) if is_there else {}
+        for name in damaged:
+            progress.note(f"{store.local / name} is not as its manifest says; preparing it again")
         if damaged or not is_there:
             try:
-                _build(job, tokenizer, identity, store, progress, effort or Effort())
+                _build(resolved, progress, effort or Effort())
             except DataError:
                 # Input that is wrong stays wrong. What a kill or a full disk leaves stays, to go on with.
                 if not is_there:
-                    shutil.rmtree(store, ignore_errors=True)
+                    shutil.rmtree(store.local, ignore_errors=True)
                 raise
             finally:
                 release_parts()
-            _remember_files(store, stores)
+            store.remember(known)
         # By a process that was killed when all was done.
-        shutil.rmtree(store / "work", ignore_errors=True)
-        os.utime(store)
-        if url:
-            upload_store(store, f"{url}/{store.name}")
-    manifest = Manifest.read(store / "manifest.json")
+        shutil.rmtree(store.local / "work", ignore_errors=True)
+        os.utime(store.local)
+        store.upload()
+    manifest = store.manifest()
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
-    progress.note(f"Blocks of {manifest.block_size}: {counts} ({_left_out(manifest)}; {store})")
+    progress.note(f"Blocks of {manifest.block_size}: {counts} ({_left_out(manifest)}; {store.local})")
     return store
 
 
-def find_store(job: JobConfig, stores: Path, url: str | None = None) -> Path | None:
-    """The store that `prepare` made for the job, here or at the URL; None where it has not."""
-    job = job.model_copy(update={"data": pinned(job.data)})
-    store = make_dir(stores) / fingerprint(_identity(job, _locate_tokenizer(job), stores))
-    if url:
-        fetch_store(f"{url}/{store.name}", store)
-    return store if (store / "manifest.json").exists() else None
-
-
-def _only_preparation(store: Path, progress: Progress) -> Any:
-    lock = store_lock(store)
+def _only_preparation(store: Store, progress: Progress) -> Any:
+    lock = store.lock()
     try:
         return lock.acquire(timeout=0)
     except Timeout:
@@ -123,55 +144,12 @@ def _left_out(manifest: Manifest) -> str:
     return ", ".join(said)
 
 
-def _damaged_files(store: Path, stores: Path) -> list[Path]:
-    """Files whose sha256 is not the manifest's. Those that are as they were when they were written are not read."""
-    known = _known_files(stores)
-    damaged = []
-    for file, sha256 in _files_of(store).items():
-        try:
-            if known.get(_state_of(file)) != sha256 and file_sha256(file) != sha256:
-                damaged.append(file)
-        except FileNotFoundError:
-            damaged.append(file)
-    if not damaged:
-        _remember_files(store, stores)
-    return damaged
+def _identity(job: JobConfig, tokenizer: Path | None, known: HashMemory) -> dict[str, Any]:
+    """All that decides which blocks come out.
 
-
-def _remember_files(store: Path, stores: Path) -> None:
-    """Remember files that are as the manifest says by their size and time."""
-    known = _known_files(stores)
-    seen = {_state_of(file): sha256 for file, sha256 in _files_of(store).items()}
-    if not known.keys() >= seen.keys():
-        write_json(stores / "files.json", known | seen)
-
-
-def _known_files(stores: Path) -> dict[str, str]:
-    try:
-        return dict(read_json(stores / "files.json"))
-    except (ConfigError, OSError, ValueError, TypeError):
-        # Only a memory: without it the files are read again.
-        return {}
-
-
-def _files_of(store: Path) -> dict[Path, str]:
-    files = Manifest.read(store / "manifest.json").sha256_of_files()
-    return {store / name: sha256 for name, sha256 in files.items()}
-
-
-def _state_of(file: Path) -> str:
-    stat = file.stat()
-    return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _locate_tokenizer(job: JobConfig) -> Path | None:
-    if job.tokenizer_path is None:
-        return None
-    return locate_tokenizer(job.tokenizer_path, "tokenizer.path" if job.tokenizer.path else "model.path")
-
-
-def _identity(job: JobConfig, tokenizer: Path | None, stores: Path) -> dict[str, Any]:
-    """Everything that decides which blocks come out."""
+    Args:
+        known: the memory of the source's files.
+    """
     fields = {"text", "join", "eval_fraction", "split_method", "seed", "block_size", "grouping", "append_eos"}
     fields |= {"score", "min_score", "deduplicate"}
     if job.data.split_method == "hash":
@@ -179,15 +157,14 @@ def _identity(job: JobConfig, tokenizer: Path | None, stores: Path) -> dict[str,
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
     return {
         "format": FORMAT_VERSION,
-        "source": source_identity(job.data, stores / "digests.json"),
+        "source": source_identity(job.data, known),
         "data": job.data.model_dump(mode="json", include=fields),
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else {"train": trained},
     }
 
 
-def _build(
-    job: JobConfig, tokenizer: Path | None, identity: dict[str, Any], store: Path, progress: Progress, effort: Effort
-) -> None:
+def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
+    job, tokenizer, store = resolved.job, resolved.tokenizer, resolved.store.local
     progress.start("Reading records")
     source = open_source(job.data)
     if source.slice.is_relative or source.slice.start:
@@ -207,7 +184,7 @@ def _build(
         parts = encode_all(job, source, encoding, engine, work, progress, effort)
     except EngineError as error:
         logger.warning("gigatoken is not used, as %s; encoding again with tokenizers", error)
-        for part in work.glob(f"*{PART_NAME}"):
+        for part in work.glob(f"*{PARTIAL_SUFFIX}"):
             part.unlink()
         parts = encode_all(job, source, encoding, Reference.name, work, progress, effort)
 
@@ -221,17 +198,18 @@ def _build(
     with writing(store):
         loaded.save_pretrained(store / "tokenizer")
         others = [store / EVAL_BYTES, *sorted((store / "tokenizer").iterdir())]
-        Manifest(
+        manifest = Manifest(
             fingerprint=store.name,
             origin=source.where,
-            source=identity,
+            source=resolved.identity,
             block_size=job.data.block_size,
             dtype=str(encoding.dtype),
             engine=" and ".join(sorted({part.stats.engine for part in parts})),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             splits=splits,
             files={str(file.relative_to(store)): file_sha256(file) for file in others},
-        ).write(store / "manifest.json")
+        )
+        resolved.store.write_manifest(manifest)
 
 
 def _sample(job: JobConfig, source: Source) -> Any:

@@ -149,7 +149,9 @@ def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
         # The class itself: `from_config` would shard under ZeRO-3, and shards get other random weights.
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     if job.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it; 5.17 has the old name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     assert isinstance(model, nn.Module)
     return model
 

@@ -15,6 +15,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import Store
 from clm_dist.train.heartbeat import read_beats
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
@@ -37,7 +38,7 @@ Fit = Callable[..., dict[str, Any]]
 @pytest.fixture
 def fit(cluster: Cluster, prepared: Callable[[JobConfig], Path]) -> Fit:
     def run(job: JobConfig, run: RunDir, progress: Notes | None = None) -> dict[str, Any]:
-        return dict(driver.train(job, run, prepared(job), cluster, progress or Notes()))
+        return dict(driver.train(job, run, Store(prepared(job)), cluster, progress or Notes()))
 
     return run
 

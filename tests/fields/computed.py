@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2Config
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import Store
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.model import load_config, load_model
 from clm_dist.train.optim import build_optimizer
@@ -102,7 +103,7 @@ def check_gradient_checkpointing(bench: Bench) -> None:
     job = bench.make_job("train.gradient_checkpointing=true")
     tokenizer = AutoTokenizer.from_pretrained(bench.prepared(job) / "tokenizer")
     model: Any = load_model(job, tokenizer)
-    assert model.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def check_hang_timeout(bench: Bench) -> None:
@@ -177,7 +178,7 @@ def _trainer(bench: Bench, *settings: str, num_gpus: int = 0) -> SimpleNamespace
     """What Ray Train is told of a job."""
     calls = bench.record_calls("clm_dist.train.ray.driver.TorchTrainer")
     driver._build_trainer(
-        bench.make_job(*settings), RunDir(bench.tmp_path), bench.tmp_path, None, Cluster(num_gpus), []
+        bench.make_job(*settings), RunDir(bench.tmp_path), Store(bench.tmp_path), Cluster(num_gpus), []
     )
     return calls[0]
 

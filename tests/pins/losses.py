@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.job import JobConfig
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from tests.pins.corpus import fixed_job
 from tests.support.runs import metrics_of
+from tests.support.stores import prepare
 from tests.support.training import STRATEGIES, train_several
 from tests.support.workers import run_workers
 from tests.train.test_strategy import train_and_resume

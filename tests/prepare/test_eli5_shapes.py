@@ -13,10 +13,10 @@ from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Manifest
 from clm_dist.prepare.encode import Effort
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.reading import load_records, texts_of
+from tests.support.stores import prepare
 
 ANSWERS = [["The sky scatters blue light.", "See _URL_0_ for more."], ["Water expands when it freezes."], []]
 QUESTIONS = ["Why is the sky blue?", "Why does ice float?", "Why do cats purr?"]

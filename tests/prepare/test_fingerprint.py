@@ -9,8 +9,8 @@ import pytest
 
 from clm_dist.config.data import DataConfig, TokenizerConfig
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import fingerprint
 from clm_dist.config.schema import field_names
+from clm_dist.files.stores import Stores
 from clm_dist.prepare import pipeline
 from tests.conftest import MakeJob
 
@@ -75,7 +75,7 @@ def fingerprint_of(make_job: MakeJob, files: dict[str, Path], tmp_path: Path) ->
             field, _, value = setting.partition("=")
             filled.append(f"{field}={files.get(value, value)}")
         job = make_job(*filled)
-        return fingerprint(pipeline._identity(job, pipeline._locate_tokenizer(job), tmp_path))
+        return pipeline.resolve(job, Stores(tmp_path)).store.fingerprint
 
     return find
 

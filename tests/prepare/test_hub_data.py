@@ -12,12 +12,13 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Manifest
+from clm_dist.files.hashes import HashMemory
 from clm_dist.prepare.identity import pinned, source_identity
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.fake_hub import FakeHub
 from tests.support.reading import load_records
+from tests.support.stores import prepare
 
 
 def hub(dataset: Path | str, **settings: Any) -> DataConfig:
@@ -43,7 +44,7 @@ def upload(fake_hub: FakeHub) -> Callable[[str], str]:
 def test_a_data_set_is_the_commit_that_it_has_now(
     upload: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, digests = hub("alice/texts"), tmp_path / "digests.json"
+    data, digests = hub("alice/texts"), HashMemory(tmp_path / "digests.json")
     first = upload("one")
     old = pinned(data)
     assert (old.revision, source_identity(old, digests)["revision"]) == (first, first)

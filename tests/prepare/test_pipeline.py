@@ -15,6 +15,7 @@ from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.blocks import Blocks, Manifest, token_dtype
+from clm_dist.files.stores import Stores
 from clm_dist.prepare import files, pipeline
 from clm_dist.prepare.encode import Effort
 from clm_dist.prepare.encoded import Part, Recipe, encode_partition, write_part
@@ -22,7 +23,6 @@ from clm_dist.prepare.encoding import Encoding, completed
 from clm_dist.prepare.engines import Gigatoken, Reference
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.partitions import read_partition
-from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.prepare.sources import open_source
 from clm_dist.prepare.token_bytes import token_sizes
 from clm_dist.prepare.tokenizer import load_tokenizer, locate_tokenizer
@@ -30,6 +30,7 @@ from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.disks import mounted
 from tests.support.reading import EMPTY_FILES
+from tests.support.stores import find_store, prepare
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_whatever_changes_the_blocks_changes_the_store(make: MakeJob, tmp_path: 
     )
 
     def identity(*settings: str) -> str:
-        return json.dumps(pipeline._identity(make(*settings), None, tmp_path))
+        return json.dumps(pipeline.resolve(make(*settings), Stores(tmp_path)).identity)
 
     identities = [identity(), *map(identity, changes)]
     assert len(set(identities)) == len(changes) + 1

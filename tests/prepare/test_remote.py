@@ -15,12 +15,13 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.blocks import Manifest
+from clm_dist.files.hashes import HashMemory
 from clm_dist.prepare.encode import Effort
 from clm_dist.prepare.identity import source_identity
-from clm_dist.prepare.pipeline import find_store, prepare
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.reading import load_records
+from tests.support.stores import find_store, prepare
 
 RECORDS = [{"topic": f"t{i}", "text": f"text {i} of some words " * 3} for i in range(200)]
 JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -60,7 +61,7 @@ def test_a_store_from_s3_is_that_of_the_same_file_and_changes_with_it(
     assert find_store(job, tmp_path) == store
     bucket.pipe("texts/a.jsonl", JSONL.replace(b"words", b"wordS"))
     assert find_store(job, tmp_path) is None
-    assert source_identity(job.data, tmp_path / "digests.json") != there.source["source"]
+    assert source_identity(job.data, HashMemory(tmp_path / "digests.json")) != there.source["source"]
 
 
 def test_what_is_wrong_on_s3_is_said(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +117,7 @@ def test_files_behind_a_web_address(tmp_path: Path) -> None:
             assert read.column("text").to_pylist() == [record["text"] for record in RECORDS], name
         with pytest.raises(ConfigError, match="check the address"):
             load_records(files(f"{address}/c.jsonl"))
-        assert source_identity(files(f"{address}/a.jsonl"), tmp_path / "digests.json")
+        assert source_identity(files(f"{address}/a.jsonl"), HashMemory(tmp_path / "digests.json"))
     finally:
         server.shutdown()
         server.server_close()

@@ -13,6 +13,7 @@ import pytest
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
+from clm_dist.files.hashes import HashMemory
 from clm_dist.prepare.identity import source_identity
 from clm_dist.prepare.partitions import read_partition
 from clm_dist.prepare.sources import open_source
@@ -351,17 +352,17 @@ def test_a_file_whose_content_cannot_be_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.symlink_to("/proc/self/mem")
     with pytest.raises(DataError, match=f"{file}: cannot be read: Input/output error; .* out of data.path") as caught:
-        source_identity(files(file), tmp_path / "digests.json")
+        source_identity(files(file), HashMemory(tmp_path / "digests.json"))
     assert caught.value.field == "data.path"
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
 def test_a_broken_memory_of_digests_is_written_anew(tmp_path: Path, content: str) -> None:
     data = files(write_jsonl(tmp_path / "a.jsonl"))
-    identity = source_identity(data, tmp_path / "digests.json")
+    identity = source_identity(data, HashMemory(tmp_path / "digests.json"))
     whole = (tmp_path / "digests.json").read_text()
     (tmp_path / "digests.json").write_text(content)
-    assert source_identity(data, tmp_path / "digests.json") == identity
+    assert source_identity(data, HashMemory(tmp_path / "digests.json")) == identity
     assert (tmp_path / "digests.json").read_text() == whole
 
 

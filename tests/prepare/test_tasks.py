@@ -11,10 +11,10 @@ from clm_dist.errors import DataError
 from clm_dist.files.blocks import Manifest
 from clm_dist.prepare import pools as tasks
 from clm_dist.prepare.encode import Effort
-from clm_dist.prepare.pipeline import prepare
 from clm_dist.progress import Silent
 from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob
+from tests.support.stores import prepare
 
 
 def test_results_come_in_order_and_few_are_in_flight() -> None:

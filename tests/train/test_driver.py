@@ -19,6 +19,7 @@ from clm_dist.errors import CheckpointError, ConfigError, RunError, StorageError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
+from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster, _check_resources
@@ -35,7 +36,7 @@ TWO_WORKERS = ("cluster.workers=2", "batch.micro_size=4")
 def fit(cluster: Cluster, prepared: Callable[[JobConfig], Path]) -> Callable[..., dict[str, Any]]:
     def run(job: JobConfig, directory: Path, **options: Any) -> dict[str, Any]:
         progress = options.pop("progress", Silent())
-        return dict(driver.train(job, RunDir(directory), prepared(job), cluster, progress, **options))
+        return dict(driver.train(job, RunDir(directory), Store(prepared(job)), cluster, progress, **options))
 
     return run
 

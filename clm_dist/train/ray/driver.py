@@ -34,6 +34,7 @@ from clm_dist.files.records import FailureRecord, read_records
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
+from clm_dist.files.stores import Store
 from clm_dist.progress import Progress
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
@@ -70,18 +71,17 @@ def check_trackers(job: JobConfig) -> None:
 def train(
     job: JobConfig,
     run: RunDir,
-    store: Path,
+    store: Store,
     cluster: Cluster,
     progress: Progress,
     *,
-    store_url: str | None = None,
     overwrite: bool = False,
     on_export: Callable[[Path, int], None] = lambda path, step: None,
 ) -> Result:
     """Train the job on the cluster's workers, from the run's last checkpoint if it has one; gives the result.
 
     Args:
-        store_url: where a node that does not have the store fetches it.
+        store: the job's blocks; a node that does not have them fetches them from its URL.
         on_export: called with the directory and the step of every model that is written before the end.
 
     Raises:
@@ -90,18 +90,17 @@ def train(
         StorageError: checkpoints could not be written; the same.
         ConfigError, CheckpointError: the run cannot be trained as the job says; nothing was changed.
     """
-    manifest = Manifest.read(store / "manifest.json")
+    manifest = store.manifest()
     _check(job, run, store, manifest, cluster, overwrite)
     with _only_driver(run):
         _open_run(job, run, overwrite)
-        return _train(job, run, store, store_url, manifest, cluster, progress, on_export)
+        return _train(job, run, store, manifest, cluster, progress, on_export)
 
 
 def _train(
     job: JobConfig,
     run: RunDir,
-    store: Path,
-    store_url: str | None,
+    store: Store,
     manifest: Manifest,
     cluster: Cluster,
     progress: Progress,
@@ -121,7 +120,7 @@ def _train(
         Signals(),
         Group(run, checkpoints, elastic=job.cluster.elastic, max_failures=job.train.max_failures),
     ]
-    trainer = _build_trainer(job, run, store, store_url, cluster, callbacks)
+    trainer = _build_trainer(job, run, store, cluster, callbacks)
     follower = Follower(run, progress, on_export)
     watch = _Watch(job, run, cluster, progress)
     num_failures = len(_failures(run))
@@ -149,11 +148,11 @@ def _train(
     return result
 
 
-def _check(job: JobConfig, run: RunDir, store: Path, manifest: Manifest, cluster: Cluster, overwrite: bool) -> None:
+def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluster: Cluster, overwrite: bool) -> None:
     """Raise here what would fail in every worker: it costs no start of workers, and is not tried again."""
     if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
-    check_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
+    check_model(job, AutoTokenizer.from_pretrained(store.local / "tokenizer"))
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
     checkpoints = Checkpoints.of_run(job, run)
     if overwrite:
@@ -220,13 +219,11 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
         checkpoints.remove_uncommitted()
 
 
-def _build_trainer(
-    job: JobConfig, run: RunDir, store: Path, store_url: str | None, cluster: Cluster, callbacks: list[Any]
-) -> TorchTrainer:
+def _build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, callbacks: list[Any]) -> TorchTrainer:
     config: WorkerConfig = {
         "run": str(run.root),
-        "store": str(store),
-        "store_url": store_url,
+        "store": str(store.local),
+        "store_url": store.url,
         "use_gpu": cluster.num_gpus_per_worker > 0,
         "num_threads": max(1, int(job.cluster.cpus_per_worker)),
     }

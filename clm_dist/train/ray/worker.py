@@ -11,7 +11,7 @@ from ray.train import CheckpointUploadMode
 
 from clm_dist.config.load import read_saved_job
 from clm_dist.files.run_dir import RunDir
-from clm_dist.files.stores import fetch_store
+from clm_dist.files.stores import Store
 from clm_dist.train.loop import train
 from clm_dist.train.messages import Message
 from clm_dist.train.ray import signals
@@ -33,8 +33,7 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
     """Train as one rank of a Ray Train run; gives the fields of the loop's Outcome."""
     quieten_libraries()
     run = RunDir(Path(config["run"]))
-    if config["store_url"]:
-        fetch_store(config["store_url"], Path(config["store"]))
+    Store(Path(config["store"]), config["store_url"]).fetch()
     context = ray.train.get_context()
 
     def report(message: Message) -> None:
