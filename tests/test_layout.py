@@ -55,14 +55,28 @@ def test_imports_point_down_and_stages_do_not_import_each_other(file: Path) -> N
         assert not (own in STAGES and part in STAGES), f"the stage {own} imports the stage {part}"
 
 
-def test_ray_is_imported_by_tasks_and_what_surrounds_the_loop_alone() -> None:
-    names = ("callbacks", "cluster", "driver", "worker")
+def test_ray_is_imported_in_its_room_and_by_the_pool_of_prepare_alone() -> None:
     with_ray = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")
         if any(name.split(".")[0] == "ray" for name in imports_of(file))
     }
-    assert with_ray == {"prepare/pools.py"} | {f"train/ray/{name}.py" for name in names}
+    assert "prepare/pools.py" in with_ray
+    assert {name for name in with_ray if not name.startswith("train/ray/")} == {"prepare/pools.py"}
+
+
+def test_what_trains_without_ray_imports_nothing_of_its_room() -> None:
+    """The loop, the batches and the evaluation run where Ray is not installed."""
+    for file in (PACKAGE / "train").rglob("*.py"):
+        if file.relative_to(PACKAGE / "train").parts[0] != "ray":
+            assert not any(name.startswith("clm_dist.train.ray") for name in imports_of(file)), file
+
+
+def test_no_file_is_over_300_lines_without_a_reason_in_its_head() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        docstring = ast.get_docstring(ast.parse(text)) or ""
+        assert len(text.splitlines()) <= 300 or "300 lines" in docstring, file
 
 
 def test_nothing_below_the_stages_and_nothing_that_submits_imports_torch() -> None:
@@ -71,6 +85,16 @@ def test_nothing_below_the_stages_and_nothing_that_submits_imports_torch() -> No
         files = [PACKAGE / f"{name}.py"] if (PACKAGE / f"{name}.py").exists() else (PACKAGE / name).rglob("*.py")
         for file in files:
             assert not {m.split(".")[0] for m in imports_of(file)} & {"torch", "transformers", "ray"}, file
+    modules = [
+        ".".join(("clm_dist", *file.relative_to(PACKAGE).with_suffix("").parts))
+        for name in ("config", "submit")
+        for file in (PACKAGE / name).rglob("*.py")
+        if file.stem != "__init__"
+    ]
+    code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+    code += "print({'torch', 'transformers', 'ray', 'datasets', 'deepspeed'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "set()\n"
 
 
 def test_help_loads_few_modules_and_none_that_is_heavy() -> None:

@@ -95,18 +95,19 @@ def test_a_node_without_the_store_fetches_it_before_training(make_job: MakeJob, 
     """
     from clm_dist.files.run_dir import RunDir
     from clm_dist.train.ray import driver
+    from clm_dist.train.ray.trainer import build_trainer
 
     job = make_job("train.max_steps=2", "checkpoint.every=2")
     url = f"file://{tmp_path}/kept"
     store = prepare(job, tmp_path / "one", Silent(), url=url)
     elsewhere = Store(tmp_path / "node" / store.name, f"{url}/{store.name}")
-    build = driver._build_trainer
+    build = build_trainer
 
     def on_another_node(job: Any, run: Any, _: Store, *rest: Any) -> Any:
         return build(job, run, elsewhere, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_build_trainer", on_another_node)
+        patch.setattr(driver, "build_trainer", on_another_node)
         result = driver.train(job, RunDir(tmp_path / "runs" / "tiny"), Store(store, elsewhere.url), cluster, Silent())
     assert result["status"] == "done"
     assert files_of(elsewhere.local) == files_of(store)

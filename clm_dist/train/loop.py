@@ -1,4 +1,8 @@
-"""The training loop. It knows nothing of Ray: what it reports goes through a callable."""
+"""The training loop. It knows nothing of Ray: what it reports goes through a callable.
+
+Over 300 lines, because it is one story from the first step to the last: batch, forward, backward, step, log, evaluate,
+save. What decides or computes is in modules of its own.
+"""
 
 import contextlib
 import logging

@@ -18,8 +18,9 @@ from clm_dist.files.stores import Store
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.model import load_config, load_model
 from clm_dist.train.optim import build_optimizer
-from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster, _check_resources
+from clm_dist.train.ray.trainer import build_trainer
+from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.strategies.fsdp2 import FullyShard
 from clm_dist.train.strategies.zero import Zero
 from tests.conftest import MakeJob
@@ -107,11 +108,11 @@ def check_gradient_checkpointing(bench: Bench) -> None:
 
 
 def check_hang_timeout(bench: Bench) -> None:
-    watches = bench.record_calls("clm_dist.train.ray.driver.Watch")
-    bench.record_calls("clm_dist.train.ray.driver.NodeWatch")
+    watches = bench.record_calls("clm_dist.train.ray.watch.Watch")
+    bench.record_calls("clm_dist.train.ray.watch.NodeWatch")
     job: Any = bench.make_job("train.hang_timeout_s=77")
     nothing: Any = None
-    driver._Watch(job, RunDir(bench.tmp_path), Cluster(0), nothing)
+    WorkerWatch(job, RunDir(bench.tmp_path), Cluster(0), nothing)
     assert watches[0].args[1] == 77
 
 
@@ -176,10 +177,8 @@ def check_model_config(bench: Bench) -> None:
 
 def _trainer(bench: Bench, *settings: str, num_gpus: int = 0) -> SimpleNamespace:
     """What Ray Train is told of a job."""
-    calls = bench.record_calls("clm_dist.train.ray.driver.TorchTrainer")
-    driver._build_trainer(
-        bench.make_job(*settings), RunDir(bench.tmp_path), Store(bench.tmp_path), Cluster(num_gpus), []
-    )
+    calls = bench.record_calls("clm_dist.train.ray.trainer.TorchTrainer")
+    build_trainer(bench.make_job(*settings), RunDir(bench.tmp_path), Store(bench.tmp_path), Cluster(num_gpus), [])
     return calls[0]
 
 

@@ -11,8 +11,9 @@ import pytest
 from clm_dist.errors import CheckpointError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.ray import driver, signals
-from clm_dist.train.ray.callbacks import Group, reason_of
+from clm_dist.train.ray import signals
+from clm_dist.train.ray.callbacks import Group
+from clm_dist.train.ray.failures import cause_of, reason_of
 from tests.support.runs import checkpoints_of
 
 
@@ -103,7 +104,7 @@ def test_the_cause_of_several_failures_is_not_the_connection_that_was_lost_by_it
 
 def test_a_failure_of_the_controller_is_not_taken_for_one_of_workers() -> None:
     error = SimpleNamespace(controller_failure=ConnectionError("no route to the bucket"))
-    said = driver._cause(error)  # type: ignore[arg-type]
+    said = cause_of(error)  # type: ignore[arg-type]
     assert isinstance(said, RunError)
     assert "controller failed, which is not tried again: ConnectionError: no route to the bucket" in str(said)
     assert "max_failures" not in str(said)

@@ -6,16 +6,18 @@ import time
 from typing import Any
 
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 
-from clm_dist.errors import ClmDistError, RunError, first_line
+from clm_dist.errors import RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
-from clm_dist.train.ray.cluster import log_dir, tell_of_other_nodes
+from clm_dist.train.ray.cluster import log_dir
+from clm_dist.train.ray.failures import reason_of
+from clm_dist.train.ray.private import ControllerCallback, WorkerCallback, WorkerGroupCallback, tell_of_other_nodes
 from clm_dist.train.recorder import Recorder
 
 logger = logging.getLogger(__name__)
+
 
 _SAVE_TIMEOUT_S = 60.0
 _CACHE_S = 1.0
@@ -108,31 +110,3 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def _forget_workers(self) -> None:
         """Remove the beats of workers that are gone: their silence means nothing."""
         shutil.rmtree(self._run.beats, ignore_errors=True)
-
-
-def causes_of(failures: dict[int, Exception]) -> dict[int, Exception]:
-    """What each rank itself raised, in the order of the ranks; Ray Train wraps it."""
-    return {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
-
-
-def reason_of(failures: dict[int, Exception]) -> tuple[int, str]:
-    """The rank whose failure is the cause of the others', and what happened to it.
-
-    When a process ends, those that wait for it fail in their collectives; a worker whose error is one of ours knows
-    best.
-    """
-    causes = causes_of(failures)
-
-    def is_consequence(cause: Exception) -> int:
-        if isinstance(cause, ClmDistError):
-            return 0
-        if hasattr(cause, "health_check_failure"):
-            return 1
-        lost = type(cause).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError")
-        return 3 if lost and "onnection" in str(cause) else 2
-
-    rank = min(causes, key=lambda rank: (is_consequence(causes[rank]), rank))
-    cause = causes[rank]
-    if hasattr(cause, "health_check_failure"):
-        return rank, "its process ended (killed, out of memory, or its node is gone)"
-    return rank, f"{type(cause).__name__}: {first_line(cause)}"

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from clm_dist.config.job import ClusterConfig
 from clm_dist.config.ray_address import check_ray_address, expected_nodes, no_ray
 from clm_dist.errors import ConfigError, NotReadyError, first_line
+from clm_dist.train.ray import private
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
 def _join_or_start(address: str | None, cluster: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
-    def log(data: Mapping[str, Any], **options: Any) -> None:
-        logger.debug("Ray: %s", "".join(data["lines"]))
-
-    # It prints the last lines of a lost node's log among the run's results; the driver says itself what it means.
-    ray._private.worker.print_to_stdstream = log
+    private.keep_lost_nodes_quiet(logger)
     # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not address:
@@ -156,15 +153,6 @@ def find_shortage(cluster: ClusterConfig, gpus_each: int, nodes: Sequence[Mappin
     return None
 
 
-def draining_nodes() -> dict[str, int]:
-    """The nodes that Ray is about to give up, because of a preemption for example, and when.
-
-    That is in ms since the epoch, or 0 where nobody said.
-    """
-    nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
-    return nodes
-
-
 def alive_nodes() -> dict[str, dict[str, float]]:
     """The nodes that are there, and what each has."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
@@ -192,15 +180,5 @@ def kill_worker(node: str, pid: int) -> None:
         logger.debug("worker %d on node %s could not be killed", pid, node, exc_info=error)
 
 
-def tell_of_other_nodes() -> None:
-    """Let Ray Train see at once which nodes there are; by itself it looks every 20 s, and waits for gone ones."""
-    with contextlib.suppress(Exception):  # no part of Ray's interface, and a delay where it is another
-        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(coordinator.get_reserved_resources.remote("clm-dist", recompute=True), timeout=5)
-
-
 def log_dir() -> str:
-    try:
-        return f"{ray._private.worker._global_node.get_session_dir_path()}/logs"
-    except AttributeError:
-        return "Ray's session directory on the nodes"
+    return private.session_log_dir() or "Ray's session directory on the nodes"

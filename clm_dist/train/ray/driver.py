@@ -1,7 +1,6 @@
 """The driver: starts Ray and the workers, follows the run, and says how it ended."""
 
 import contextlib
-import logging
 import shutil
 import signal
 import threading
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
 from clm_dist.config.job import JobConfig
@@ -24,13 +21,11 @@ from clm_dist.errors import (
     NotReadyError,
     RunError,
     StorageError,
-    describe_os_error,
 )
 from clm_dist.files.atomic import make_dir, write_json, write_text
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import DamagedError, TrainerState, check_state
-from clm_dist.files.records import FailureRecord, read_records
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
@@ -39,21 +34,16 @@ from clm_dist.progress import Progress
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
-from clm_dist.train.heartbeat import Watch
 from clm_dist.train.model import check_model
-from clm_dist.train.ray.callbacks import Group, Receiver, Signals, causes_of, reason_of
-from clm_dist.train.ray.cluster import Cluster, kill_worker, log_dir
+from clm_dist.train.ray.callbacks import Group, Receiver, Signals
+from clm_dist.train.ray.cluster import Cluster
+from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
 from clm_dist.train.ray.follow import Follower
-from clm_dist.train.ray.nodes import NodeWatch
-from clm_dist.train.ray.worker import WorkerConfig, train_worker
+from clm_dist.train.ray.trainer import build_trainer, fit
+from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
 
-logger = logging.getLogger(__name__)
-
-_POLL_S = 0.25
 _LOCK_TIMEOUT_S = 180
-# How often Ray Train looks for nodes to grow onto, with elastic workers.
-_RESIZE_INTERVAL_S = 10.0
 
 
 def check_trackers(job: JobConfig) -> None:
@@ -120,20 +110,20 @@ def _train(
         Signals(),
         Group(run, checkpoints, elastic=job.cluster.elastic, max_failures=job.train.max_failures),
     ]
-    trainer = _build_trainer(job, run, store, cluster, callbacks)
+    trainer = build_trainer(job, run, store, cluster, callbacks)
     follower = Follower(run, progress, on_export)
-    watch = _Watch(job, run, cluster, progress)
-    num_failures = len(_failures(run))
+    watch = WorkerWatch(job, run, cluster, progress)
+    num_failures = len(failures_of(run))
     progress.start("Starting workers")
     try:
         with _stop_on_signals(run, progress):
-            outcome = _fit(trainer, follower, watch)
+            outcome = fit(trainer, follower, watch)
         if outcome["status"] == "failed":
             raise (StorageError if outcome["try_again"] else RunError)(outcome["error"])
         if outcome["status"] == "done":
             accept_export(job, run)
-    except _WorkersFailedError as failed:
-        error = _with_first_death(failed, _failures(run)[num_failures:])
+    except WorkersFailedError as failed:
+        error = with_first_death(failed, failures_of(run)[num_failures:])
         write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
         raise error from failed
     except ClmDistError as error:
@@ -217,129 +207,6 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
         snapshot.unlink()
     with checkpoints.reaching():
         checkpoints.remove_uncommitted()
-
-
-def _build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, callbacks: list[Any]) -> TorchTrainer:
-    config: WorkerConfig = {
-        "run": str(run.root),
-        "store": str(store.local),
-        "store_url": store.url,
-        "use_gpu": cluster.num_gpus_per_worker > 0,
-        "num_threads": max(1, int(job.cluster.cpus_per_worker)),
-    }
-    resources = {"CPU": job.cluster.cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
-    return TorchTrainer(
-        train_worker,
-        train_loop_config=dict(config),
-        # Both, since offloaded gradients are reduced on the CPU.
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config["use_gpu"] else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=job.cluster.workers,
-            use_gpu=cluster.num_gpus_per_worker > 0,
-            resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
-            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
-        ),
-        run_config=RunConfig(
-            name=run.ray.name,
-            storage_path=str(run.root),
-            # What it calls a failure of the controller is a start without nodes, which `NodeWatch` bounds in time, or
-            # with workers that end in it, which `Group` counts.
-            failure_config=FailureConfig(max_failures=job.train.max_failures, controller_failure_limit=-1),
-            callbacks=callbacks,
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-
-
-class _Watch:
-    """What the driver looks after while workers train: those that hang, and the nodes that they are on."""
-
-    def __init__(self, job: JobConfig, run: RunDir, cluster: Cluster, progress: Progress) -> None:
-        self._run, self._progress = run, progress
-        self._workers = Watch(run.beats, job.train.hang_timeout_s)
-        self._nodes = NodeWatch(job, run, cluster, progress)
-
-    def look(self) -> None:
-        if hang := self._workers.look():
-            write_text(self._run.hang, hang.reason)
-            self._progress.note(f"{hang.reason}. It is ended, and the workers start again from the last checkpoint")
-            for beat in hang.beats:
-                kill_worker(beat.node, beat.pid)
-        try:
-            self._nodes.look(self._workers.nodes())
-        except ClmDistError:
-            raise
-        except Exception as error:
-            # Ray may be away for a moment; whether it comes back is what the run itself sees.
-            logger.debug("the nodes could not be looked at", exc_info=error)
-
-
-def _fit(trainer: TorchTrainer, follower: Follower, watch: _Watch) -> dict[str, Any]:
-    """Run the trainer in a thread, so that signals and the display stay with this one."""
-    ended: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            ended["value"] = trainer.fit().return_value
-        except BaseException as error:  # handed to the thread that waits
-            ended["error"] = error
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
-        follower.look()
-        if thread.is_alive():
-            watch.look()
-    if "error" in ended:
-        raise _cause(ended["error"]) from ended["error"]
-    value: dict[str, Any] = ended["value"]
-    return value
-
-
-class _WorkersFailedError(RunError):
-    """Workers failed more often than they may; why they did the last time."""
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a person can act on in an error of Ray Train: the worker's own, if it is one of ours."""
-    failures = dict(getattr(error, "worker_failures", {}))
-    if controller_failure := getattr(error, "controller_failure", None):
-        failures[-1] = controller_failure
-    for cause in causes_of(failures).values():
-        if isinstance(cause, ClmDistError):
-            return cause
-        if isinstance(cause, OSError) and (described := describe_os_error(cause, Path(cause.filename or "/"))):
-            return described
-    if not failures:
-        return error
-    rank, reason = reason_of(failures)
-    if rank == -1:
-        return RunError(
-            f"the run's controller failed, which is not tried again: {reason}. The committed checkpoints are whole; "
-            f"the same command goes on from the last. Ray's logs lie in {log_dir()}"
-        )
-    return _WorkersFailedError(f"worker {rank}: {reason}")
-
-
-def _failures(run: RunDir) -> list[FailureRecord]:
-    """The records of workers' deaths."""
-    return [record for record in read_records(run.metrics) if record["kind"] == "failure"]
-
-
-def _with_first_death(failed: _WorkersFailedError, failures: list[FailureRecord]) -> RunError:
-    """The error that a person reads: what came first is the reason, what came last may be its consequence."""
-    reason, times = str(failed), ""
-    if failures:
-        first = failures[0]
-        reason = f"worker {first['worker']} after step {first['step']}: {first['error']}"
-        if len(failures) > 1:
-            steps = ", ".join(str(failure["step"]) for failure in failures[1:])
-            times = f" (the first of {len(failures)} failures; the others were after step {steps})"
-    return RunError(
-        f"workers failed more often than train.max_failures allows. {reason}{times}. The committed checkpoints are "
-        f"whole; the same command goes on from the last. The workers' logs lie in {log_dir()}"
-    )
 
 
 @contextlib.contextmanager

@@ -11,11 +11,10 @@ from clm_dist.progress import Progress
 from clm_dist.train.ray.cluster import (
     Cluster,
     alive_nodes,
-    draining_nodes,
     find_shortage,
-    tell_of_other_nodes,
     this_node,
 )
+from clm_dist.train.ray.private import draining_nodes, tell_of_other_nodes
 
 _INTERVAL_S = 1.0
 _SAVE_BEFORE_S = 15.0

@@ -27,5 +27,5 @@ def set_up_worker(*, rank: int, world_size: int, use_gpu: bool, num_threads: int
     if not dist.is_initialized():
         if world_size != 1:
             raise RunError(f"worker {rank} of {world_size} has no process group; the launcher must create one")
-        store = torch._C._distributed_c10d.HashStore()
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public in the documentation
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=0, world_size=1)

@@ -1,0 +1,94 @@
+"""What is used of libraries beyond their interfaces: in one module each, and still there.
+
+Where one of these fails after an upgrade, the library has moved what the named module uses; mend that module.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
+USES = {
+    r"ray\._private|ray\.train\.v2\._internal|AutoscalingCoordinator|_base_exc": "train/ray/private.py",
+    r"torch\._C|_distributed_c10d": "train/heartbeat.py",
+    r"__compatible_ops__|_hp_mapping|_partition_all_parameters|single_partition_of_fp32_groups": (
+        "train/strategies/zero.py"
+    ),
+    r"AcceleratorState": "train/local.py",
+    r"_attn_implementation": "train/documents.py",
+    r"_no_split_modules": "train/strategies/fsdp2.py",
+}
+
+
+@pytest.mark.parametrize("names", USES)
+def test_a_private_interface_is_used_in_one_module(names: str) -> None:
+    users = {
+        str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if re.search(names, file.read_text("utf-8"))
+    }
+    assert users == {USES[names]}
+
+
+def test_ray_has_what_is_used_of_it() -> None:
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
+
+    where = "see clm_dist/train/ray/private.py and callbacks.py"
+    assert callable(ray._private.worker.print_to_stdstream), where
+    assert callable(ray._private.state.GlobalState.get_draining_nodes), where
+    assert hasattr(ray._private.worker, "_global_node"), where
+    for callback, hooks in (
+        (WorkerCallback, ("after_init_train_context", "before_worker_shutdown")),
+        (
+            WorkerGroupCallback,
+            (
+                "before_worker_group_start",
+                "before_init_train_context",
+                "after_worker_group_training_start",
+                "before_worker_group_shutdown",
+            ),
+        ),
+        (
+            ControllerCallback,
+            ("before_controller_execute_failure_decision", "before_controller_execute_resize_decision"),
+        ),
+    ):
+        for hook in hooks:
+            assert hasattr(callback, hook), f"{callback.__name__}.{hook} has moved; {where}"
+
+
+def test_the_errors_of_workers_are_found_in_what_ray_train_raises() -> None:
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    from clm_dist.train.ray.private import own_error
+
+    error = ValueError("own")
+    assert own_error(UserExceptionWithTraceback(error, "Traceback ...")) is error
+    assert own_error(error) is error
+
+
+def test_torch_records_collectives() -> None:
+    from torch._C import _distributed_c10d
+
+    assert hasattr(_distributed_c10d, "_dump_fr_trace"), "torch's flight recorder has moved; see train/heartbeat.py"
+
+
+def test_deepspeed_has_what_is_used_of_it() -> None:
+    import deepspeed
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    where = "see clm_dist/train/strategies/zero.py"
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__, where
+    third = ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters", "_post_step", "get_param_id")
+    for optimizer, names in ((DeepSpeedZeroOptimizer_Stage3, third), (DeepSpeedZeroOptimizer, ("update_lp_params",))):
+        for name in names:
+            assert hasattr(optimizer, name), f"{optimizer.__name__}.{name} has moved; {where}"
+
+
+def test_accelerate_forgets_its_state() -> None:
+    from accelerate.state import AcceleratorState
+
+    parameters = inspect.signature(AcceleratorState._reset_state).parameters
+    assert "reset_partial_state" in parameters, "see clm_dist/train/local.py"
