@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ import typer
 
 from clm_dist.cli.options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume, located
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import Job, load_job
+from clm_dist.config.load import load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
 from clm_dist.progress import err, out
@@ -44,10 +44,7 @@ def k8s(
     secret: Annotated[
         str | None, typer.Option("--secret", help="Secret whose keys, such as HF_TOKEN, the pods have.")
     ] = None,
-    queue: Annotated[str | None, typer.Option("--queue", help="Queue that starts the job, of Kueue.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="Whose queue it is: kueue, volcano or yunikorn.")
-    ] = None,
+    queue: Annotated[str | None, typer.Option("--queue", help="Queue of Kueue that starts the job.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="A Job instead of a RayJob, where KubeRay is not.")] = False,
     sync: Annotated[
         bool, typer.Option("--sync", help="Run the code of this clone of clm_dist, and not that of the image.")
@@ -71,10 +68,9 @@ def k8s(
         "secret": secret,
         "store": store,
         "queue": queue,
-        "scheduler": scheduler,
     }
     settings = [f"cluster.k8s.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
-    job = _load(job_file, [*(overrides or ()), *settings])
+    job = load_job(job_file, [*(overrides or ()), *settings])
     code = pack(Path.cwd()) if sync else None
     request = Request(resume=resume, overwrite=overwrite, plain=plain, code=code)
     if not dry_run:
@@ -98,17 +94,6 @@ def k8s(
     name = submitted.name
     out.print(f"submitted {name} as {submitted.job_id} in the namespace {launch.kubectl.namespace}", soft_wrap=True)
     out.print(f"clm-dist status {name} · clm-dist logs -f {name} · clm-dist cancel {name}")
-
-
-def _load(job_file: Path, settings: Sequence[str]) -> Job:
-    """The job; a queue is one of Kueue unless something says otherwise."""
-    try:
-        return load_job(job_file, settings)
-    except ConfigError:
-        if not any(setting.startswith("cluster.k8s.queue=") for setting in settings):
-            raise
-        named = [setting for setting in settings if setting.startswith("cluster.k8s.scheduler=")]
-        return load_job(job_file, [*settings, *(named or ["cluster.k8s.scheduler=kueue"])])
 
 
 def _launch(job: JobConfig, request: Request, runs: Path) -> k8s_launch.Launch:

@@ -1,12 +1,12 @@
 """The section `cluster.k8s` of a job file: what a job on Kubernetes asks for, and what its pods are made of."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from clm_dist.config.section import MOST, Count, Section, wrong
+from clm_dist.config.section import MOST, Count, Section, without_removed, wrong
 
 _UNITS = {
     **{unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))},
@@ -16,6 +16,7 @@ _UNITS = {
 _SIZES = ("k", "M", "G", "T", "Ki", "Mi", "Gi", "Ti")
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _KEY = r"([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+_REMOVED = {"scheduler": "remove it: cluster.k8s.queue names a queue of Kueue, and no other scheduler is supported"}
 _LEAST_BYTES = 2**30
 """With less, Ray's object store, a part of /dev/shm, is smaller than Ray takes one."""
 
@@ -103,10 +104,8 @@ class K8sConfig(Section):
     """Numeric user that programs run as; null where the cluster sets one (OpenShift)."""
     group: Annotated[int, Field(ge=1, le=MOST)] | None = 1000
     """Its group, to which the claim is made writable; null as for `user`."""
-    scheduler: Literal["default", "kueue", "volcano", "yunikorn"] = "default"
-    """Who admits the job: the cluster's scheduler, pod by pod, or a queue that starts it as a whole."""
-    queue: LabelValue | None = None
-    """Its queue."""
+    queue: Annotated[Name, Field(max_length=63)] | None = None
+    """Queue of Kueue that admits the job as a whole; null leaves its pods to the cluster's scheduler, one by one."""
     priority_class: Name | None = None
     """Priority class of the pods."""
     node_selector: dict[Key, LabelValue] = {}
@@ -122,18 +121,10 @@ class K8sConfig(Section):
     """Seconds within which all pods of a RayJob are there, or the attempt fails; null waits for ever. A job with a
     queue, and one with --plain, wait as long as it takes."""
 
-    @model_validator(mode="after")
-    def _queue_has_a_scheduler(self) -> Self:
-        if self.queue is not None and self.scheduler == "default":
-            problem = "cluster.k8s.queue is set, and the default scheduler has no queues"
-            raise wrong(
-                "cluster.k8s.queue",
-                f"{problem}; set cluster.k8s.scheduler to kueue, volcano or yunikorn",
-                "cluster.k8s.scheduler",
-            )
-        if self.scheduler == "kueue" and self.queue is None:
-            raise wrong("cluster.k8s.scheduler", "cluster.k8s.scheduler is kueue, which needs cluster.k8s.queue")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _removed_keys_have_no_value(cls, values: Any) -> Any:
+        return without_removed(values, "cluster.k8s", _REMOVED)
 
     @field_validator("env")
     @classmethod

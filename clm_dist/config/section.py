@@ -1,5 +1,6 @@
 """What the job file's sections are made of."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -20,6 +21,24 @@ def wrong(field: str, problem: str, *others: str) -> PydanticCustomError:
         others: fields that have a part in it; the first of them all that the job sets is where the error is shown.
     """
     return PydanticCustomError("job", "{problem}", {"problem": problem, "fields": [field, *others]})
+
+
+def without_removed(values: Any, section: str, removed: Mapping[str, str]) -> Any:
+    """The values of a section without the keys that earlier versions had, where these are not set.
+
+    Args:
+        removed: what to write instead, by key.
+
+    Raises:
+        PydanticCustomError: such a key has a value.
+    """
+    if not isinstance(values, dict):
+        return values
+    for key in removed.keys() & values.keys():
+        # A job that an earlier version saved has the keys with their defaults.
+        if values[key] not in (None, [], "default"):
+            raise wrong(f"{section}.{key}", f"{section}.{key} does not exist any more; {removed[key]}")
+    return {key: value for key, value in values.items() if key not in removed}
 
 
 class Section(BaseModel):

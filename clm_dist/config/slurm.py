@@ -2,12 +2,12 @@
 
 import math
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from clm_dist.config.section import MOST, Count, Section, wrong
+from clm_dist.config.section import MOST, Count, Section, without_removed, wrong
 
 _OWN_OPTIONS = {
     "account": "account",
@@ -28,6 +28,13 @@ _OWN_OPTIONS = {
 _FIXED_OPTIONS = {"error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "wrap"}
 # With these sbatch queues nothing, or elsewhere.
 _FIXED_OPTIONS |= {"clusters", "help", "test-only", "version", "wait"}
+_REMOVED = {
+    "conda": (
+        'write `eval "$(conda shell.bash hook)"` and `conda activate NAME` as lines of cluster.slurm.setup, and set '
+        "cluster.slurm.venv to the directory of the environment"
+    ),
+    "modules": "write `module load NAME` as a line of cluster.slurm.setup",
+}
 _TIME_OPTIONS = ("begin", "deadline", "time-min")
 """YAML reads 16:00 as the number 960."""
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
@@ -137,18 +144,21 @@ class SlurmConfig(SlurmPart):
     """How often the job is put into the queue again, for whatever reason; 0 is never."""
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@-]+$")] | None = None
     """Network interface that the hosts reach each other on, such as `ib0`; null is that of the route between them."""
-    modules: list[Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]+$")]] = []
-    """Modules to load (`module load`)."""
     setup: str | None = None
-    """Shell lines that are run on the first host before modules are loaded; what they export, every host sees."""
+    """Shell lines that the first host runs before all else, such as `module load cuda`; all hosts see what they
+    export."""
     venv: str | None = None
-    """Virtual environment that clm-dist is installed in; null is the one that `submit` runs in."""
-    conda: str | None = None
-    """Conda environment instead, by name or directory."""
+    """Directory of the environment that clm-dist is installed in, of venv or conda; null is the one that `submit` runs
+    in."""
     container: Container | None = None
     """Container image instead."""
     prepare: PrepareJob = PrepareJob()
     """What `--prepare-first` asks for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _removed_keys_have_no_value(cls, values: Any) -> Any:
+        return without_removed(values, "cluster.slurm", _REMOVED)
 
     @model_validator(mode="after")
     def _there_is_time_before_the_signal(self) -> Self:
@@ -161,8 +171,7 @@ class SlurmConfig(SlurmPart):
 
     @model_validator(mode="after")
     def _one_environment(self) -> Self:
-        given = [name for name in ("venv", "conda", "container") if getattr(self, name) is not None]
-        if len(given) > 1:
-            problem = f"cluster.slurm has {' and '.join(given)}; keep one of them and set the other to null"
-            raise wrong(f"cluster.slurm.{given[1]}", problem, f"cluster.slurm.{given[0]}")
+        if self.venv is not None and self.container is not None:
+            problem = "cluster.slurm has venv and container; keep one of them and set the other to null"
+            raise wrong("cluster.slurm.container", problem, "cluster.slurm.venv")
         return self

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,9 @@ def test_what_is_rendered_passes_the_schemas_and_the_strictest_namespace(path: s
     assert {line.rpartition(": ")[2] for line in said.splitlines()} == {"ok"}, said
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [("scheduler=kueue", "queue=q"), ("scheduler=volcano", "queue=q"), ("scheduler=yunikorn", "queue=root.q")],
-)
-def test_every_option_passes_the_schemas(settings: Sequence[str]) -> None:
+def test_every_option_passes_the_schemas() -> None:
     job = k8s_job(
-        *settings, "secret=s", "pull_secret=p", "namespace=n", "priority_class=high", "node_selector={gpu: a100}",
+        "queue=q", "secret=s", "pull_secret=p", "namespace=n", "priority_class=high", "node_selector={gpu: a100}",
         "resources={rdma/hca: '1'}", "env={NCCL_DEBUG: INFO}", "start_deadline_s=60",
     )  # fmt: skip
     said = validate(
@@ -226,7 +222,7 @@ def test_the_head_has_no_workers_and_starts_when_all_fit() -> None:
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 2
     assert spec["preRunningDeadlineSeconds"] == 3600
     assert "suspend" not in spec
-    queued = objects_by_kind(k8s_job("scheduler=kueue", "queue=q"), Request())["RayJob"]
+    queued = objects_by_kind(k8s_job("queue=q"), Request())["RayJob"]
     assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
     assert queued["spec"]["suspend"]
     # It may wait in the queue for as long as it takes.
@@ -283,8 +279,6 @@ def test_a_job_without_an_image_or_a_token_to_push_with_is_refused() -> None:
         check_job(job_of("eli5-full", "hub.push=end"), Request())
     with pytest.raises(ConfigError, match="by which --sync puts its code"):
         check_job(k8s_job("env={PYTHONPATH: /x}"), Request(code=Code("YQ==", "1a2b")))
-    with pytest.raises(ConfigError, match="not supported with --plain"):
-        check_job(k8s_job("scheduler=volcano"), Request(plain=True))
 
 
 def test_workers_that_do_not_fit_the_pods_are_refused() -> None:
@@ -298,8 +292,8 @@ def test_workers_that_do_not_fit_the_pods_are_refused() -> None:
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("queue=q", "the default scheduler has no queues"),
-        ("scheduler=kueue", "needs cluster.k8s.queue"),
+        ("queue=''", "pattern"),
+        ("scheduler=volcano", "cluster.k8s.scheduler does not exist any more; remove it"),
         ("memory_per_pod=512Mi", "less than 1Gi"),
         ("memory_per_pod=16GB", "no quantity of Kubernetes"),
         ("mount=shared", "pattern"),

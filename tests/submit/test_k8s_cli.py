@@ -43,9 +43,6 @@ def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
     [
         (("--store", "/data/store"), "--store /data/store is a directory of this machine, which pods do not see;"),
         (("--workers", 0), "cluster.k8s.pods is 0: input should be greater than 0"),
-        (("--scheduler", "kueue"), "cluster.k8s.scheduler is kueue, which needs cluster.k8s.queue"),
-        (("--scheduler", "slurm", "--queue", "q"), "cluster.k8s.scheduler is 'slurm'"),
-        (("--scheduler", "default", "--queue", "q"), "the default scheduler has no queues"),
         (("--set", "name=Tiny"), "--set name=Tiny: the name Tiny cannot be one of Kubernetes"),
         (("--set", "cluster.gpus_per_worker=1"), "say how many a pod has with --gpus-per-worker"),
     ],
@@ -56,13 +53,6 @@ def test_what_is_wrong_is_said_before_anybody_is_asked(
     monkeypatch.setenv("PATH", "")
     said = k8s_commands.submit(*options)
     assert (said.code, message in said.err) == (2, True), said.err
-
-
-def test_a_queue_is_of_the_scheduler_that_the_job_file_names(k8s_commands: KubernetesCommands) -> None:
-    with k8s_commands.job.open("a") as file:
-        file.write("cluster: {k8s: {scheduler: volcano}}\n")
-    said = k8s_commands.submit("--dry-run", "--queue", "q")
-    assert "volcano.sh/queue-name: q" in said.out
 
 
 def number_of(kubernetes: Kubernetes) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.config.load import job_text, load_job
+from clm_dist.config.job import ClusterConfig
+from clm_dist.config.load import job_text, load_job, read_saved_job
 from clm_dist.config.slurm import SlurmConfig
 from clm_dist.errors import ConfigError
 
@@ -100,12 +101,29 @@ def test_a_line_break_cannot_get_into_an_option(path: Path, field: str) -> None:
 
 
 def test_two_environments_are_one_too_many(path: Path) -> None:
-    assert error_of(path, "venv: /a, conda: b") == (
-        f"{path}:4: cluster.slurm has venv and conda; keep one of them and set the other to null"
+    both = "venv: /a, container: {image: a.sif}"
+    assert error_of(path, both) == (
+        f"{path}:4: cluster.slurm has venv and container; keep one of them and set the other to null"
     )
-    said = error_of(path, "conda: b", "cluster.slurm.container.image=a.sif")
-    assert "cluster.slurm has conda and container; keep one of them" in said
-    assert slurm_of(path, "venv: /a, conda: b", "cluster.slurm.venv=null").conda == "b"
+    assert slurm_of(path, both, "cluster.slurm.container=null").venv == "/a"
+
+
+def test_a_key_that_was_removed_says_what_to_write_instead(path: Path) -> None:
+    said = error_of(path, "modules: [cuda/12.8]")
+    assert said == (
+        f"{path}:4: cluster.slurm.modules does not exist any more; write `module load NAME` as a line of "
+        "cluster.slurm.setup"
+    )
+    assert "`conda activate NAME` as lines of cluster.slurm.setup, and set cluster.slurm.venv" in error_of(
+        path, "conda: b"
+    )
+
+
+def test_a_job_that_an_earlier_version_saved_is_read(path: Path) -> None:
+    for text in ("modules: [], conda: null", "modules: [cuda], conda: b"):
+        path.write_text(f"{GOOD}cluster: {{slurm: {{{text}}}, k8s: {{scheduler: default}}}}\n")
+        assert read_saved_job(path).cluster == ClusterConfig()
+    assert slurm_of(path, "modules: [], conda: null") == SlurmConfig()
 
 
 def test_an_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
@@ -125,7 +143,6 @@ def test_an_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
         ("max_requeues: -1", "cluster.slurm.max_requeues is -1: input should be greater than or equal to 0"),
         ("signal_s: 0", "cluster.slurm.signal_s is 0: input should be greater than 0"),
         ('interface: "ib0; ls"', "cluster.slurm.interface is 'ib0; ls': string should match pattern"),
-        ('modules: ["cuda; ls"]', "cluster.slurm.modules is 'cuda; ls': string should match pattern"),
         ("container: {image: a, runtime: docker}", "cluster.slurm.container.runtime is 'docker': input should be"),
     ],
 )

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "elastic": ("cluster.workers=[4,16]",),
     "interface": ("cluster.slurm.interface=ib0",),
-    "modules": ("cluster.slurm.modules=[cuda/12.8, nccl]",),
-    "conda": (r"cluster.slurm.conda='/envs/it''s mine'",),
     "venv": ("cluster.slurm.venv='/envs/a b'",),
     "setup": (r'cluster.slurm.setup="if [ -d \"$HOME\" ]; then\n    export A=\"{b}\"\nfi\n"',),
     "pyxis": ("cluster.slurm.container={image: 'a b.sqsh', mounts: [/data, '/x y:/mnt']}",),
@@ -73,16 +71,12 @@ Run = Callable[..., dict[str, str]]
 def run(tmp_path: Path) -> Run:
     """The variables that the beginning of a script leaves, up to the environment or to its end."""
 
-    def call(text: str, programs: Sequence[str] = (), *, until: str = "# --- the environment") -> dict[str, str]:
+    def call(text: str, *, until: str = "# --- the environment") -> dict[str, str]:
         beginning, found, _ = text.partition(until)
         assert found
-        bin_, here = tmp_path / "bin", tmp_path / "here"
-        bin_.mkdir()
+        here = tmp_path / "here"
         here.mkdir()
-        for program in programs:
-            (bin_ / program).write_text(f'#!/bin/bash\necho "$0: $*" >>{tmp_path}/called\n')
-            (bin_ / program).chmod(0o755)
-        environment = {"PATH": f"{bin_}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1", "HOME": "/home/me"}
+        environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "1", "HOME": "/home/me"}
         script = f"{beginning}\nexport state max_requeues\n/usr/bin/env -0\n"
         ended = subprocess.run(["bash"], input=script, env=environment, cwd=here, capture_output=True, text=True)
         assert (ended.returncode, ended.stderr) == (0, "")
@@ -122,15 +116,6 @@ def test_setup_runs_first_and_what_it_exports_stays(run: Run) -> None:
     assert values["A"] == "{x}"
     before = values["B"].removeprefix("{x} ")
     assert values["PATH"] == f"/shared/clm_dist/.venv/bin:{before}"
-
-
-def test_modules_are_loaded_and_conda_is_activated_in_the_order_written(run: Run, tmp_path: Path) -> None:
-    job = full_job("cluster.slurm.modules=[cuda/12.8, nccl]", "cluster.slurm.conda='it''s mine'")
-    text = render_run(job, request_of(submission()))
-    assert "/shared/clm_dist/.venv" not in text
-    run(text, ("module", "conda"), until="\npython3 -c")
-    calls = [line.rpartition("/")[2] for line in (tmp_path / "called").read_text().splitlines()]
-    assert calls == ["12.8", "module: load nccl", "conda: shell.bash hook", "conda: activate it's mine"]
 
 
 def test_an_environment_without_clm_dist_ends_the_job_as_its_own_fault(tmp_path: Path) -> None:

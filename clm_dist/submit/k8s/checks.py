@@ -57,8 +57,8 @@ def check_cluster(kubectl: Kubectl, job: JobConfig, request: Request, objects: S
             "the cluster has no RayJob of ray.io/v1: the KubeRay operator is not installed; ask for it "
             "(k8s/README.md), or submit with --plain, which needs Kubernetes 1.31 and no operator"
         )
-    if job.cluster.k8s.scheduler == "kueue":
-        _check_queue(kubectl, job, has_kueue=any(group.startswith(f"{_KUEUE}/") for group in groups))
+    if queue := job.cluster.k8s.queue:
+        _check_queue(kubectl, queue, has_kueue=any(group.startswith(f"{_KUEUE}/") for group in groups))
     _check_claim(kubectl, job)
     _check_secrets(kubectl, job)
     _check_quotas(kubectl, objects)
@@ -73,12 +73,12 @@ def _check_version(version: dict[str, str]) -> None:
         )
 
 
-def _check_queue(kubectl: Kubectl, job: JobConfig, *, has_kueue: bool) -> None:
-    queue, field = str(job.cluster.k8s.queue), "cluster.k8s.queue"
+def _check_queue(kubectl: Kubectl, queue: str, *, has_kueue: bool) -> None:
+    field = "cluster.k8s.queue"
     if not has_kueue:
         raise ConfigError(
-            f"the cluster has no Kueue, so nothing would start a job of the queue {queue}; leave out --queue, or say "
-            "whose queue it is with --scheduler volcano or yunikorn",
+            f"the cluster does not have Kueue, which starts the jobs of the queue {queue}; ask for it, or submit "
+            "without a queue",
             field=field,
         )
     with contextlib.suppress(ForbiddenError):

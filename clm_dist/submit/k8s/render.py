@@ -57,12 +57,6 @@ def check_job(job: JobConfig, request: Request) -> None:
             "cluster.k8s.secret",
             field="cluster.k8s.secret",
         )
-    if request.plain and k8s.scheduler in ("volcano", "yunikorn"):
-        raise ConfigError(
-            f"cluster.k8s.scheduler {k8s.scheduler} is not supported with --plain: the operator makes its groups; "
-            "leave out --plain, or take kueue",
-            field="cluster.k8s.scheduler",
-        )
     if request.code and "PYTHONPATH" in k8s.env:
         problem = "cluster.k8s.env sets PYTHONPATH, by which --sync puts its code before the image's"
         raise ConfigError(f"{problem}; leave out one of them", field="cluster.k8s.env")
@@ -132,9 +126,9 @@ def _ray_job(job: JobConfig, request: Request) -> Object:
         "backoffLimit": k8s.max_retries,
         "shutdownAfterJobFinishes": True,
     }
-    if k8s.scheduler == "kueue":
+    if k8s.queue:
         spec["suspend"] = True
-    elif k8s.start_deadline_s and k8s.queue is None:
+    elif k8s.start_deadline_s:
         spec["preRunningDeadlineSeconds"] = k8s.start_deadline_s
     spec["rayClusterSpec"] = {
         "rayVersion": _RAY_VERSION,
@@ -212,22 +206,12 @@ def _indexed_job(job: JobConfig, request: Request) -> Object:
         "successPolicy": {"rules": [{"succeededIndexes": "0", "succeededCount": 1}]},
         "template": template,
     }
-    if k8s.scheduler == "kueue":
+    if k8s.queue:
         spec = {"suspend": True, **spec}
     labels = _queue_labels(job)
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata_of(job, job.name, labels), "spec": spec}
 
 
 def _queue_labels(job: JobConfig) -> dict[str, str]:
-    k8s = job.cluster.k8s
-    labels = {}
-    if k8s.scheduler == "kueue":
-        labels["kueue.x-k8s.io/queue-name"] = str(k8s.queue)
-    elif k8s.scheduler == "yunikorn":
-        labels |= {"ray.io/gang-scheduling-enabled": "true", "yunikorn.apache.org/app-id": job.name}
-        labels |= {"yunikorn.apache.org/queue": k8s.queue} if k8s.queue else {}
-    elif k8s.queue:
-        labels["volcano.sh/queue-name"] = k8s.queue
-    if k8s.scheduler in ("volcano", "yunikorn") and k8s.priority_class:
-        labels["ray.io/priority-class-name"] = k8s.priority_class
-    return labels
+    queue = job.cluster.k8s.queue
+    return {"kueue.x-k8s.io/queue-name": queue} if queue else {}

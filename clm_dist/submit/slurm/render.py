@@ -173,13 +173,9 @@ def _exports(request: Request) -> str:
 
 def _environment_lines(slurm: SlurmConfig, request: Request) -> str:
     lines = [slurm.setup.rstrip("\n")] if slurm.setup else []
-    lines += [f"module load {shlex.quote(module)} || exit 2" for module in slurm.modules]
-    if slurm.conda is not None:
-        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(slurm.conda)} || exit 2"]
-    elif slurm.container is None:
-        lines.append(f"export PATH={shlex.quote(str(Path(slurm.venv or request.venv) / 'bin'))}:$PATH")
     if slurm.container is None:
-        problem = "clm_dist is not in this environment: set cluster.slurm.venv, conda, modules or setup"
+        lines.append(f"export PATH={shlex.quote(str(Path(slurm.venv or request.venv) / 'bin'))}:$PATH")
+        problem = "clm_dist is not in this environment: set cluster.slurm.venv or setup"
         lines.append(f'python3 -c "import clm_dist" || {{ echo "{problem}"; exit 2; }}')
     return "\n".join(lines)
 
