@@ -25,6 +25,22 @@ from clm_dist.submit.launch import check_name
 from clm_dist.submit.submission import Place, Submission
 
 
+def _refuse_workers(count: str | None) -> None:
+    if count is not None:
+        raise ConfigError(
+            f"--workers does not exist any more, because workers are Ray Train's; write --pods {count} for the number "
+            f"of pods, or --set cluster.workers={count} for the number of workers"
+        )
+
+
+def _refuse_gpus_per_worker(count: str | None) -> None:
+    if count is not None:
+        raise ConfigError(
+            f"--gpus-per-worker does not exist any more, because a pod may have several workers; write --gpus-per-pod "
+            f"{count}"
+        )
+
+
 def k8s(
     job_file: JobFile,
     overrides: Overrides = None,
@@ -35,10 +51,8 @@ def k8s(
         str | None, typer.Option("--store", metavar="URL", help="Prepared blocks (s3://, gs://), not on the claim.")
     ] = None,
     namespace: Annotated[str | None, typer.Option("--namespace", show_default="that of kubectl's context")] = None,
-    pods: Annotated[int | None, typer.Option("--workers", "--pods", help="Pods with workers.")] = None,
-    gpus_per_pod: Annotated[
-        int | None, typer.Option("--gpus-per-worker", "--gpus-per-pod", help="GPUs of each of them.")
-    ] = None,
+    pods: Annotated[int | None, typer.Option("--pods", help="Pods with workers.")] = None,
+    gpus_per_pod: Annotated[int | None, typer.Option("--gpus-per-pod", help="GPUs of each of them.")] = None,
     image: Annotated[str | None, typer.Option("--image", help="Image in which clm-dist is installed.")] = None,
     claim: Annotated[str | None, typer.Option("--claim", help="PersistentVolumeClaim for runs and blocks.")] = None,
     secret: Annotated[
@@ -52,6 +66,10 @@ def k8s(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the objects, and ask nobody.")] = False,
+    _workers: Annotated[str | None, typer.Option("--workers", hidden=True, callback=_refuse_workers)] = None,
+    _gpus_per_worker: Annotated[
+        str | None, typer.Option("--gpus-per-worker", hidden=True, callback=_refuse_gpus_per_worker)
+    ] = None,
 ) -> None:
     """Submit a job to Kubernetes: prepare, train, evaluate and report in its pods."""
     if store is not None and "://" not in store:

@@ -282,9 +282,7 @@ def test_a_job_without_an_image_or_a_token_to_push_with_is_refused() -> None:
 
 
 def test_workers_that_do_not_fit_the_pods_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"16 x 1 GPUs do not fit 2 x 4 .*; take --workers 4 or --set cluster.workers=8"
-    ):
+    with pytest.raises(ConfigError, match=r"16 x 1 GPUs do not fit 2 x 4 .*; take --pods 4 or --set cluster.workers=8"):
         check_job(k8s_job("gpus_per_pod=4"), Request())
     assert hosts_of(k8s_job("pods=3").cluster).idle_gpus == 8
 

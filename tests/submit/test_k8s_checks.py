@@ -110,13 +110,13 @@ def test_a_quota_that_is_too_small_is_told_line_by_line(
     hard = {"requests.cpu": "20", "limits.memory": "50Gi", "requests.nvidia.com/gpu": "8", "pods": "4", "secrets": "1"}
     used = {"requests.cpu": "1500m", "requests.nvidia.com/gpu": "5", "pods": "0", "limits.memory": "0"}
     kubernetes.create("v1", "resourcequotas", "team", spec={"hard": hard}, status={"hard": hard, "used": used})
-    said = k8s_commands.submit("--workers", 2, "--gpus-per-worker", 2, "--set", "cluster.k8s.memory_per_pod=32Gi")
+    said = k8s_commands.submit("--pods", 2, "--gpus-per-pod", 2, "--set", "cluster.k8s.memory_per_pod=32Gi")
     refused(said, kubernetes, "a quota of default is too small; wait for other jobs to end")
     assert said.err.splitlines()[1:] == [
         "of team: limits.memory is 50Gi, of which 0 are used, and the job asks for 72.5Gi",
         "of team: requests.nvidia.com/gpu is 8, of which 5 are used, and the job asks for 4",
     ]
-    assert k8s_commands.submit("--workers", 1, "--gpus-per-worker", 2).code == 0
+    assert k8s_commands.submit("--pods", 1, "--gpus-per-pod", 2).code == 0
 
 
 def test_a_quota_for_some_pods_only_is_left_out() -> None:

@@ -42,9 +42,17 @@ def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
     ("options", "message"),
     [
         (("--store", "/data/store"), "--store /data/store is a directory of this machine, which pods do not see;"),
-        (("--workers", 0), "cluster.k8s.pods is 0: input should be greater than 0"),
+        (("--pods", 0), "cluster.k8s.pods is 0: input should be greater than 0"),
+        (
+            ("--workers", 4),
+            "write --pods 4 for the number of pods, or --set cluster.workers=4 for the number of workers",
+        ),
+        (
+            ("--gpus-per-worker", 2),
+            "--gpus-per-worker does not exist any more, because a pod may have several workers;",
+        ),
         (("--set", "name=Tiny"), "--set name=Tiny: the name Tiny cannot be one of Kubernetes"),
-        (("--set", "cluster.gpus_per_worker=1"), "say how many a pod has with --gpus-per-worker"),
+        (("--set", "cluster.gpus_per_worker=1"), "say how many a pod has with --gpus-per-pod"),
     ],
 )
 def test_what_is_wrong_is_said_before_anybody_is_asked(
@@ -132,13 +140,13 @@ def test_paths_that_pods_do_not_see_are_warned_of(
     said = k8s_commands.submit("--set", f"tokenizer.path={tmp_path / 'model'}", "--set", "checkpoint.path=/scratch")
     warnings = [line for line in said.err.splitlines() if line.startswith("warning: ")]
     assert [line.split(" is a path of this machine")[0] for line in warnings] == [
-        "warning: no GPUs are asked for, so this trains on CPUs; --gpus-per-worker asks",
+        "warning: no GPUs are asked for, so this trains on CPUs; --gpus-per-pod asks",
         f"warning: data.path {Path.cwd()}/texts/*.txt",
         "warning: checkpoint.path /scratch",
         f"warning: tokenizer.path {tmp_path}/model",
     ]
     assert "pods see the claim alone, at /shared; copy it there, or name a URL" in warnings[1]
-    idle = k8s_commands.submit("--set", "name=other", "--gpus-per-worker", 4).err
+    idle = k8s_commands.submit("--set", "name=other", "--gpus-per-pod", 4).err
     assert "warning: 3 of the GPUs stay idle: cluster.workers is 1" in idle
 
 
@@ -172,6 +180,6 @@ def test_a_slurm_job_of_a_name_that_is_active_on_kubernetes_is_refused(
 
 
 def test_what_is_remembered_is_the_resolved_job(kubernetes: Kubernetes, k8s_commands: KubernetesCommands) -> None:
-    k8s_commands.submit("--workers", 2)
+    k8s_commands.submit("--pods", 2)
     saved = load_job(k8s_commands.runs / ".submitted" / "tiny" / "job.yaml").config
     assert kubernetes.get(("v1", "configmaps"))["data"]["job.yaml"] == job_text(saved)

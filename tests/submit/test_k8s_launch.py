@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands
 ) -> None:
-    said = k8s_commands.submit("--workers", 2, "--set", "train.seed=7")
+    said = k8s_commands.submit("--pods", 2, "--set", "train.seed=7")
     assert said.code == 0, said.err
     assert said.out.splitlines() == [
         "submitted tiny as rayjob/tiny in the namespace default",
@@ -57,7 +57,7 @@ def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
 def test_a_plain_job_has_a_random_key_that_is_shown_nowhere(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands
 ) -> None:
-    said = k8s_commands.submit("--plain", "--workers", 2)
+    said = k8s_commands.submit("--plain", "--pods", 2)
     assert said.code == 0, said.err
     assert kubernetes.names() == {
         *("secrets/tiny-ray", "configmaps/tiny", "networkpolicies/tiny", "services/tiny", "jobs/tiny")

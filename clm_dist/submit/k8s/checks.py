@@ -144,8 +144,8 @@ def _check_quotas(kubectl: Kubectl, objects: Sequence[Object]) -> None:
             lacking += [f"of {quota['metadata']['name']}: {line}" for line in lacking_of(quota, asked)]
     if lacking:
         raise ConfigError(
-            f"a quota of {kubectl.namespace} is too small; wait for other jobs to end, or ask for less with --workers, "
-            "--gpus-per-worker, or --set cluster.k8s.cpus_per_pod and memory_per_pod (`kubectl describe quota "
+            f"a quota of {kubectl.namespace} is too small; wait for other jobs to end, or ask for less with --pods, "
+            "--gpus-per-pod, or --set cluster.k8s.cpus_per_pod and memory_per_pod (`kubectl describe quota "
             f"--namespace={kubectl.namespace}`):\n" + "\n".join(lacking)
         )
 

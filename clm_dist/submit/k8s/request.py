@@ -42,7 +42,7 @@ def hosts_of(cluster: ClusterConfig) -> Hosts:
     """The worker pods that a job asks for."""
     k8s = cluster.k8s
     cpus = k8s.cpus_per_pod or Hosts.cpus_for(cluster, k8s.pods)
-    return Hosts(cluster, k8s.pods, k8s.gpus_per_pod, cpus, "cluster.k8s", "pod", "--workers", "--gpus-per-worker")
+    return Hosts(cluster, k8s.pods, k8s.gpus_per_pod, cpus, "cluster.k8s", "pod", "--pods", "--gpus-per-pod")
 
 
 def state_dir(job: JobConfig) -> str:
