@@ -14,7 +14,7 @@ from clm_dist.submit.slurm.render import Request, render_prepare, render_run
 from tests.support.fakes import full_job, request_of, submission
 
 # Each would leave a file if a shell took it for more than a text.
-HOSTILE = 'it\'s "the" $(touch executed) `touch executed` ${HOME} ; touch executed # & | > executed *'
+HOSTILE = 'it\'s "the" $(touch executed) `touch executed` ${HOME} ; touch executed # & | > executed * @STATE@ @'
 SETTINGS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "elastic": ("cluster.workers=[4,16]",),

@@ -4,16 +4,24 @@ The script keeps to what an administrator can follow: it starts one `clm_dist.su
 step, runs the driver on the first host, passes signals on, and requeues itself where running again helps.
 """
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from clm_dist.config.job import ClusterConfig, JobConfig
 from clm_dist.config.slurm import Container, Options, SlurmConfig
 from clm_dist.submit.size import Hosts
-from clm_dist.submit.slurm.texts import HEAD_BY_ROUTE, PREPARE, RUN
 from clm_dist.submit.submission import Submission
+
+_FIELD = re.compile("@([A-Z_]+)@")
+_HEAD_BY_ROUTE = r"""
+# (A host's own name may stand for 127.0.1.1 in its /etc/hosts, so the route to another host tells.)
+other=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p)
+other=$(getent ahostsv4 "${other:-$(hostname)}" | awk '$1 !~ /^127\./ {print $1; exit}')
+head=$(ip -4 route get "${other:-127.0.0.1}" 2>/dev/null | sed -n 's/.* src \([0-9.]*\).*/\1/p')""".lstrip()
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,18 @@ def render_run(job: JobConfig, request: Request) -> str:
         **slurm.options,
     }
     inside = _Inside.of(slurm, request)
-    return RUN.format(
+    return _fill(
+        "run.sh.in",
         name=submission.name,
         nodes="1 node" if slurm.nodes == 1 else f"{slurm.nodes} nodes",
         options=_option_lines(options),
         state=_state(submission),
-        exports=_exports(request),
-        max_requeues=slurm.max_requeues,
+        **_places(request),
+        max_requeues=str(slurm.max_requeues),
         environment=_environment_lines(slurm, request),
-        find_head=_head_by_interface(slurm.interface) if slurm.interface else HEAD_BY_ROUTE,
+        find_head=_head_by_interface(slurm.interface) if slurm.interface else _HEAD_BY_ROUTE,
         srun=" ".join(["srun --export=ALL", *(["--no-kill"] if job.cluster.elastic else []), *inside.step]),
-        on_bad_exit=0 if job.cluster.elastic else 1,
+        on_bad_exit="0" if job.cluster.elastic else "1",
         python=inside.python,
         # The number of the task alone is, for one of them, that of the whole array.
         job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if submission.sweep else "$SLURM_JOB_ID",
@@ -97,13 +106,21 @@ def render_prepare(job: JobConfig, request: Request) -> str:
     inside = _Inside.of(slurm, request)
     call = " ".join([*inside.driver, inside.python, "-m clm_dist prepare --tasks", str(prepare.cpus)])
     jobs = [shlex.quote(str(submission.files(task).job)) for task in range(len(submission.run_names))]
-    return PREPARE.format(
+    return _fill(
+        "prepare.sh.in",
         name=submission.name,
         options=_option_lines(options),
-        exports=_exports(request),
+        **_places(request),
         environment=_environment_lines(slurm, request),
         calls="\n".join(f"{call} {job}" for job in jobs),
     )
+
+
+def _fill(template: str, **fields: str) -> str:
+    """The text of a template file of this directory, with each `@FIELD@` replaced by its value."""
+    text = files(__package__).joinpath(template).read_text(encoding="utf-8")
+    assert {name.lower() for name in _FIELD.findall(text)} == fields.keys(), template
+    return _FIELD.sub(lambda match: fields[match[1].lower()], text)
 
 
 @dataclass(frozen=True)
@@ -166,9 +183,8 @@ def _state(submission: Submission) -> str:
     return f"{root}/$SLURM_ARRAY_TASK_ID" if submission.sweep else root
 
 
-def _exports(request: Request) -> str:
-    runs, store = shlex.quote(str(request.submission.runs)), shlex.quote(request.store)
-    return f"export CLM_DIST_RUNS={runs} CLM_DIST_STORE={store} PYTHONUNBUFFERED=1"
+def _places(request: Request) -> dict[str, str]:
+    return {"runs": shlex.quote(str(request.submission.runs)), "store": shlex.quote(request.store)}
 
 
 def _environment_lines(slurm: SlurmConfig, request: Request) -> str:
