@@ -2,12 +2,13 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clm_dist.cli.cluster import DryRun, settings_of, submit_to
 from clm_dist.cli.options import (
     DEFAULT_RUNS,
     DEFAULT_STORES,
@@ -17,7 +18,6 @@ from clm_dist.cli.options import (
     Resume,
     Runs,
     StoreOption,
-    located,
     open_stores,
 )
 from clm_dist.cli.submit_k8s import k8s
@@ -25,9 +25,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
-from clm_dist.progress import err, out
-from clm_dist.submit import launch
-from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
+from clm_dist.submit.slurm.backend import Launch, SlurmBackend
+from clm_dist.submit.slurm.render import Request
 from clm_dist.submit.submission import Submission, sweep_name, sweep_settings
 
 submit = typer.Typer(no_args_is_help=True, help="Submit a job to a cluster.")
@@ -61,7 +60,7 @@ def slurm(
     ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit a job to Slurm: prepare, train, evaluate and report on its hosts."""
     given = {
@@ -71,40 +70,22 @@ def slurm(
         "partition": partition,
         "account": account,
     }
-    settings = [f"cluster.slurm.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
-    settings += [_option_setting(option) for option in options or ()]
-    settings = [*(overrides or ()), *settings]
+    settings = [*(overrides or ()), *settings_of("cluster.slurm", given), *map(_option_setting, options or ())]
     if at_once and not array:
         raise ConfigError("--at-once goes with --array; leave it out")
     job = load_job(job_file, settings)
-    configs = _sweep(job_file, settings, array, job.config.name) if array else [job.config]
+    name = job.config.name
+    jobs = _sweep(job_file, settings, array, name) if array else [job.config]
     submission = Submission(
-        name=job.config.name,
+        name=name,
         backend="slurm",
         runs=_plain(local_dir(runs, "--runs")),
-        run_names=tuple(config.name for config in configs),
+        run_names=tuple(config.name for config in jobs),
         sweep=bool(array),
     )
     request = Request(submission, store=str(open_stores(stores)), venv=Path(sys.prefix), resume=resume, at_once=at_once)
-    with located(job):
-        for config in configs:
-            hosts_of(config.cluster).check()
-        if len({render_run(config, request) for config in configs}) > 1:
-            raise ConfigError("--array: its runs ask Slurm for different things; submit them one by one")
-        if dry_run:
-            if prepare_first:
-                typer.echo(render_prepare(configs[0], request))
-            typer.echo(render_run(configs[0], request), nl=False)
-            return
-        launch.check_submission(configs, request, prepare_first=prepare_first, overwrite=overwrite)
-    for warning in _warnings(job.config, request):
-        err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    submitted = launch.submit(configs, request, prepare_first=prepare_first, overwrite=overwrite)
-    first = f" after job {submitted.prepare_id}, which prepares" if submitted.prepare_id else ""
-    out.print(f"submitted {submitted.name} as job {submitted.job_id}{first}", soft_wrap=True)
-    out.print(
-        f"clm-dist status {submitted.name} · clm-dist logs -f {submitted.name} · clm-dist cancel {submitted.name}"
-    )
+    launch = Launch(jobs, request, prepare_first=prepare_first, overwrite=overwrite)
+    submit_to(SlurmBackend(), launch, job, dry_run=dry_run)
 
 
 def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str], name: str) -> list[JobConfig]:
@@ -129,12 +110,3 @@ def _plain(runs: Path) -> Path:
         problem = f"--runs {str(runs)!r} has a backslash or a line break, and Slurm writes no log to such a path"
         raise ConfigError(f"{problem}; name another")
     return runs
-
-
-def _warnings(job: JobConfig, request: Request) -> Iterator[str]:
-    for place in launch.local_places(request):
-        yield (
-            f"{place} looks like a disk of this host alone; every node must see it. Name one on shared storage with "
-            "--runs and --store, or CLM_DIST_RUNS and CLM_DIST_STORE"
-        )
-    yield from hosts_of(job.cluster).warnings()

@@ -5,13 +5,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from clm_dist.cli.options import (
-    DEFAULT_RUNS,
-    Runs,
-)
+from clm_dist.cli.options import DEFAULT_RUNS, Runs
 from clm_dist.config.paths import local_dir
 from clm_dist.progress import clock, out
-from clm_dist.submit import launch
+from clm_dist.submit.launch import backend_of
+from clm_dist.submit.logs import follow as follow_lines
 from clm_dist.submit.states import describe
 from clm_dist.submit.submission import find_submission
 
@@ -24,13 +22,11 @@ Which = Annotated[
 def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     """Show how far a submission is: in the queue, and in its steps."""
     submission, _ = find_submission(local_dir(runs, "--runs"), which)
-    states = launch.run_states(submission)
-    prepare = launch.prepare_state(submission)
-    if prepare and prepare.state != "COMPLETED":
-        words = ": ".join(filter(None, [prepare.state.lower(), prepare.reason]))
-        out.print(f"prepare (job {submission.prepare_id}): {words}", soft_wrap=True, markup=False)
+    status = backend_of(submission).status(submission)
+    if status.note:
+        out.print(status.note, soft_wrap=True, markup=False)
     table = Table("run", "job", "state", "hosts", "attempt", "step", "loss", "training left", "time left")
-    for run in states:
+    for run in status.runs:
         table.add_row(
             run.name,
             run.job_id,
@@ -43,13 +39,13 @@ def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
             clock(run.job.seconds_left) if run.job and run.job.seconds_left is not None else "",
         )
     out.print(table)
-    for run in states:
+    for run in status.runs:
         if run.job and run.job.reason:
             out.print(f"{run.name}: {run.job.reason}", soft_wrap=True, markup=False)
-    ended = [run for run in states if run.job and not run.job.active and run.job.state != "DELETED"]
+    ended = [run for run in status.runs if run.job and not run.job.active and run.job.state != "DELETED"]
     if any(not (run.result and run.result["status"] == "done") for run in ended):
         out.print(f"why: clm-dist logs {submission.name} -n 40", soft_wrap=True)
-    done = [str(submission.runs / run.name) for run in states if run.result and run.result["status"] == "done"]
+    done = [str(submission.runs / run.name) for run in status.runs if run.result and run.result["status"] == "done"]
     if len(done) > 1:
         out.print(f"compare them: clm-dist report {' '.join(done)}", soft_wrap=True)
 
@@ -62,27 +58,17 @@ def logs(
 ) -> None:
     """Print the logs of a submission, all attempts and all hosts, the host in front of every line."""
     submission, _ = find_submission(local_dir(runs, "--runs"), which)
-    merged = launch.open_logs(submission)
+    backend = backend_of(submission)
+    merged = backend.logs(submission)
     lines = merged.new_lines()
     for line in lines if last is None else lines[len(lines) - min(last, len(lines)) :]:
         typer.echo(line)
     if follow:
-        for line in merged.follow(lambda: launch.is_active(submission)):
+        for line in follow_lines(merged.new_lines, lambda: backend.is_active(submission)):
             typer.echo(line)
 
 
 def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     """End a submission; what its runs have saved stays, and submitting again goes on from it."""
     submission, task = find_submission(local_dir(runs, "--runs"), which)
-    cancelled = launch.cancel(submission, task)
-    if submission.k8s:
-        where = f"in the namespace {submission.k8s.namespace}"
-        what = f"deleted {submission.job_id} {where}" if cancelled else f"there is no {submission.job_id} {where}"
-        then = "what the run has saved stays on the claim, and submitting the same job again goes on from it"
-        out.print(f"{what}; {then}", soft_wrap=True)
-    elif cancelled:
-        number = submission.job_id if task is None else submission.task_id(task)
-        then = "submitting the same job again goes on from its last checkpoint"
-        out.print(f"cancelled job {number}; {then}", soft_wrap=True)
-    else:
-        out.print(f"job {submission.job_id} has ended already; nothing to cancel")
+    out.print(backend_of(submission).cancel(submission, task), soft_wrap=True, markup=False)

@@ -1,5 +1,6 @@
 """How far a submission's runs are: what every kind of cluster tells of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,15 @@ class RunState:
     @property
     def is_training(self) -> bool:
         return self.job is not None and self.job.state == "RUNNING" and self.result is None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a submission is."""
+
+    runs: Sequence[RunState]
+    note: str = ""
+    """A line about the whole, for example about a job that prepares first."""
 
 
 def describe(run: RunState) -> str:

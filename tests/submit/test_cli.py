@@ -9,8 +9,8 @@ import pytest
 from clm_dist.config.load import job_text, load_job
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import write_json
-from clm_dist.submit import launch
-from clm_dist.submit.launch import local_places
+from clm_dist.submit.slurm import backend
+from clm_dist.submit.slurm.backend import local_places
 from clm_dist.submit.submission import Submission
 from tests.support.fakes import Commands, FakeSlurm, request_of, submission
 
@@ -164,7 +164,7 @@ def test_a_run_that_cannot_be_removed_takes_its_new_job_with_it(
     def fail(job: object, run: object) -> None:
         raise ConfigError("the storage is away")
 
-    monkeypatch.setattr(launch, "remove_run", fail)
+    monkeypatch.setattr(backend, "remove_run", fail)
     said = commands.submit("--overwrite")
     assert (said.code, "the storage is away" in said.err) == (2, True)
     assert slurm.calls("scancel") == [["102"]]
@@ -207,7 +207,9 @@ def test_a_refused_job_takes_the_one_that_prepares_with_it(commands: Commands, s
 def test_places_on_one_host_s_disk_are_warned_of(commands: Commands) -> None:
     said = commands.submit()
     for option, place in (("--runs", commands.runs), ("--store", commands.store)):
-        assert f"warning: {option} {place} looks like a disk of this host alone; every node must see it." in said.err
+        assert (
+            f"warning: {option} {place} looks like a disk of this host alone, and every node must see it;" in said.err
+        )
     shared = request_of(submission(), store="s3://bucket/tmp")
     assert local_places(shared) == []
     assert local_places(request_of(submission(), store="/tmpfoo/store")) == []

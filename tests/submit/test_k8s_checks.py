@@ -11,8 +11,8 @@ import pytest
 
 from clm_dist.config.k8s import amount
 from clm_dist.errors import SubmitError
-from clm_dist.submit.k8s import backend as k8s_launch
 from clm_dist.submit.k8s import kubectl as commands_module
+from clm_dist.submit.k8s import made
 from clm_dist.submit.k8s import render as k8s
 from clm_dist.submit.k8s.checks import asked_of, lacking_of
 from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl
@@ -172,8 +172,8 @@ def test_a_run_of_this_name_that_is_active_is_refused_from_any_machine(
     before = kubernetes.store.history[:]
     said = elsewhere.submit("--overwrite", *plain)
     assert said.code == 2
-    assert "tiny is queued or running already, as rayjob/tiny in the namespace default; see it with" in said.err
-    assert "`kubectl delete rayjob tiny --namespace=default`" in said.err
+    assert "tiny is queued or running already, as rayjob/tiny in the namespace default, and was submitted " in said.err
+    assert "end it with `kubectl delete rayjob tiny --namespace=default`" in said.err
     assert kubernetes.store.history == before
 
 
@@ -203,17 +203,17 @@ def test_pods_that_still_save_are_waited_for(
         if len(sleeps) == 3:
             kubernetes.set(("v1", "pods"), "tiny-head", phase="Failed")
 
-    monkeypatch.setattr(k8s_launch, "time", SimpleNamespace(sleep=work, time=time.time, monotonic=lambda: 0.0))
+    monkeypatch.setattr(made, "time", SimpleNamespace(sleep=work, time=time.time, monotonic=lambda: 0.0))
     said = k8s_commands.submit()
     assert said.code == 0, said.err
-    assert "waiting for pods of the last submission, which may still save: tiny-head" in said.err
+    assert "pods of the last submission may still save, and submit waits for their end: tiny-head" in said.err
     assert len(sleeps) == 3
     # Not for ever, though.
     k8s_commands.call("cancel")
     kubernetes.add_pod("tiny-stuck", "worker")
     clock = iter(range(0, 10_000, 100))
     quick = SimpleNamespace(sleep=lambda _: None, time=time.time, monotonic=lambda: next(clock))
-    monkeypatch.setattr(k8s_launch, "time", quick)
+    monkeypatch.setattr(made, "time", quick)
     said = k8s_commands.submit()
     assert said.code == 1
     assert "kubectl describe pod tiny-stuck --namespace=default" in said.err.replace("\n", " ")
@@ -247,7 +247,7 @@ def test_a_job_that_is_being_deleted_is_waited_for(
     def let_go(_: float) -> None:
         kubernetes.store.objs.pop((*RAY_JOB, "default", "tiny"), None)
 
-    monkeypatch.setattr(k8s_launch, "time", SimpleNamespace(sleep=let_go, time=time.time, monotonic=lambda: 0.0))
+    monkeypatch.setattr(made, "time", SimpleNamespace(sleep=let_go, time=time.time, monotonic=lambda: 0.0))
     said = k8s_commands.submit()
     assert said.code == 0, said.err
     assert "deletionTimestamp" not in kubernetes.get(RAY_JOB)["metadata"]

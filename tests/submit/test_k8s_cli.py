@@ -35,7 +35,7 @@ def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
     assert {"name": "CLM_DIST_STORE", "value": "/shared/store"} in container["env"]
     said = k8s_commands.submit("--dry-run", "--store", "s3://bucket/blocks", "--plain")
     assert "value: s3://bucket/blocks" in said.out
-    assert said.err == "besides, `submit` makes the Secret tiny-ray with a random key\n"
+    assert said.out.startswith("# `submit` also makes the Secret tiny-ray with a random key.\n")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_paths_that_pods_do_not_see_are_warned_of(
         "warning: checkpoint.path /scratch",
         f"warning: tokenizer.path {tmp_path}/model",
     ]
-    assert "pods see the claim alone, at /shared; copy it there, or name a URL" in warnings[1]
+    assert "pods see only the claim, at /shared; copy it there, or name a URL" in warnings[1]
     idle = k8s_commands.submit("--set", "name=other", "--gpus-per-pod", 4).err
     assert "warning: 3 of the GPUs stay idle: cluster.workers is 1" in idle
 
@@ -158,7 +158,7 @@ def test_a_name_that_is_active_in_another_place_is_refused(
     kubernetes.store.create("v1", "persistentvolumeclaims", "b", {"metadata": {"name": "clm-dist"}})
     said = k8s_commands.submit("--namespace", "b")
     assert said.code == 2
-    assert "tiny is queued or running already, as rayjob/tiny; see it with `clm-dist status tiny`" in said.err
+    assert "tiny is queued or running already, as rayjob/tiny in the namespace default; see it with" in said.err
     # A cluster that is gone holds nothing up.
     root = k8s_commands.runs / ".submitted" / "tiny"
     replace(Submission.read(root), k8s=Place("default", "gone")).write()

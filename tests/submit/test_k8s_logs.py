@@ -102,7 +102,7 @@ def test_only_what_may_be_new_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     waits = 'error: container "ray" in pod "c" is waiting to start: ContainerCreating'
     away = "error: Get https://n3:10250/containerLogs: connection refused"
     asked = answer(monkeypatch, f"{one}\n{away}\n", f"{one}\n{two}\n{waits}\n", f"{two}\n", f"{one}\n")
-    merged = PodLogs(submission(), Place("default"))
+    merged = PodLogs(submission(k8s=Place("default")))
     assert [len(merged.new_lines()) for _ in range(4)] == [1, 1, 0, 0]
     # What a node that was away has is not passed over.
     assert asked == [None, None, "2026-01-01T09:59:02+00:00", "2026-01-01T09:59:02+00:00"]
@@ -114,15 +114,15 @@ def test_following_outlives_an_api_server_that_is_away_for_a_moment(monkeypatch:
     ticks = iter(range(0, 100, 10))
     monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: next(ticks)))
     actives = iter([True, True, False])
-    merged = PodLogs(submission(), Place("default"))
-    assert list(merged.follow(lambda: next(actives))) == ["[a] 2026-01-01 10:00:01 one"]
+    merged = PodLogs(submission(k8s=Place("default")))
+    assert list(logs.follow(merged.new_lines, lambda: next(actives))) == ["[a] 2026-01-01 10:00:01 one"]
 
 
 def test_lines_without_the_servers_time_are_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = "[pod/a/ray] unable to retrieve container logs for containerd://1a2b"
     other = f"{lost}\n[pod/a/ray] no time either\n[pod/b/ray] {line(1, 'one')}\n[pod/b/ray] 2026-01-01T10:00:02Z\n"
     answer(monkeypatch, lost, other, other)
-    merged = PodLogs(submission(), Place("default"))
+    merged = PodLogs(submission(k8s=Place("default")))
     assert merged.new_lines() == ["[a] unable to retrieve container logs for containerd://1a2b"]
     assert merged.new_lines() == ["[a] no time either", "[b] 2026-01-01 10:00:01 one", "[b] "]
     assert merged.new_lines() == []

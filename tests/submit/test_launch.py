@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from clm_dist.files.atomic import write_json
-from clm_dist.submit.launch import is_active, run_states
+from clm_dist.submit.launch import backend_of
 from clm_dist.submit.submission import Submission
 from tests.support.command import cells
 from tests.support.fakes import Commands, FakeSlurm
@@ -135,7 +135,8 @@ def test_a_submission_is_active_while_one_of_its_jobs_is(
     for number, state in ((101, prepare), (102, job)):
         if state:
             slurm.job(number, f"JobState={state} Reason=None")
-    assert is_active(Submission.read(commands.files())) == active
+    one = Submission.read(commands.files())
+    assert backend_of(one).is_active(one) == active
 
 
 def test_a_controller_that_does_not_answer_ends_in_1(commands: Commands, slurm: FakeSlurm) -> None:
@@ -150,7 +151,8 @@ def test_a_controller_that_does_not_answer_ends_in_1(commands: Commands, slurm: 
 def test_a_run_without_metrics_has_no_progress(commands: Commands, slurm: FakeSlurm) -> None:
     commands.submit()
     slurm.job(101, running("n1", 60))
-    (state,) = run_states(Submission.read(commands.files()))
+    one = Submission.read(commands.files())
+    (state,) = backend_of(one).status(one).runs
     assert (state.step, state.loss, state.seconds_left) == (None, None, None)
     assert state.is_training
     assert not replace(state, result={"status": "done"}).is_training

@@ -8,7 +8,7 @@ import pytest
 
 from clm_dist.errors import SubmitError
 from clm_dist.submit import logs
-from clm_dist.submit.slurm.logs import Logs
+from clm_dist.submit.slurm.logs import HostLogs
 from tests.support.fakes import Commands, FakeSlurm, submission
 
 
@@ -62,7 +62,7 @@ def test_what_looks_like_markup_or_is_no_text_is_printed(commands: Commands) -> 
 
 
 def test_a_line_is_shown_once_it_is_whole_and_once_only(tmp_path: Path) -> None:
-    merged = Logs(submission(tmp_path))
+    merged = HostLogs(submission(tmp_path))
     log = merged.submission.files(0).log
     write(log, "one")
     with log.open("a") as file:
@@ -79,7 +79,7 @@ def test_runs_of_a_sweep_are_named_in_front_of_the_host(tmp_path: Path) -> None:
     write(one.root / "log", "2026-01-01 10:00:00 prepared")
     write(one.files(0).log, "2026-01-01 10:00:01 x")
     write(one.files(1).nodes / "n1.log", "2026-01-01 10:00:02 y")
-    assert Logs(one).new_lines() == [
+    assert HostLogs(one).new_lines() == [
         "[prepare] 2026-01-01 10:00:00 prepared",
         "[a-1 driver] 2026-01-01 10:00:01 x",
         "[a-2 n1] 2026-01-01 10:00:02 y",
@@ -87,13 +87,13 @@ def test_runs_of_a_sweep_are_named_in_front_of_the_host(tmp_path: Path) -> None:
 
 
 def test_what_a_job_wrote_before_it_ended_is_not_missed(tmp_path: Path) -> None:
-    merged = Logs(submission(tmp_path))
+    merged = HostLogs(submission(tmp_path))
 
     def ended() -> bool:
         write(merged.submission.files(0).log, "last")
         return False
 
-    assert list(merged.follow(ended)) == ["[driver] last"]
+    assert list(logs.follow(merged.new_lines, ended)) == ["[driver] last"]
 
 
 def test_following_ends_with_the_job_and_prints_its_last_lines(
@@ -135,5 +135,5 @@ def test_following_outlives_a_controller_that_is_away_for_a_moment(
 
     ticks = iter(range(0, 100, 10))
     monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: next(ticks)))
-    assert list(Logs(submission(tmp_path)).follow(active)) == []
+    assert list(logs.follow(HostLogs(submission(tmp_path)).new_lines, active)) == []
     assert next(answers, None) is None

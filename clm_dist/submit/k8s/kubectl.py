@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from clm_dist.errors import SubmitError
 from clm_dist.submit.k8s.request import Object
-from clm_dist.submit.submission import Place
+from clm_dist.submit.submission import Submission
 
 _REQUEST_TIMEOUT_S = 30
 _TIMEOUT_S = 120
@@ -53,9 +53,10 @@ class Kubectl:
         return cls(namespace or context["context"].get("namespace") or "default", view["current-context"])
 
     @classmethod
-    def at(cls, place: Place) -> Self:
-        """Where a submission is."""
-        return cls(place.namespace, place.context)
+    def of(cls, submission: Submission) -> Self:
+        """With the namespace and the context that a submission was made with."""
+        assert submission.k8s
+        return cls(submission.k8s.namespace, submission.k8s.context)
 
     def raw(self, path: str) -> Any:
         """What the server answers at a path."""

@@ -1,15 +1,14 @@
 """The logs of a submission's pods as one, the pod in front of every line."""
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from clm_dist.submit.k8s import states
-from clm_dist.submit.k8s.backend import pod_labels
 from clm_dist.submit.k8s.kubectl import Kubectl
-from clm_dist.submit.logs import TIME, follow
-from clm_dist.submit.submission import Place, Submission
+from clm_dist.submit.k8s.request import selector
+from clm_dist.submit.logs import TIME
+from clm_dist.submit.submission import Submission
 
 # The server's time is not before what it says itself of a log that it cannot get.
 _LINE = re.compile(r"\[pod/([^\]]+)\] (?:(\d{4}-\d\d-\d\dT\S+)(?: |$))?(.*)")
@@ -33,22 +32,18 @@ class PodLogs:
     """The logs of a submission."""
 
     submission: Submission
-    place: Place
     _containers: dict[str, ContainerLog] = field(default_factory=dict)
     _since: str | None = None
 
     def new_lines(self) -> list[str]:
         """What came since the last call, in the order of its times. Raises SubmitError where the cluster is away."""
-        kubectl = Kubectl.at(self.place)
-        said = kubectl.logs(pod_labels(self.submission), self._since).split("\n")
+        kubectl, labels = Kubectl.of(self.submission), selector(self.submission.name)
+        said = kubectl.logs(labels, self._since).split("\n")
         parts = [match.groups(default="") for line in said if (match := _LINE.fullmatch(line))]
         names = {container for container, *_ in parts}
         if names - self._containers.keys():
-            drivers = {
-                pod["metadata"]["name"]
-                for pod in kubectl.find("pods", pod_labels(self.submission))
-                if states.is_driver(pod)
-            }
+            pods = kubectl.find("pods", labels)
+            drivers = {pod["metadata"]["name"] for pod in pods if states.is_driver(pod)}
             for container in names - self._containers.keys():
                 pod = container.partition("/")[0]
                 self._containers[container] = ContainerLog("driver" if pod in drivers else pod)
@@ -67,10 +62,6 @@ class PodLogs:
         if not any(line.startswith("error:") and "waiting to start" not in line for line in said):
             self._since = self._newest() or self._since  # of all: nothing that one lacks is skipped
         return [line for _, line in sorted(lines, key=lambda line: line[0])]
-
-    def follow(self, active: Callable[[], bool]) -> Iterator[str]:
-        """The lines that come while the job is active."""
-        return follow(self.new_lines, active)
 
     def _newest(self) -> str | None:
         """The time up to which all was read."""

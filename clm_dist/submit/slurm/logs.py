@@ -1,23 +1,22 @@
-"""The logs of a submission's hosts as one: the driver's and those of the nodes, the host in front of every line."""
+"""The logs of a Slurm job's hosts as one: the driver's and those of the nodes, with the host before every line."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clm_dist.submit.logs import LogFile, follow
+from clm_dist.submit.logs import LogFile
 from clm_dist.submit.submission import Submission
 
 
 @dataclass
-class Logs:
+class HostLogs:
     """The logs of a submission."""
 
     submission: Submission
     _files: dict[Path, tuple[str, LogFile]] = field(default_factory=dict)
-    """Each with what stands before its lines."""
+    """Each with the label of its lines."""
 
     def new_lines(self) -> list[str]:
-        """What came since the last call, in the order of its times."""
+        """The lines since the last call, in the order of their times."""
         for task, name in enumerate(self.submission.run_names):
             files = self.submission.files(task)
             prefix = f"{name} " if self.submission.sweep else ""
@@ -29,10 +28,6 @@ class Logs:
         logs = self._files.values()
         lines = [(when, f"[{label}] {line}") for label, log in logs for when, line in log.new_lines()]
         return [line for _, line in sorted(lines, key=lambda line: line[0])]
-
-    def follow(self, active: Callable[[], bool]) -> Iterator[str]:
-        """The lines that come while the job is active."""
-        return follow(self.new_lines, active)
 
     def _add(self, label: str, path: Path) -> None:
         self._files.setdefault(path, (label, LogFile(path)))
