@@ -54,14 +54,14 @@ def test_a_dry_run_prints_the_job_that_prepares_first(commands: Commands) -> Non
 def test_without_sbatch_nothing_is_written(commands: Commands, slurm: FakeSlurm) -> None:
     slurm.remove("sbatch")
     said = commands.submit()
-    assert (said.code, "error: there is no sbatch on the PATH" in said.err) == (1, True)
+    assert (said.code, "error: there is no sbatch on the PATH" in said.err) == (2, True)
     assert not commands.runs.exists()
 
 
 def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Commands, slurm: FakeSlurm) -> None:
     slurm.refuse("sbatch", "sbatch: error: [bold]AssocGrpSubmitJobsLimit[/bold]\nsbatch: error: second line")
     said = commands.submit()
-    assert said.code == 1
+    assert said.code == 2
     assert said.err.endswith(
         "error: sbatch refused: sbatch: error: [bold]AssocGrpSubmitJobsLimit[/bold]\nsbatch: error: second line\n"
     )
@@ -145,7 +145,7 @@ def test_a_run_that_is_done_is_refused_and_stays(commands: Commands, slurm: Fake
 def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(commands: Commands, slurm: FakeSlurm) -> None:
     run = finish(commands, slurm)
     slurm.refuse("sbatch", "sbatch: error: no", call=2)
-    assert commands.submit("--overwrite").code == 1
+    assert commands.submit("--overwrite").code == 2
     assert (run / "result.json").exists()
     assert commands.submit("--overwrite").code == 0
     assert not run.exists()
@@ -199,7 +199,7 @@ def test_a_dependency_of_one_s_own_comes_on_top(commands: Commands, slurm: FakeS
 def test_a_refused_job_takes_the_one_that_prepares_with_it(commands: Commands, slurm: FakeSlurm) -> None:
     slurm.refuse("sbatch", "sbatch: error: no GPUs for you", call=2)
     said = commands.submit("--prepare-first")
-    assert (said.code, "sbatch: error: no GPUs for you" in said.err) == (1, True)
+    assert (said.code, "sbatch: error: no GPUs for you" in said.err) == (2, True)
     assert slurm.calls("scancel") == [["101"]]
     assert not (commands.files() / "submission.json").exists()
 
