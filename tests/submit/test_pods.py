@@ -316,18 +316,10 @@ def test_a_signal_at_any_time_asks_to_go_on_elsewhere(tmp_path: Path, when: str)
     assert wrapper.returncode == 75
 
 
-def test_a_job_file_that_has_trained_is_not_to_blame(tmp_path: Path) -> None:
-    # Such as a Hub that does not answer, when a pod is replaced.
+def test_what_a_person_must_mend_is_not_tried_again_though_it_has_trained(tmp_path: Path) -> None:
     wrapper = drive(tmp_path, f"{_START}; exit 2")
     wrapper.communicate(timeout=30)
-    assert wrapper.returncode == 1
-    again = drive(tmp_path, "exit 2")
-    again.communicate(timeout=30)
-    assert again.returncode == 1
-    # But a later submission is another.
-    other = drive(tmp_path, "exit 2", number="2")
-    other.communicate(timeout=30)
-    assert other.returncode == 2
+    assert wrapper.returncode == 2
 
 
 def test_every_submission_has_a_log_of_its_own(tmp_path: Path) -> None:

@@ -19,16 +19,16 @@ from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
-from clm_dist.errors import ClmDistError, ConfigError, NotReadyError, SubmitError
-from clm_dist.files.atomic import make_dir, read_json, write_json, write_text
+from clm_dist.errors import ClmDistError, MendFirstError, SubmitError, TryAgainError
+from clm_dist.files.atomic import make_dir, write_text
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
 from clm_dist.submit.in_pod.ray_jobs import RayJobs
 
-_GOES_ON = NotReadyError.exit_code
-_OWN_FAULT = ConfigError.exit_code
+_GOES_ON = TryAgainError.exit_code
+_MEND_FIRST = MendFirstError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
 _MOST_IDLE = 12
@@ -69,11 +69,13 @@ class PodDriver:
         write_text(self._pod.state / "attempt", f"{self._attempt}\n")
         threading.Thread(target=self._give_way, daemon=True).start()
         try:
-            return self._run_until_over(self._begin(overwritten))
+            if overwritten:
+                self._remove_once(overwritten)
+            return self._run_until_over()
         finally:
             self._over.set()
 
-    def _run_until_over(self, begun: int) -> int:
+    def _run_until_over(self) -> int:
         """Run, again as long as that helps; gives the exit code."""
         self._say(f"an attempt begins in the pod {self._pod.name}")
         starts, idle = self._starts(), 0
@@ -92,24 +94,15 @@ class PodDriver:
             time.sleep(_PAUSE_S)
         if not self._process:
             return _GOES_ON
-        blameless = code != _OWN_FAULT or self._starts() > begun
-        if self._told and code != 0 and blameless:
-            return _GOES_ON  # it may have been ended before it could say so itself
-        if code == _OWN_FAULT and blameless:
-            self._say("the same job has trained before, so it is not to blame, and is tried again")
-            return 1
-        return code
+        # A process that is ended before it can handle the signal does not end with 75 itself.
+        return _GOES_ON if self._told and code not in (0, _MEND_FIRST) else code
 
-    def _begin(self, overwritten: JobConfig | None) -> int:
-        """What only the first attempt of a submission does; gives how often workers had started by then."""
-        path = self._pod.state / "begun.json"
-        begun = read_json(path) if path.exists() else {}
-        if begun.get("submission") != self._pod.submission:
-            if overwritten:
-                remove_run(overwritten, self._run)
-            begun = {"submission": self._pod.submission, "starts": self._starts()}
-            write_json(path, begun)
-        return int(begun["starts"])
+    def _remove_once(self, job: JobConfig) -> None:
+        """Remove the job's run, in the first attempt of a submission only."""
+        path = self._pod.state / "removed"
+        if not path.exists() or path.read_text() != self._pod.submission:
+            remove_run(job, self._run)
+            write_text(path, self._pod.submission)
 
     def _starts(self) -> int:
         """How often workers have started."""
@@ -180,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ray_job and told and code == _GOES_ON:
         # Ended, Ray's job would have failed; as it is, the head that replaces this one gets it again.
         time.sleep(pod.grace_s)
-    if options.ray_job and code == _OWN_FAULT:
+    if options.ray_job and code == _MEND_FIRST:
         # The operator tries again what has failed, and not what was stopped.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(SubmitError):
