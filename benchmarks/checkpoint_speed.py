@@ -65,7 +65,7 @@ def train_rank(rank: int, world_size: int, job: JobConfig, root: Path, store: Pa
     run.root.mkdir(parents=True, exist_ok=True)
     split = EvalSplit.of_store(store, job.eval.micro_size)
     recorder = Recorder(
-        run, Checkpoints.of_run(job, run), num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2
+        run, Checkpoints.of_run(job, run), num_micros=split.num_micros, num_tokens=split.num_tokens, keep=2
     )
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
     assert outcome.status == "done", outcome.error

@@ -42,9 +42,9 @@ from transformers import AutoTokenizer
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.files.blocks import Blocks
-from clm_dist.metrics import Part, combine
+from clm_dist.metrics import MicroLoss, combine
 from clm_dist.progress import Silent
-from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.local import forget_accelerate
 from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer
@@ -73,7 +73,7 @@ class Measured:
     loss: float
     mean_of_means: float
     num_tokens: int
-    parts: tuple[Part, ...]
+    parts: tuple[MicroLoss, ...]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def demonstrate(name: str, settings: Settings, *, short: bool) -> tuple[str, lis
     size = split.blocks.block_size
     lines = [
         f"## {name}",
-        f"{len(split.blocks):,} eval blocks of {size} tokens in {split.num_parts} micro-batches of {MICRO_SIZE}.",
+        f"{len(split.blocks):,} eval blocks of {size} tokens in {split.num_micros} micro-batches of {MICRO_SIZE}.",
         worker_table([measured[number, "ddp"] for number in workers], trainer),
         strategy_table([m for m in measured.values() if m.workers in (2, 3)], other_sizes, base),
         "\n".join(f"- {what}: {message or 'COUNTED ALL THE SAME'}" for what, message in refusals),
@@ -190,7 +190,7 @@ def measure(
     micro_size: int,
     store: Path,
     with_trainer: bool,
-) -> tuple[list[list[Part]], TrainerLoss | None]:
+) -> tuple[list[list[MicroLoss]], TrainerLoss | None]:
     """This rank's micro-batches under each strategy, and the Trainer's loss. Collective."""
     parts = [
         evaluate_rank(build_job(settings, world_size, strategy), EvalSplit.of_store(store, micro_size), store, rank)
@@ -200,14 +200,14 @@ def measure(
     return parts, trainer
 
 
-def evaluate_rank(job: JobConfig, split: EvalSplit, store: Path, rank: int) -> list[Part]:
+def evaluate_rank(job: JobConfig, split: EvalSplit, store: Path, rank: int) -> list[MicroLoss]:
     """This rank's micro-batches, evaluated as the training loop does before its first step. Collective."""
     world_size = job.cluster.max_workers
     set_up_worker(rank=rank, world_size=world_size, use_gpu=False, num_threads=1)
     strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=False)
     model = load_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
-    parts = evaluate_parts(
+    parts = evaluate_micros(
         strategy.model if strategy.sharded else strategy.plain_model,
         split,
         device=strategy.device,
@@ -248,9 +248,9 @@ def trainer_loss(job: JobConfig, store: Path, micro_size: int) -> TrainerLoss:
     return TrainerLoss(printed, printed if trainer._loss_shifts_labels else printed * size / (size - 1))
 
 
-def add_up(split: EvalSplit, strategy: str, by_rank: list[list[Part]]) -> Measured:
+def add_up(split: EvalSplit, strategy: str, by_rank: list[list[MicroLoss]]) -> Measured:
     parts = list(itertools.chain(*by_rank))
-    whole = combine(parts, step=0, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+    whole = combine(parts, step=0, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens)
     means = [sum(p.loss_sum for p in own) / sum(p.num_tokens for p in own) for own in by_rank]
     return Measured(
         workers=len(by_rank),
@@ -267,7 +267,7 @@ def deviation(measured: Measured, base: Measured) -> float:
     return abs(measured.loss / base.loss - 1)
 
 
-def wrong_counts(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
+def wrong_counts(parts: Sequence[MicroLoss]) -> list[tuple[str, list[MicroLoss]]]:
     first, *others = parts
     return [
         ("A micro-batch is missing", list(others)),
@@ -277,10 +277,10 @@ def wrong_counts(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
     ]
 
 
-def refusal(parts: list[Part], split: EvalSplit) -> str | None:
+def refusal(parts: list[MicroLoss], split: EvalSplit) -> str | None:
     """The message with which parts are refused; None where they are not."""
     try:
-        combine(parts, step=0, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+        combine(parts, step=0, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens)
     except ValueError as error:
         return str(error)
     return None

@@ -37,7 +37,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
-from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.local import train_here
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
@@ -178,7 +178,7 @@ def train_several(rank: int, world_size: int, jobs: Sequence[JobConfig], runs: S
         run.root.mkdir(parents=True, exist_ok=True)
         split = EvalSplit.of_store(store, job.eval.micro_size)
         checkpoints = Checkpoints.of_run(job, run)
-        recorder = Recorder(run, checkpoints, num_parts=split.num_parts, num_tokens=split.num_tokens, keep=2)
+        recorder = Recorder(run, checkpoints, num_micros=split.num_micros, num_tokens=split.num_tokens, keep=2)
         outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
         assert outcome.status == "done", outcome.error
 
@@ -219,8 +219,10 @@ def plain_curve(job: JobConfig, store: Path, *, naive: bool) -> Curve:
         optimizer.step()
         optimizer.zero_grad()
     split = EvalSplit.of_store(store, job.eval.micro_size)
-    parts = evaluate_parts(model, split, device=torch.device("cpu"))
-    evaluation = combine(parts, step=order.num_steps, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+    evaluated = evaluate_micros(model, split, device=torch.device("cpu"))
+    evaluation = combine(
+        evaluated, step=order.num_steps, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens
+    )
     return Curve(losses, evaluation.loss)
 
 

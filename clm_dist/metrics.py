@@ -68,7 +68,7 @@ def spike_limit(recent: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroLoss:
     """One micro-batch of an evaluation."""
 
     index: int
@@ -114,7 +114,7 @@ class Evaluation:
         }
 
 
-def combine(parts: Sequence[Part], *, step: int, epoch: float, num_parts: int, num_tokens: int) -> Evaluation:
+def combine(micros: Sequence[MicroLoss], *, step: int, epoch: float, num_micros: int, num_tokens: int) -> Evaluation:
     """The evaluation of a whole split from its micro-batches, whichever ranks ran them, in whatever order.
 
     Adding in the order of the micro-batches makes the sum the same to the last bit at every number of workers.
@@ -123,18 +123,18 @@ def combine(parts: Sequence[Part], *, step: int, epoch: float, num_parts: int, n
         ValueError: a micro-batch is missing or counted twice, the tokens do not add up to the split, or the loss is
             not finite.
     """
-    ordered = sorted(parts, key=lambda part: part.index)
-    if [part.index for part in ordered] != list(range(num_parts)):
-        raise ValueError(f"the evaluation of step {step} has {len(ordered)} micro-batches, the split {num_parts}")
-    tokens = sum(part.num_tokens for part in ordered)
+    ordered = sorted(micros, key=lambda micro: micro.index)
+    if [micro.index for micro in ordered] != list(range(num_micros)):
+        raise ValueError(f"the evaluation of step {step} has {len(ordered)} micro-batches, the split {num_micros}")
+    tokens = sum(micro.num_tokens for micro in ordered)
     if tokens != num_tokens:
         raise ValueError(f"the evaluation of step {step} covers {tokens} tokens, the split has {num_tokens}")
     loss_sum = 0.0
-    for part in ordered:
-        loss_sum += part.loss_sum
+    for micro in ordered:
+        loss_sum += micro.loss_sum
     if not math.isfinite(loss_sum):
         raise ValueError(f"the eval loss of step {step} is {loss_sum}")
-    num_bytes = sum(part.num_bytes for part in ordered)
+    num_bytes = sum(micro.num_bytes for micro in ordered)
     return Evaluation(
         step=step,
         epoch=epoch,

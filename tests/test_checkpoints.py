@@ -11,7 +11,7 @@ import pytest
 from clm_dist.errors import CheckpointError, ConfigError
 from clm_dist.files.blocks import file_sha256
 from clm_dist.files.checkpoints import Checkpoints, _scratch_dir
-from clm_dist.files.markers import Marker, Share, TrainerState, check_state, checkpoint_name
+from clm_dist.files.markers import Marker, RankFile, TrainerState, check_state, checkpoint_name
 from clm_dist.files.run_dir import RunDir
 from tests.conftest import MakeJob
 
@@ -32,7 +32,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> MakeCheckpoints:
 
 def save(checkpoints: Checkpoints, step: int, *, eval_loss: float | None = None, keep: int = 9) -> str:
     name = write(checkpoints, step)
-    share = Share("rank-00000.safetensors", 7, "", {"w": (0, 3)})
+    share = RankFile("rank-00000.safetensors", 7, "", {"w": (0, 3)})
     marker = Marker(dataclasses.replace(STATE, step=step), (share,), eval_loss)
     checkpoints.commit(name, marker, keep)
     return name
@@ -56,7 +56,7 @@ def test_a_checkpoint_counts_from_its_commit(make: MakeCheckpoints) -> None:
     assert make().committed() == names[::-1]
     marker = make().read(names[1])
     assert dataclasses.replace(marker, time=0.0) == Marker(
-        dataclasses.replace(STATE, step=20), (Share("rank-00000.safetensors", 7, "", {"w": (0, 3)}),)
+        dataclasses.replace(STATE, step=20), (RankFile("rank-00000.safetensors", 7, "", {"w": (0, 3)}),)
     )
     assert marker.time > 1.7e9
     assert torn in make().directories()
@@ -71,7 +71,7 @@ def test_a_file_is_checked_before_it_is_read(make: MakeCheckpoints, tmp_path: Pa
     name = write(make(), 1)
     content = tmp_path / "content"
     content.write_text("content")
-    share = Share("rank-00000.safetensors", 7, file_sha256(content), {"w": (0, 3)})
+    share = RankFile("rank-00000.safetensors", 7, file_sha256(content), {"w": (0, 3)})
     with make().reading(name, share) as path:
         assert path.read_text() == "content"
     damaged, missing = dataclasses.replace(share, sha256="0"), dataclasses.replace(share, file="rank-00001")

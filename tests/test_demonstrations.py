@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clm_dist.metrics import Part
+from clm_dist.metrics import MicroLoss
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -60,7 +60,7 @@ def one_eval_loss(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_broken_bound_of_the_eval_loss_is_named(one_eval_loss: Any) -> None:
-    one = one_eval_loss.Measured(1, "ddp", 6, 3.5, 3.5, 100, (Part(0, 350.0, 100, 400),))
+    one = one_eval_loss.Measured(1, "ddp", 6, 3.5, 3.5, 100, (MicroLoss(0, 350.0, 100, 400),))
     two = replace(one, workers=2, strategy="zero3", loss=math.nextafter(3.5, 4))
     near, far = replace(one, micro_size=5, loss=3.5 * (1 + 1e-7)), replace(one, micro_size=32, loss=3.5 * (1 + 1e-5))
     nan = replace(one, micro_size=1, loss=math.nan)

@@ -217,7 +217,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("clm_dist.prepare.encode.write_part", interrupted)
+        patch.setattr("clm_dist.prepare.encode.write_encoded", interrupted)
         said = prepare(write_job())
     assert said.code == 130
     assert "interrupted; the same command goes on with the partitions that are left" in said.err

@@ -12,7 +12,7 @@ from typing import Any
 
 from clm_dist.errors import ConfigError, describe_os_error, first_line
 
-PART_SUFFIX = ".part"
+UNFINISHED_SUFFIX = ".part"
 """Of files that are not whole yet; their names begin with a dot."""
 _FULL_BYTES = 2**20
 """A disk with less is full: a write that failed took what was left, and may have given some of it back."""
@@ -51,24 +51,24 @@ def _is_full(path: Path) -> bool:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write what becomes the file at `path` once it is whole; of what fails nothing is left."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}")
     with writing(path):
         try:
-            yield part
-            part.replace(path)
+            yield unfinished
+            unfinished.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
-def remove_parts(directory: Path) -> None:
+def remove_unfinished(directory: Path) -> None:
     """Remove what a process that was killed left of files that were not whole yet."""
-    for part in directory.rglob(f".*{PART_SUFFIX}"):
-        part.unlink(missing_ok=True)
+    for unfinished in directory.rglob(f".*{UNFINISHED_SUFFIX}"):
+        unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: a reader sees the old content or the new, also after a crash."""
-    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -28,7 +28,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, first_line
 from clm_dist.files.atomic import make_dir, write_json, writing
 from clm_dist.files.blocks import file_sha256
-from clm_dist.files.markers import FORMAT_VERSION, DamagedError, Marker, Share, TrainerState, best_of
+from clm_dist.files.markers import FORMAT_VERSION, DamagedError, Marker, RankFile, TrainerState, best_of
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.storage import reaching
 
@@ -102,7 +102,7 @@ class Checkpoints:
             version = content["format_version"]
             if version == FORMAT_VERSION:
                 shares = tuple(
-                    Share(**share | {"fragments": {p: (a, b) for p, (a, b) in share["fragments"].items()}})
+                    RankFile(**share | {"fragments": {p: (a, b) for p, (a, b) in share["fragments"].items()}})
                     for share in content["shares"]
                 )
                 parameters = {name: tuple(shape) for name, shape in content["state"]["parameters"].items()}
@@ -128,7 +128,7 @@ class Checkpoints:
                 _sync(written)
 
     @contextlib.contextmanager
-    def reading(self, name: str, share: Share) -> Iterator[Path]:
+    def reading(self, name: str, share: RankFile) -> Iterator[Path]:
         """A rank's file of a checkpoint on this machine. Raises DamagedError where it is not as it was written."""
         with contextlib.ExitStack() as stack:
             if self._local:

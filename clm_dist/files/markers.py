@@ -11,7 +11,7 @@ FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Share:
+class RankFile:
     """What one rank wrote of a checkpoint."""
 
     file: str
@@ -52,7 +52,7 @@ class Marker:
     """The content of a committed checkpoint's marker."""
 
     state: TrainerState
-    shares: tuple[Share, ...]
+    shares: tuple[RankFile, ...]
     eval_loss: float | None = None
     """Nats a token, where the eval split was evaluated at this step."""
     time: float = 0.0

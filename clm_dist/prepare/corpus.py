@@ -1,4 +1,4 @@
-"""The documents of a split from the parts, in the split's order: what was encoded in the order of the source."""
+"""The documents of a split, in the split's order, from what was encoded in the order of the source."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ import pyarrow as pa
 import pyarrow.compute
 
 from clm_dist.files.blocks import Ids
-from clm_dist.prepare.encoded import Part, binary_values
+from clm_dist.prepare.encoded import Encoded, binary_values
 from clm_dist.prepare.encoding import Encoding
 
 Rows = npt.NDArray[np.int64]
 """Numbers of records or of documents, (num_rows,)."""
-Take = Callable[[Part, pa.Array], pa.Array]
+Take = Callable[[Encoded, pa.Array], pa.Array]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The parts of a job as one sequence of records, and of documents."""
+    """The encoded partitions of a job as one sequence of records, and of documents."""
 
-    parts: Sequence[Part]
-    part_ends: Rows
-    """Where the documents of each part end, (num_parts,)."""
+    encoded: Sequence[Encoded]
+    partition_ends: Rows
+    """Where the documents of each partition end, (num_partitions,)."""
     first_document: Rows
     """(num_records + 1,)"""
     num_tokens: npt.NDArray[np.int32]
@@ -39,17 +39,17 @@ class Corpus:
     """(num_records,)"""
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Part]) -> "Corpus":
-        counts = np.concatenate([part.num_documents for part in parts])
+    def of_encoded(cls, encoded: Sequence[Encoded]) -> "Corpus":
+        counts = np.concatenate([one.num_documents for one in encoded])
         return cls(
-            parts=parts,
-            part_ends=np.cumsum([len(part.hashes) for part in parts]),
+            encoded=encoded,
+            partition_ends=np.cumsum([len(one.hashes) for one in encoded]),
             first_document=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-            num_tokens=np.concatenate([part.num_tokens for part in parts]),
-            num_bytes=np.concatenate([part.num_bytes for part in parts]),
-            hashes=np.concatenate([part.hashes for part in parts]),
-            skipped=np.concatenate([part.skipped for part in parts]),
-            held_out=np.concatenate([part.held_out for part in parts]),
+            num_tokens=np.concatenate([one.num_tokens for one in encoded]),
+            num_bytes=np.concatenate([one.num_bytes for one in encoded]),
+            hashes=np.concatenate([one.hashes for one in encoded]),
+            skipped=np.concatenate([one.skipped for one in encoded]),
+            held_out=np.concatenate([one.held_out for one in encoded]),
         )
 
     def documents_of(self, records: Rows) -> Rows:
@@ -64,19 +64,19 @@ class Corpus:
         """The values of documents, one after the other.
 
         Args:
-            take: what gives a part's documents as large_binary of `dtype`.
+            take: what gives a one's documents as large_binary of `dtype`.
         """
-        part_of = np.searchsorted(self.part_ends, documents, side="right")
-        grouped = np.argsort(part_of, kind="stable")
-        present, starts = np.unique(part_of[grouped], return_index=True)
+        partition_of = np.searchsorted(self.partition_ends, documents, side="right")
+        grouped = np.argsort(partition_of, kind="stable")
+        present, starts = np.unique(partition_of[grouped], return_index=True)
         taken = []
-        for number, of_part in zip(present.tolist(), np.split(grouped, starts[1:]), strict=True):
-            part = self.parts[number]
-            first = self.part_ends[number] - len(part.hashes)
-            taken.append(take(part, pa.array(documents[of_part] - first)))
+        for number, of_partition in zip(present.tolist(), np.split(grouped, starts[1:]), strict=True):
+            one = self.encoded[number]
+            first = self.partition_ends[number] - len(one.hashes)
+            taken.append(take(one, pa.array(documents[of_partition] - first)))
         values = pa.concat_arrays(taken)
         if len(taken) > 1:
-            # Back from the order of the parts to that of the documents.
+            # Back from the order of the partitions to that of the documents.
             place = np.empty_like(grouped)
             place[grouped] = np.arange(len(grouped))
             values = values.take(pa.array(place))
@@ -100,13 +100,13 @@ class SplitDocuments:
 def token_stream(corpus: Corpus, split: SplitDocuments, dtype: np.dtype[Any]) -> Iterator[Ids]:
     """The ids of each chunk of a split."""
     for chunk in split.chunks:
-        yield corpus.gather(chunk, lambda part, documents: part.take_ids(documents), dtype)
+        yield corpus.gather(chunk, lambda one, documents: one.take_ids(documents), dtype)
 
 
 def size_stream(corpus: Corpus, split: SplitDocuments, encoding: Encoding) -> Iterator[npt.NDArray[np.uint32]]:
     """The bytes of text that each id of each chunk of a split stands for."""
     for chunk in split.chunks:
-        yield corpus.gather(chunk, lambda part, documents: part.take_sizes(documents, encoding), np.dtype(np.uint32))
+        yield corpus.gather(chunk, lambda one, documents: one.take_sizes(documents, encoding), np.dtype(np.uint32))
 
 
 def document_lengths(corpus: Corpus, documents: Rows) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.files.stores import PARTIAL_SUFFIX
-from clm_dist.prepare.encoded import Part, Recipe, encode_partition, write_part
+from clm_dist.prepare.encoded import Encoded, Recipe, encode_partition, write_encoded
 from clm_dist.prepare.encoding import Encoding
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.partitions import read_partition
@@ -48,7 +48,7 @@ def _num_records(partition: Partition, data: DataConfig) -> int:
     return len(read_partition(partition, data))
 
 
-def encode_all(
+def encode_partitions(
     job: JobConfig,
     source: Source,
     encoding: Encoding,
@@ -56,12 +56,12 @@ def encode_all(
     work: Path,
     progress: Progress,
     effort: Effort,
-) -> list[Part]:
-    """The parts of all partitions that the job's rows lie in; those that are there already are not made again."""
+) -> list[Encoded]:
+    """All partitions that the job's rows lie in, encoded; those that are there already are not made again."""
     partitions = enumerate(source.partitions(effort.partition_bytes))
     first = list(islice(partitions, _FEW_PARTITIONS))
     display = _Display(progress, source.num_bytes)
-    parts: list[Part] = []
+    encoded: list[Encoded] = []
     num_records = 0
     stop = source.slice.stop
     with open_pool(effort.num_tasks, is_small=len(first) < _FEW_PARTITIONS) as pool:
@@ -72,22 +72,22 @@ def encode_all(
 
         def begin(item: tuple[int, Partition]) -> Any:
             index, partition = item
-            if (done := Part.open(path_of(index), encoding.dtype)) is not None:
+            if (done := Encoded.open(path_of(index), encoding.dtype)) is not None:
                 return lambda: done
-            # At least the records of the parts before are not this partition's.
+            # At least the records of the partitions before are not this one's.
             most = None if stop is None else stop - num_records
             return pool.submit(encode_partition, partition, recipe, most)
 
         for (index, partition), result in in_order(pool, chain(first, partitions), begin):
-            if not isinstance(result, Part):
-                result = write_part(path_of(index), result, encoding.dtype)
+            if not isinstance(result, Encoded):
+                result = write_encoded(path_of(index), result, encoding.dtype)
                 display.log(index, partition, result)
-            parts.append(result)
+            encoded.append(result)
             num_records += result.stats.num_records
             display.update(index, partition)
             if stop is not None and num_records >= stop:
                 break
-    return parts
+    return encoded
 
 
 class _Display:
@@ -100,9 +100,9 @@ class _Display:
         self._source_bytes = self._text_bytes = self._tokens = 0
         progress.start("Tokenising", total=self._total, unit="MiB")
 
-    def log(self, index: int, partition: Partition, part: Part) -> None:
-        """Count a part that was made now."""
-        stats = part.stats
+    def log(self, index: int, partition: Partition, made: Encoded) -> None:
+        """Count a partition that was encoded now."""
+        stats = made.stats
         self._text_bytes += stats.num_text_bytes
         self._tokens += stats.num_tokens
         self._progress.log(

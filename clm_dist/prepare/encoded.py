@@ -1,6 +1,6 @@
-"""A partition's part of the work: its documents' ids, in a file that the splits are gathered from.
+"""An encoded partition: its documents' ids, in a file that the splits are gathered from.
 
-A part is two Arrow IPC streams, one after the other, which are mapped with no copy, and 8 bytes of xxh3 of them:
+The file is two Arrow IPC streams, one after the other, which are mapped with no copy, and 8 bytes of xxh3 of them:
 
     documents   ids: large_binary (the ids' bytes), hash: uint64, record: int64, num_bytes: int64 (of the text),
                 sizes: large_binary (bytes of text of each id, uint32), null where the vocabulary's table says them
@@ -49,7 +49,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class PartStats:
+class EncodingStats:
     num_records: int
     num_text_bytes: int
     num_tokens: int
@@ -57,7 +57,7 @@ class PartStats:
 
 
 def encode_partition(partition: Partition, recipe: Recipe, most_records: int | None) -> pa.Buffer:
-    """The part of a partition, as its file holds it but for the checksum.
+    """An encoded partition, as its file holds it but for the checksum.
 
     Args:
         most_records: read no more than so many records.
@@ -77,7 +77,7 @@ def encode_partition(partition: Partition, recipe: Recipe, most_records: int | N
     tokens = completed(engine.encode(texts, parallel=recipe.parallel), encoding)
     sizes = token_sizes(tokens, texts, encoding)
     num_bytes = pa.compute.binary_length(texts)
-    stats = PartStats(
+    stats = EncodingStats(
         num_records=len(table),
         num_text_bytes=int(num_bytes.to_numpy().sum()),
         num_tokens=len(tokens.ids),
@@ -107,22 +107,22 @@ def encode_partition(partition: Partition, recipe: Recipe, most_records: int | N
     return sink.getvalue()
 
 
-def write_part(path: Path, content: pa.Buffer, dtype: np.dtype[Any]) -> "Part":
-    """Write what `encode_partition` gave as a part's file, whole; `dtype` is that of the ids."""
+def write_encoded(path: Path, content: pa.Buffer, dtype: np.dtype[Any]) -> "Encoded":
+    """Write what `encode_partition` returned to a file, whole; `dtype` is that of the ids."""
     with whole_file(path) as unfinished, unfinished.open("wb") as file:
         file.write(content)
         file.write(xxhash.xxh3_64_digest(content))
-    part = Part.open(path, dtype)
-    assert part is not None
-    return part
+    encoded = Encoded.open(path, dtype)
+    assert encoded is not None
+    return encoded
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part's file, and what of it is small enough to stay in memory."""
+class Encoded:
+    """The file of an encoded partition, and what of it is small enough to stay in memory."""
 
     path: Path
-    stats: PartStats
+    stats: EncodingStats
     hashes: npt.NDArray[np.uint64]
     """(num_documents,); equal for documents that are equal to the letter."""
     num_tokens: npt.NDArray[np.int32]
@@ -137,7 +137,7 @@ class Part:
     """Whether the hash split holds a record out, (num_records,)."""
 
     @classmethod
-    def open(cls, path: Path, dtype: np.dtype[Any]) -> "Part | None":
+    def open(cls, path: Path, dtype: np.dtype[Any]) -> "Encoded | None":
         """None where the file is not there or not as it was written: the power may have gone meanwhile.
 
         Args:
@@ -153,7 +153,7 @@ class Part:
         skipped = _only_chunk(records, "skipped").to_numpy().copy()
         return cls(
             path=path,
-            stats=PartStats(**json.loads(rows.schema.metadata[_STATS])),
+            stats=EncodingStats(**json.loads(rows.schema.metadata[_STATS])),
             hashes=_only_chunk(rows, "hash").to_numpy().copy(),
             num_tokens=(pa.compute.binary_length(_only_chunk(rows, "ids")).to_numpy() // dtype.itemsize).astype(
                 np.int32
@@ -177,16 +177,16 @@ class Part:
         return _as_binary(encoding.token_bytes.take(ids).astype(np.uint32), ends)
 
 
-# What is mapped stays resident, and a document's page brings many others with it: 32 parts are half a gigabyte at most.
+# What is mapped stays resident, and a document's page brings many others with it: 32 files are half a gigabyte at most.
 @lru_cache(maxsize=32)
 def _mapped_columns(path: Path) -> tuple[pa.Array, pa.Array]:
-    """The ids and the sizes of a part, mapped from its file."""
+    """The ids and the sizes of an encoded partition, mapped from its file."""
     rows, _ = _tables_of(pa.memory_map(str(path)).read_buffer())
     return _only_chunk(rows, "ids"), _only_chunk(rows, "sizes")
 
 
-def release_parts() -> None:
-    """Let go of the parts' files."""
+def release_encoded() -> None:
+    """Unmap the files."""
     _mapped_columns.cache_clear()
 
 

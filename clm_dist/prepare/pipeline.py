@@ -2,11 +2,11 @@
 
 Tokenising comes before the split, since a document's tokens do not depend on its side:
 
-    source --> partitions --> tasks --> parts: the documents' ids, in the order of the source    (work/)
-    parts  --> split --> gather the documents in the split's order --> blocks --> shards         (train/, eval/)
+    source --> partitions --> tasks --> encoded: the documents' ids, in the order of the source       (work/)
+    encoded --> split --> gather the documents in the split's order --> blocks --> shards             (train/, eval/)
 
-The partitions depend on the source alone. A part is written when its task is done, so a preparation that was killed
-goes on with the partitions that were in flight, and the shards come out the same however it is run.
+The partitions depend on the source alone. An encoded partition is written when its task is done, so a preparation that
+was killed goes on with the partitions that were in flight, and the shards come out the same however it is run.
 """
 
 import logging
@@ -21,14 +21,14 @@ from filelock import Timeout
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint
 from clm_dist.errors import DataError
-from clm_dist.files.atomic import make_dir, remove_parts, writing
+from clm_dist.files.atomic import make_dir, remove_unfinished, writing
 from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest, file_sha256
 from clm_dist.files.hashes import HashMemory
 from clm_dist.files.stores import PARTIAL_SUFFIX, Store, Stores
 from clm_dist.prepare.corpus import Corpus
 from clm_dist.prepare.documents import documents_of, no_text
-from clm_dist.prepare.encode import Effort, count_records, encode_all
-from clm_dist.prepare.encoded import release_parts
+from clm_dist.prepare.encode import Effort, count_records, encode_partitions
+from clm_dist.prepare.encoded import release_encoded
 from clm_dist.prepare.encoding import Encoding
 from clm_dist.prepare.engines import EngineError, Reference, choose_engine, sample_of
 from clm_dist.prepare.identity import pinned, source_identity
@@ -109,7 +109,7 @@ def prepare_resolved(resolved: Resolved, progress: Progress, effort: Effort | No
                     shutil.rmtree(store.local, ignore_errors=True)
                 raise
             finally:
-                release_parts()
+                release_encoded()
             store.remember(known)
         # By a process that was killed when all was done.
         shutil.rmtree(store.local / "work", ignore_errors=True)
@@ -171,7 +171,7 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
         source = source.narrowed(count_records(job, source, effort), effort.partition_bytes)
     sample = _sample(job, source)
     work = make_dir(store / "work")
-    remove_parts(store)
+    remove_unfinished(store)
     if tokenizer is None:
         tokenizer = work / "tokenizer"
         if not tokenizer.exists():
@@ -181,15 +181,15 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
     encoding = Encoding.of_tokenizer(loaded, job.data)
     engine = choose_engine(job.tokenizer.engine, encoding, sample)
     try:
-        parts = encode_all(job, source, encoding, engine, work, progress, effort)
+        encoded = encode_partitions(job, source, encoding, engine, work, progress, effort)
     except EngineError as error:
         logger.warning("gigatoken is not used, as %s; encoding again with tokenizers", error)
-        for part in work.glob(f"*{PARTIAL_SUFFIX}"):
-            part.unlink()
-        parts = encode_all(job, source, encoding, Reference.name, work, progress, effort)
+        for file in work.glob(f"*{PARTIAL_SUFFIX}"):
+            file.unlink()
+        encoded = encode_partitions(job, source, encoding, Reference.name, work, progress, effort)
 
     progress.start("Writing blocks")
-    corpus = Corpus.of_parts(parts)
+    corpus = Corpus.of_encoded(encoded)
     records = split_records(corpus.held_out, source.slice, job.data)
     splits = {}
     for name in records:
@@ -204,7 +204,7 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
             source=resolved.identity,
             block_size=job.data.block_size,
             dtype=str(encoding.dtype),
-            engine=" and ".join(sorted({part.stats.engine for part in parts})),
+            engine=" and ".join(sorted({one.stats.engine for one in encoded})),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             splits=splits,
             files={str(file.relative_to(store)): file_sha256(file) for file in others},

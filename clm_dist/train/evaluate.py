@@ -18,7 +18,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
 from clm_dist.files.hub_errors import describe_hub_error
-from clm_dist.metrics import Evaluation, Part, combine
+from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.progress import Progress
 from clm_dist.train.documents import block_logits, document_end_of, num_predicted
 from clm_dist.train.mixing import find_mixing
@@ -46,7 +46,7 @@ class EvalSplit:
         return cls(Blocks(store, "eval"), micro_size, block_bytes, num_tokens, document_end)
 
     @property
-    def num_parts(self) -> int:
+    def num_micros(self) -> int:
         return -(-len(self.blocks) // self.micro_size)
 
 
@@ -85,9 +85,9 @@ def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -
         )
     ):
         raise ConfigError(problem, field="data.document_mask")
-    progress.start("Evaluating", total=split.num_parts, unit="batch")
-    parts = evaluate_parts(model, split, device=device, autocast=arithmetic, on_part=progress.update)
-    return combine(parts, step=0, epoch=0.0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+    progress.start("Evaluating", total=split.num_micros, unit="batch")
+    micros = evaluate_micros(model, split, device=device, autocast=arithmetic, on_micro=progress.update)
+    return combine(micros, step=0, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens)
 
 
 def load_written(path: Path | str) -> nn.Module:
@@ -110,7 +110,7 @@ def load_written(path: Path | str) -> nn.Module:
     return model
 
 
-def evaluate_parts(
+def evaluate_micros(
     model: nn.Module,
     split: EvalSplit,
     *,
@@ -119,38 +119,38 @@ def evaluate_parts(
     world_size: int = 1,
     in_step: bool = False,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    on_part: Callable[[int], None] = lambda done: None,
-) -> list[Part]:
+    on_micro: Callable[[int], None] = lambda done: None,
+) -> list[MicroLoss]:
     """This rank's micro-batches of the eval split, each summed in float64.
 
     Args:
         in_step: every rank runs equally many forward passes, as sharded weights need; a rank with nothing left
             repeats a micro-batch that is not counted. Collective then.
-        on_part: called with the number of micro-batches that this rank is done with.
+        on_micro: called with the number of micro-batches that this rank is done with.
     """
     was_training = model.training
     model.eval()
-    parts = []
-    rounds = -(-split.num_parts // world_size)
+    micros = []
+    rounds = -(-split.num_micros // world_size)
     with torch.no_grad():
         for turn in range(rounds):
             index = turn * world_size + rank
-            if index < split.num_parts:
-                parts.append(_evaluate_part(model, split, index, device, autocast))
+            if index < split.num_micros:
+                micros.append(_evaluate_micro(model, split, index, device, autocast))
             elif in_step:
-                _evaluate_part(model, split, 0, device, autocast)
-            on_part(turn + 1)
+                _evaluate_micro(model, split, 0, device, autocast)
+            on_micro(turn + 1)
     model.train(was_training)
-    return parts
+    return micros
 
 
-def _evaluate_part(
+def _evaluate_micro(
     model: nn.Module,
     split: EvalSplit,
     index: int,
     device: torch.device,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> Part:
+) -> MicroLoss:
     start = index * split.micro_size
     end = min(start + split.micro_size, len(split.blocks))
     ids = split.blocks[np.arange(start, end)]
@@ -158,7 +158,7 @@ def _evaluate_part(
     with autocast():
         logits_BTV = block_logits(model, ids_BT, split.document_end)
     losses = next_token_loss(logits_BTV, ids_BT, split.document_end)
-    return Part(
+    return MicroLoss(
         index=index,
         loss_sum=losses.double().sum().item(),
         num_tokens=num_predicted(ids, split.document_end),

@@ -7,8 +7,8 @@ from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import replace_dir, writing
-from clm_dist.metrics import Part
-from clm_dist.train.evaluate import EvalSplit, evaluate_parts, load_written
+from clm_dist.metrics import MicroLoss
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros, load_written
 from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.fsdp2 import shard
 
@@ -34,8 +34,8 @@ def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
 
 
 def evaluate_export(
-    strategy: Strategy, job: JobConfig, directory: Path, split: EvalSplit, on_part: Callable[[int], None]
-) -> list[Part]:
+    strategy: Strategy, job: JobConfig, directory: Path, split: EvalSplit, on_micro: Callable[[int], None]
+) -> list[MicroLoss]:
     """This rank's micro-batches of the eval split, by the model as it was written. Collective.
 
     The strategy must have released the trained model. Where its weights were sharded, these are too, so that a device
@@ -48,7 +48,7 @@ def evaluate_export(
         model = shard(model, strategy.device, strategy.world_size, bf16=bf16, offload=offload)
     else:
         model.to(strategy.device)
-    return evaluate_parts(
+    return evaluate_micros(
         model,
         split,
         device=strategy.device,
@@ -56,5 +56,5 @@ def evaluate_export(
         world_size=strategy.world_size,
         in_step=strategy.sharded,
         autocast=strategy.autocast,
-        on_part=on_part,
+        on_micro=on_micro,
     )

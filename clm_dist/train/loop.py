@@ -27,7 +27,7 @@ from clm_dist.train.checkpointing.reporter import Reporter, Wish
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import Saves
 from clm_dist.train.documents import block_logits, document_end_of, num_predicted
-from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.heartbeat import Heart
 from clm_dist.train.mixing import find_mixing
@@ -199,8 +199,8 @@ class _Loop:
         self.saves.await_copy()
         strategy.release()
         self.reporter.phase("Evaluating the written model", self.step)
-        parts = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
-        self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), parts)
+        micros = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
+        self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), micros)
         with contextlib.suppress(StorageError):
             # A last checkpoint that cannot be written is recorded, and takes nothing from the model.
             self.saves.conclude()
@@ -373,7 +373,7 @@ class _Loop:
     def _evaluate(self) -> None:
         self.reporter.phase("Evaluating" if self.step else "Evaluating the untouched model", self.step)
         strategy = self.strategy
-        parts = evaluate_parts(
+        micros = evaluate_micros(
             strategy.model if strategy.sharded else strategy.plain_model,
             self.eval_split,
             device=strategy.device,
@@ -381,9 +381,9 @@ class _Loop:
             world_size=strategy.world_size,
             in_step=strategy.sharded,
             autocast=strategy.autocast,
-            on_part=self._evaluating,
+            on_micro=self._evaluating,
         )
-        self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), parts)
+        self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), micros)
 
     def _evaluating(self, num_done: int) -> None:
         """Called by every rank after each of its passes. Collective."""

@@ -14,7 +14,7 @@ class EvalMessage(TypedDict):
     """`eval`, or `verify` for the evaluation of the written model."""
     step: int
     epoch: float
-    parts: list[tuple[int, float, int, int]]
+    micros: list[tuple[int, float, int, int]]
 
 
 class Message(TypedDict, total=False):

@@ -18,7 +18,7 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import Marker, TrainerState
 from clm_dist.files.records import CheckpointRecord, Record, append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.metrics import Evaluation, Part, combine
+from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.train.checkpointing.saver import Saved
 from clm_dist.train.messages import Message
 
@@ -31,7 +31,7 @@ class Recorder:
 
     Args:
         checkpoints: where the run's checkpoints lie.
-        num_parts: micro-batches of the eval split.
+        num_micros: micro-batches of the eval split.
         num_tokens: predicted tokens of the eval split.
         keep: committed checkpoints that are kept.
     """
@@ -41,13 +41,13 @@ class Recorder:
         run: RunDir,
         checkpoints: Checkpoints,
         *,
-        num_parts: int,
+        num_micros: int,
         num_tokens: int,
         keep: int,
         tensorboard: bool = False,
     ) -> None:
         self._run, self._checkpoints, self._keep = run, checkpoints, keep
-        self._num_parts, self._num_tokens = num_parts, num_tokens
+        self._num_micros, self._num_tokens = num_micros, num_tokens
         self._tensorboard = tensorboard
         self._writer: Any = None
         self._eval_losses: dict[int, float] = {}
@@ -119,13 +119,13 @@ class Recorder:
         shares = [message["evaluation"] for message in messages if "evaluation" in message]
         if not shares:
             return None
-        parts = [Part(*part) for share in shares for part in share["parts"]]
+        micros = [MicroLoss(*micro) for share in shares for micro in share["micros"]]
         try:
             return combine(
-                parts,
+                micros,
                 step=shares[0]["step"],
                 epoch=shares[0]["epoch"],
-                num_parts=self._num_parts,
+                num_micros=self._num_micros,
                 num_tokens=self._num_tokens,
             )
         except ValueError as error:

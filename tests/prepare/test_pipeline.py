@@ -18,7 +18,7 @@ from clm_dist.files.blocks import Blocks, Manifest, token_dtype
 from clm_dist.files.stores import Stores
 from clm_dist.prepare import files, pipeline
 from clm_dist.prepare.encode import Effort
-from clm_dist.prepare.encoded import Part, Recipe, encode_partition, write_part
+from clm_dist.prepare.encoded import Encoded, Recipe, encode_partition, write_encoded
 from clm_dist.prepare.encoding import Encoding, completed
 from clm_dist.prepare.engines import Gigatoken, Reference
 from clm_dist.prepare.partition import Partition
@@ -555,14 +555,14 @@ def test_a_part_that_is_not_as_it_was_written_is_made_again(tmp_path: Path, make
     recipe = Recipe(job.data, encoding_of(store / "tokenizer", append_eos=True), "gigatoken", parallel=False)
     partition = next(open_source(job.data).partitions(20_000))
     path = tmp_path / "x.part.arrow"
-    write_part(path, encode_partition(partition, recipe, None), np.dtype(np.uint16))
+    write_encoded(path, encode_partition(partition, recipe, None), np.dtype(np.uint16))
     content = path.read_bytes()
     for place in (100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        assert Part.open(path, np.dtype(np.uint16)) is None
+        assert Encoded.open(path, np.dtype(np.uint16)) is None
     for length in (0, 5, len(content) // 3, len(content) - 1):
         path.write_bytes(content[:length])
-        assert Part.open(path, np.dtype(np.uint16)) is None
+        assert Encoded.open(path, np.dtype(np.uint16)) is None
     assert Manifest.read(store / "manifest.json") == before
 
 

@@ -29,7 +29,7 @@ def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_siz
     recorder = Recorder(
         run,
         Checkpoints.of_run(job, run),
-        num_parts=split.num_parts,
+        num_micros=split.num_micros,
         num_tokens=split.num_tokens,
         keep=job.checkpoint.keep,
     )

@@ -22,7 +22,7 @@ from clm_dist.metrics import combine
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.documents import block_logits, document_end_of, document_positions
-from clm_dist.train.evaluate import EvalSplit, evaluate_model, evaluate_parts
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros, evaluate_model
 from clm_dist.train.loop import Outcome
 from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import check_model, load_model, next_token_loss
@@ -277,8 +277,8 @@ def test_an_evaluation_adds_up_what_documents_have_alone(
     assert end == END
     model = load_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     split = EvalSplit.of_store(store, 3, end)
-    parts = evaluate_parts(model, split, device=CPU)
-    evaluation = combine(parts, step=0, epoch=0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+    parts = evaluate_micros(model, split, device=CPU)
+    evaluation = combine(parts, step=0, epoch=0, num_micros=split.num_micros, num_tokens=split.num_tokens)
     ids_BT = torch.from_numpy(split.blocks[np.arange(len(split.blocks))])
     assert evaluation.num_tokens == (ids_BT[:, :-1] != end).sum() < ids_BT[:, 1:].numel()
     with torch.no_grad():

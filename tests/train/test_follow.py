@@ -16,9 +16,9 @@ from tests.train.test_record import sent
 
 def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, notes, exported = RunDir(tmp_path), Notes(), list[int]()
-    recorder = Recorder(run, checkpoints_of(run), num_parts=1, num_tokens=4, keep=2)
+    recorder = Recorder(run, checkpoints_of(run), num_micros=1, num_tokens=4, keep=2)
     follower = Follower(run, notes, lambda path, step: exported.append(step))
-    evaluation = {"kind": "eval", "step": 0, "epoch": 0.0, "parts": [(0, 4.0, 4, 8)]}
+    evaluation = {"kind": "eval", "step": 0, "epoch": 0.0, "micros": [(0, 4.0, 4, 8)]}
     start = {"kind": "start", "num_steps": 9}
     recorder.receive([sent(start | {"step": 0}, evaluation=evaluation)])
     recorder.receive([sent({"kind": "export", "step": 2, "epoch": 1.0, "path": "x"})])

@@ -27,7 +27,7 @@ def test_a_save_waits_until_the_one_before_is_committed(
 ) -> None:
     job = make_job("train.max_steps=6", "checkpoint.every=2", "checkpoint.keep=9")
     run = RunDir(tmp_path)
-    recorder = Recorder(run, checkpoints_of(run), num_parts=0, num_tokens=0, keep=9)
+    recorder = Recorder(run, checkpoints_of(run), num_micros=0, num_tokens=0, keep=9)
     commits: list[threading.Thread] = []
     saved: list[tuple[str, list[bool]]] = []
 

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from clm_dist.config.job import JobConfig
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
-from clm_dist.metrics import Part
+from clm_dist.metrics import MicroLoss
 from clm_dist.train.batches import pass_seed
-from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.fsdp2 import shard
 from tests.conftest import MakeJob
@@ -53,10 +53,10 @@ def test_dropout_is_off_in_an_evaluation_alone(make_job: MakeJob, prepared: Call
     split = EvalSplit.of_store(store, plain.eval.micro_size)
     tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
 
-    def evaluate(job: JobConfig) -> list[Part]:
+    def evaluate(job: JobConfig) -> list[MicroLoss]:
         model = load_model(job, tokenizer)
         model.train()
-        parts = evaluate_parts(model, split, device=torch.device("cpu"))
+        parts = evaluate_micros(model, split, device=torch.device("cpu"))
         assert all(module.training for module in model.modules())
         return parts
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from clm_dist.errors import RunError
-from clm_dist.files.markers import Share, TrainerState, checkpoint_name
+from clm_dist.files.markers import RankFile, TrainerState, checkpoint_name
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.saver import Saved
 from clm_dist.train.messages import Message
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def recorder(run: RunDir, keep: int = 2) -> Recorder:
-    return Recorder(run, checkpoints_of(run), num_parts=3, num_tokens=30, keep=keep)
+    return Recorder(run, checkpoints_of(run), num_micros=3, num_tokens=30, keep=keep)
 
 
 def sent(*records: Any, **more: Any) -> Message:
@@ -36,7 +36,7 @@ def shares(*by_rank: list[int], loss: float = 10.0) -> list[Message]:
     return [
         {
             "records": [],
-            "evaluation": {"kind": "eval", "step": 4, "epoch": 0.5, "parts": [(i, loss, 10, 20) for i in indices]},
+            "evaluation": {"kind": "eval", "step": 4, "epoch": 0.5, "micros": [(i, loss, 10, 20) for i in indices]},
         }
         for indices in by_rank
     ]
@@ -88,7 +88,7 @@ def saves(name: str, *errors: str | None, step: int = 4) -> list[Message]:
     """What the ranks send after a save; each with its error, or with its file written."""
     messages: list[Message] = []
     for rank, error in enumerate(errors):
-        share = Share(f"rank-{rank}", 10, "0" * 64, {"w": (0, 4)}) if error is None else None
+        share = RankFile(f"rank-{rank}", 10, "0" * 64, {"w": (0, 4)}) if error is None else None
         messages.append({"saved": Saved(name, step, share, error, 2.0 + rank, 0.1)})
     messages[0]["state"] = dataclasses.replace(STATE, step=step)
     return messages

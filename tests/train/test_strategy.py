@@ -17,10 +17,10 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
-from clm_dist.metrics import Part, combine
+from clm_dist.metrics import MicroLoss, combine
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.checkpointing.fragments import Fragment
-from clm_dist.train.evaluate import EvalSplit, evaluate_parts
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.ddp import DataParallel
@@ -109,11 +109,11 @@ def test_ranks_without_a_micro_batch_left_change_no_evaluation(
     cluster = (f"cluster.strategy={strategy}", "cluster.workers=3", "batch.global_size=9", "batch.micro_size=3")
     job = make_job(*SETTINGS, *cluster, "eval.micro_size=2", "train.max_steps=2")
     split = EvalSplit.of_store(few_blocks, job.eval.micro_size)
-    assert split.num_parts % 3 != 0
+    assert split.num_micros % 3 != 0
     run_workers(train_several, 3, [job], [tmp_path / "run"], few_blocks)
     model = load_model(job, AutoTokenizer.from_pretrained(few_blocks / "tokenizer"))
-    parts = evaluate_parts(model, split, device=torch.device("cpu"))
-    alone = combine(parts, step=0, epoch=0, num_parts=split.num_parts, num_tokens=split.num_tokens)
+    parts = evaluate_micros(model, split, device=torch.device("cpu"))
+    alone = combine(parts, step=0, epoch=0, num_micros=split.num_micros, num_tokens=split.num_tokens)
     baseline = next(r for r in metrics_of(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
     assert baseline["loss"] == alone.loss
     check_export(tmp_path / "run", job, few_blocks)
@@ -127,8 +127,8 @@ def check_export(run: Path, job: JobConfig, store: Path) -> None:
         # Tied to the embedding, so it is written once.
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118  # no mapping
     split = EvalSplit.of_store(store, job.eval.micro_size)
-    parts: list[Part] = evaluate_parts(model, split, device=torch.device("cpu"))
-    loss = combine(parts, step=0, epoch=0, num_parts=split.num_parts, num_tokens=split.num_tokens).loss
+    parts: list[MicroLoss] = evaluate_micros(model, split, device=torch.device("cpu"))
+    loss = combine(parts, step=0, epoch=0, num_micros=split.num_micros, num_tokens=split.num_tokens).loss
     records = metrics_of(run / "metrics.jsonl")
     for kind in ("eval", "verify"):
         assert [r for r in records if r["kind"] == kind][-1]["loss"] == pytest.approx(loss, rel=1e-6)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clm_dist.errors import CheckpointError
 from clm_dist.files.checkpoints import Checkpoints
-from clm_dist.files.markers import Marker, Share
+from clm_dist.files.markers import Marker, RankFile
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Fragment:
     tensors: Mapping[str, Tensor]
     """`weight`, `exp_avg`, `exp_avg_sq`, each (n,): views of what the optimizer changes."""
     replicated: bool = False
-    """Whether every rank holds the same; then each saves a part."""
+    """Whether every rank holds the same; then each saves a slice of its own."""
 
     @property
     def stop(self) -> int:
         return self.start + next(iter(self.tensors.values())).numel()
 
-    def part(self, rank: int, world_size: int) -> "Fragment":
+    def own_slice(self, rank: int, world_size: int) -> "Fragment":
         """What a rank saves of it."""
         if not self.replicated:
             return self
@@ -80,7 +80,7 @@ def load_fragments(files: Mapping[str, Path], marker: Marker, fragments: list[Fr
                         tensor[begin - fragment.start : end - fragment.start].copy_(saved)
 
 
-def _overlaps(marker: Marker, fragment: Fragment) -> list[tuple[Share, int, int]]:
+def _overlaps(marker: Marker, fragment: Fragment) -> list[tuple[RankFile, int, int]]:
     """The files that hold a part of a fragment, and which elements of the parameter that is."""
     found = []
     reached = fragment.start

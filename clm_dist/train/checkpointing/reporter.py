@@ -66,10 +66,10 @@ class Reporter:
         """Collective."""
         self._report({})
 
-    def send_evaluation(self, kind: Literal["eval", "verify"], step: int, epoch: float, parts: list[Any]) -> None:
+    def send_evaluation(self, kind: Literal["eval", "verify"], step: int, epoch: float, micros: list[Any]) -> None:
         """Collective."""
-        rows = [(part.index, part.loss_sum, part.num_tokens, part.num_bytes) for part in parts]
-        self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "parts": rows}})
+        rows = [(micro.index, micro.loss_sum, micro.num_tokens, micro.num_bytes) for micro in micros]
+        self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "micros": rows}})
 
     def conclude_save(self) -> Saved | None:
         """Send how the last save ended; None where there was none since. Collective."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clm_dist.errors import first_line
 from clm_dist.files.checkpoints import Checkpoints
-from clm_dist.files.markers import Share
+from clm_dist.files.markers import RankFile
 from clm_dist.train.checkpointing.fragments import Fragment
 
 _WRITE_BYTES = 2**22
@@ -34,11 +34,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Saved:
-    """How this rank's part of a save ended."""
+    """How this rank's file of a save ended."""
 
     name: str
     step: int
-    share: Share | None
+    share: RankFile | None
     """None where it failed."""
     error: str | None
     seconds: float
@@ -62,11 +62,11 @@ class Saver:
     def begin(self, name: str, step: int, fragments: Iterable[Fragment]) -> None:
         """Start to save; `await_copy` must return before the fragments change."""
         began = time.perf_counter()
-        parts = [fragment.part(self._rank, self._world_size) for fragment in fragments]
-        parts = [part for part in parts if part.start < part.stop]
+        slices = [fragment.own_slice(self._rank, self._world_size) for fragment in fragments]
+        slices = [one for one in slices if one.start < one.stop]
         self._copied.clear()
         self._ended = None
-        self._thread = threading.Thread(target=self._save, args=(name, step, parts, began), daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(name, step, slices, began), daemon=True)
         self._thread.start()
         self._blocked = time.perf_counter() - began
 
@@ -101,26 +101,26 @@ class Saver:
             alive()
         self._blocked += time.perf_counter() - began
 
-    def _save(self, name: str, step: int, parts: list[Fragment], began: float) -> None:
+    def _save(self, name: str, step: int, slices: list[Fragment], began: float) -> None:
         share, problem = None, None
         try:
-            tensors = self._copy(parts)
+            tensors = self._copy(slices)
             self._copied.set()
             file = f"rank-{self._rank:05d}.safetensors"
             with self._checkpoints.saving(name), self._checkpoints.writing(name, file) as opened:
                 num_bytes, sha256 = write_safetensors(opened, tensors)
-            share = Share(file, num_bytes, sha256, {part.parameter: (part.start, part.stop) for part in parts})
+            share = RankFile(file, num_bytes, sha256, {one.parameter: (one.start, one.stop) for one in slices})
         except Exception as error:  # whatever a storage raises: the driver decides what becomes of the run
             problem = first_line(error)
         finally:
             self._copied.set()
         self._ended = Saved(name, step, share, problem, time.perf_counter() - began, 0.0)
 
-    def _copy(self, parts: list[Fragment]) -> dict[str, Tensor]:
-        """The parts in host memory, which is kept for the next save: to get new memory takes as long as to fill it."""
-        for part in parts:
-            for kind, tensor in part.tensors.items():
-                key = f"{part.parameter}:{kind}"
+    def _copy(self, slices: list[Fragment]) -> dict[str, Tensor]:
+        """The slices in host memory, which is kept for the next save: to get new memory takes as long as to fill it."""
+        for one in slices:
+            for kind, tensor in one.tensors.items():
+                key = f"{one.parameter}:{kind}"
                 if key not in self._host or self._host[key].shape != tensor.shape:
                     self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
                 self._host[key].copy_(tensor.detach())

@@ -100,7 +100,7 @@ def _train(
     recorder = Recorder(
         run,
         checkpoints,
-        num_parts=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
+        num_micros=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
         num_tokens=num_eval_tokens(manifest, document_mask=job.data.document_mask),
         keep=job.checkpoint.keep,
         tensorboard="tensorboard" in job.tracking,
