@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,29 +67,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pr
             that takes longer than short work; the first call says which.
     """
     with tempfile.TemporaryDirectory() as directory:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         multiprocessing.set_forkserver_preload(["clm_dist.train.local", "accelerate", "deepspeed", *preload])
-        start_processes(
-            _rank, (world_size, port, directory, function, arguments), world_size, start_method="forkserver"
-        )  # type: ignore[no-untyped-call]
+        start_processes(_rank, (world_size, directory, function, arguments), world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
-def _rank(
-    rank: int, world_size: int, port: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    # The ranks meet at a file: a port that was free may be another program's by now.
+    dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
     result = function(rank, world_size, *arguments)
     (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))
     dist.barrier()

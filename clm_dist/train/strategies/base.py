@@ -1,8 +1,8 @@
-"""How weights, gradients and optimizer live on the ranks: DDP, DeepSpeed ZeRO 1 to 3, FSDP2, behind one interface.
+"""How weights, gradients and optimizer live on the ranks: the interface that every strategy fulfils.
 
-Everything that differs between them is in this file. Three promises hold for each: the gradient of a step is the mean
-over the ranks of what each of them passed to `backward`, the norm that `step` returns is that of the whole gradient,
-the same on every rank, and `fragments` are all that changes in training, so that a checkpoint of one strategy and
+All that differs between strategies is in this folder. Three promises hold for each: the gradient of a step is the mean
+over the ranks of what each of them passed to `backward`; the norm that `step` returns is that of the whole gradient,
+the same on every rank; and `fragments` are all that changes in training, so that a checkpoint of one strategy and
 number of workers loads into any other. `check_gradients_are_shared` tries the first before any step is trained.
 """
 
