@@ -78,11 +78,11 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
     return config
 
 
-def check_model(job: JobConfig, tokenizer: Any | None = None) -> None:
+def check_model(job: JobConfig) -> None:
     """Raise ConfigError for what would fail in every worker; see `load_config`. Loads no weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    config = load_config(job, tokenizer)
+    config = load_config(job)
     field = "model.path" if job.model.path else "model.config"
     # XLM says `causal` where the others say `is_decoder`.
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or config.is_encoder_decoder

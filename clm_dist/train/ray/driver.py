@@ -34,7 +34,7 @@ from clm_dist.progress import Progress
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
-from clm_dist.train.model import check_model
+from clm_dist.train.model import load_config
 from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
@@ -142,7 +142,8 @@ def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluste
     """Raise here what would fail in every worker: it costs no start of workers, and is not tried again."""
     if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
-    check_model(job, AutoTokenizer.from_pretrained(store.local / "tokenizer"))
+    # What no tokenizer is needed for was checked before anything was prepared.
+    load_config(job, AutoTokenizer.from_pretrained(store.local / "tokenizer"))
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
     checkpoints = Checkpoints.of_run(job, run)
     if overwrite:
