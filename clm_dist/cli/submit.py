@@ -89,7 +89,7 @@ def slurm(
 
 
 def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str], name: str) -> list[JobConfig]:
-    """The job of each run of a sweep; `name` is that of the whole."""
+    """The job of each run of a sweep. `name` is the name of the sweep."""
     jobs: dict[str, JobConfig] = {}
     for sweep in sweep_settings(array):
         run = sweep_name(name, sweep)
@@ -105,7 +105,7 @@ def _option_setting(option: str) -> str:
 
 
 def _plain(runs: Path) -> Path:
-    """A directory that sbatch can write a log to. Raises ConfigError where its path cannot be said to it."""
+    """The directory, if sbatch can write a log to it. Raises ConfigError otherwise."""
     if "\\" in str(runs) or any(ord(character) < 32 for character in str(runs)):
         problem = f"--runs {str(runs)!r} has a backslash or a line break, and Slurm writes no log to such a path"
         raise ConfigError(f"{problem}; name another")

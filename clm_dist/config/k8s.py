@@ -1,4 +1,4 @@
-"""The section `cluster.k8s` of a job file: what a job on Kubernetes asks for, and what its pods are made of."""
+"""The section `cluster.k8s` of a job file: the resources and the pods of a job on Kubernetes."""
 
 import re
 from typing import Annotated, Any, Self
@@ -18,11 +18,11 @@ _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _KEY = r"([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 _REMOVED = {"scheduler": "remove it: cluster.k8s.queue names a queue of Kueue, and no other scheduler is supported"}
 _LEAST_BYTES = 2**30
-"""With less, Ray's object store, a part of /dev/shm, is smaller than Ray takes one."""
+"""With less, the object store, a part of /dev/shm, would be smaller than Ray allows."""
 
 
 def amount(quantity: str) -> float:
-    """A quantity as Kubernetes writes it: `100m`, `16Gi`, `1e3`."""
+    """The value of a Kubernetes quantity: `100m`, `16Gi`, `1e3`."""
     match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)([a-zA-Z]*)", quantity)
     assert match, quantity
     return float(match[1]) * float(_UNITS[match[2]])
@@ -48,44 +48,44 @@ def _memory(text: str) -> str:
 Quantity = Annotated[str, AfterValidator(_quantity)]
 Memory = Annotated[str, AfterValidator(_memory)]
 Name = Annotated[str, Field(pattern=rf"^{_LABEL}(\.{_LABEL})*$", max_length=253)]
-"""Of an object of Kubernetes."""
+"""Name of a Kubernetes object."""
 Text = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]+$")]
 Key = Annotated[str, Field(pattern=f"^{_KEY}$")]
-"""Of a label, or of a resource such as `nvidia.com/gpu`."""
+"""Key of a label, or name of a resource such as `nvidia.com/gpu`."""
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
 Directory = Annotated[str, Field(pattern=r"^/[^\x00-\x1f:]*[^/\x00-\x1f:]$")]
 
 
 class HeadPod(Section):
-    """The pod of Ray's head and of the driver, which has no GPU."""
+    """The pod of Ray's head and the driver. It has no GPU."""
 
     cpus: Count = 2
     """CPUs."""
     memory: Memory = "8Gi"
-    """Memory; the driver holds the final model in it once."""
+    """Memory; the driver holds one copy of the final model in it."""
 
 
 class K8sConfig(Section):
     """A job on Kubernetes: its pods, its storage, and the image in which clm-dist is installed."""
 
     image: Text | None = None
-    """Image of all pods."""
+    """Container image of all pods."""
     pull_secret: Name | None = None
     """Secret with which the image is pulled."""
     namespace: Annotated[str, Field(pattern=f"^{_LABEL}$", max_length=63)] | None = None
-    """Namespace; null is that of the current context of kubectl."""
+    """Namespace; null is that of kubectl's current context."""
     pods: Count = 1
     """Pods with workers."""
     gpus_per_pod: Annotated[int, Field(ge=0, le=MOST)] = 0
     """GPUs of each of them."""
     cpus_per_pod: Count | None = None
-    """CPUs of each of them; null is what its workers take."""
+    """CPUs of each of them; null is as many as its workers take."""
     memory_per_pod: Memory = "16Gi"
     """Memory of each of them; a quarter of it, 16Gi at most, is /dev/shm."""
     scratch: Quantity = "20Gi"
-    """Local disk of each pod, for checkpoints on their way and shards that are fetched."""
+    """Local disk of each pod, for checkpoints that are being written and shards that are fetched."""
     gpu_resource: Key = "nvidia.com/gpu"
-    """What the cluster calls a GPU."""
+    """The cluster's name of the resource GPU."""
     resources: dict[Key, Quantity] = {}
     """Other resources of a worker pod: `{rdma/hca: "1"}`."""
     head: HeadPod = HeadPod()
@@ -93,13 +93,13 @@ class K8sConfig(Section):
     claim: Name = "clm-dist"
     """PersistentVolumeClaim that all pods mount; runs, blocks and downloaded models lie on it."""
     mount: Directory = "/shared"
-    """Where it is mounted; runs lie in `runs` there, and blocks in `store`."""
+    """Directory where the claim is mounted; it holds `runs` and `store`."""
     store: str | None = None
-    """Directory in the pods, or URL (s3://, gs://), of the prepared blocks instead."""
+    """Directory in the pods, or URL (s3://, gs://), of the prepared blocks; null is `store` on the claim."""
     secret: Name | None = None
     """Secret whose keys become environment variables of the pods: HF_TOKEN, AWS_SECRET_ACCESS_KEY, ..."""
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
-    """Environment variables of the pods; nothing secret, which anybody who may see pods would read."""
+    """Environment variables of the pods. Everyone who may list pods can read them, so secrets go to `secret`."""
     user: Annotated[int, Field(ge=1, le=MOST)] | None = 1000
     """Numeric user that programs run as; null where the cluster sets one (OpenShift)."""
     group: Annotated[int, Field(ge=1, le=MOST)] | None = 1000
@@ -111,15 +111,15 @@ class K8sConfig(Section):
     node_selector: dict[Key, LabelValue] = {}
     """Labels of the nodes that worker pods run on."""
     tolerations: list[dict[str, JsonValue]] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    """Taints that worker pods with GPUs bear, as Kubernetes writes tolerations."""
+    """Tolerations of worker pods with GPUs, as Kubernetes writes them."""
     max_retries: Annotated[int, Field(ge=0, le=MOST)] = 3
-    """How often the run goes on with new pods after a failure; a run that saved because pods were to end goes on in any
-    case."""
+    """How often the run is tried again with new pods after a failure. A run that saved because its pods were ended is
+    always continued."""
     grace_s: Annotated[int, Field(ge=60, le=86400)] = 120
-    """Seconds between the announcement that a pod ends and its end; the run saves within them."""
+    """Grace period of pods, in seconds; the run must save within it."""
     start_deadline_s: Count | None = 3600
-    """Seconds within which all pods of a RayJob are there, or the attempt fails; null waits for ever. A job with a
-    queue, and one with --plain, wait as long as it takes."""
+    """Seconds after which an attempt of a RayJob fails unless all its pods have started; null is never. Jobs with a
+    queue or with --plain have no deadline."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,10 +150,10 @@ class K8sConfig(Section):
 
 
 def shm_bytes(memory: str) -> int:
-    """/dev/shm of a pod, which counts as memory of it."""
+    """Size of /dev/shm of a pod, which is part of the pod's memory."""
     return min(num_bytes(memory) // 4, 16 * 2**30)
 
 
 def store_bytes(memory: str) -> int:
-    """Ray's object store in a pod's /dev/shm; the rest is for NCCL."""
+    """Size of Ray's object store in a pod's /dev/shm; the rest is for NCCL."""
     return shm_bytes(memory) * 3 // 10

@@ -1,4 +1,4 @@
-"""The section `cluster.slurm` of a job file: what a Slurm job asks for, and the environment that it runs in."""
+"""The section `cluster.slurm` of a job file: the resources and the environment of a Slurm job."""
 
 import math
 import re
@@ -24,9 +24,9 @@ _OWN_OPTIONS = {
     "signal": "signal_s",
     "time": "time",
 }
-"""Options of sbatch that have a field of their own, and its name."""
+"""Options of sbatch that have a field of their own, with the field's name."""
 _FIXED_OPTIONS = {"error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "wrap"}
-# With these sbatch queues nothing, or elsewhere.
+# With these, sbatch does not queue the job, or queues it elsewhere.
 _FIXED_OPTIONS |= {"clusters", "help", "test-only", "version", "wait"}
 _REMOVED = {
     "conda": (
@@ -36,7 +36,7 @@ _REMOVED = {
     "modules": "write `module load NAME` as a line of cluster.slurm.setup",
 }
 _TIME_OPTIONS = ("begin", "deadline", "time-min")
-"""YAML reads 16:00 as the number 960."""
+"""Options that YAML may read as numbers: 16:00 is 960."""
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
@@ -48,11 +48,11 @@ def _one_line(text: str) -> str:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 Options = dict[str, str | int | float | bool | None]
-"""Options of sbatch by their long names; true stands for one without a value, null and false for none."""
+"""Options of sbatch by their long names; true sets an option without a value, null and false omit it."""
 
 
 def _seconds(time: str) -> float:
-    """A time as Slurm writes it, in seconds; see sbatch's manual, --time."""
+    """A time in Slurm's format as seconds; see --time in sbatch's manual."""
     if time[0] in "UIui":
         return math.inf
     days, dash, rest = time.rpartition("-")
@@ -75,14 +75,14 @@ def _check_time(value: object) -> object:
 
 
 class SlurmPart(Section):
-    """What both kinds of job have."""
+    """The fields of both the training job and the preparing job."""
 
     partition: Line | None = None
     """Partition; null is the cluster's default."""
     account: Line | None = None
-    """Account that is charged."""
+    """Account to charge."""
     time: str | None = None
-    """Time limit as Slurm writes it, in quotes: `"2:00:00"`, `"1-12"`; null is the partition's default."""
+    """Time limit in Slurm's format, in quotes: `"2:00:00"`, `"1-12"`; null is the partition's default."""
     options: Options = {}
     """Any other option of sbatch by its long name: `{constraint: a100, exclusive: true, mail-user: me@here}`."""
 
@@ -119,31 +119,31 @@ class PrepareJob(SlurmPart):
 
 
 class Container(Section):
-    """The image that Ray and the driver run in."""
+    """The container image of Ray and the driver."""
 
     image: Line
-    """Image: a file (`.sqsh`, `.sif`) or what the runtime takes for one."""
+    """Image: a file (`.sqsh`, `.sif`) or another name that the runtime accepts."""
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """What runs it: Slurm's plug-in Pyxis with Enroot, or Apptainer."""
+    """Runtime: Slurm's plug-in Pyxis with Enroot, or Apptainer."""
     mounts: list[Line] = []
-    """Directories of the host that are seen inside, `/data` or `/data:/mnt`; runs and store are, anyway."""
+    """Directories of the host to mount, `/data` or `/data:/mnt`; runs and store are always mounted."""
 
 
 class SlurmConfig(SlurmPart):
-    """A job of Slurm: its nodes, its time, and the environment in which clm-dist is installed."""
+    """A Slurm job: its nodes, its time, and the environment in which clm-dist is installed."""
 
     nodes: Count = 1
     """Hosts."""
     gpus_per_node: Annotated[int, Field(ge=0, le=MOST)] = 0
     """GPUs of each host."""
     cpus_per_node: Count | None = None
-    """CPUs of each host; null is what its workers take."""
+    """CPUs of each host; null is as many as its workers take."""
     signal_s: Count = 120
     """Seconds before the time limit at which the run saves and the job is requeued; Slurm may be a minute early."""
     max_requeues: Annotated[int, Field(ge=0, le=MOST)] = 20
-    """How often the job is put into the queue again, for whatever reason; 0 is never."""
+    """How often the job may be requeued, for any reason; 0 is never."""
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@-]+$")] | None = None
-    """Network interface that the hosts reach each other on, such as `ib0`; null is that of the route between them."""
+    """Network interface between the hosts, such as `ib0`; null is the one of the route between them."""
     setup: str | None = None
     """Shell lines that the first host runs before all else, such as `module load cuda`; all hosts see what they
     export."""
@@ -153,7 +153,7 @@ class SlurmConfig(SlurmPart):
     container: Container | None = None
     """Container image instead."""
     prepare: PrepareJob = PrepareJob()
-    """What `--prepare-first` asks for."""
+    """The job of `--prepare-first`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -162,7 +162,7 @@ class SlurmConfig(SlurmPart):
 
     @model_validator(mode="after")
     def _there_is_time_before_the_signal(self) -> Self:
-        # Slurm looks every half minute.
+        # Slurm checks the time every half minute.
         if self.time is not None and _seconds(self.time) <= self.signal_s + 30:
             problem = f"cluster.slurm.time {self.time} leaves no time before the signal {self.signal_s} s from its end"
             advice = "raise it, or lower cluster.slurm.signal_s"

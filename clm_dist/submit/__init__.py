@@ -1,1 +1,1 @@
-"""From a job file to a cluster: what is submitted, and what becomes of it."""
+"""Submit jobs to clusters, and watch them."""

@@ -1,4 +1,4 @@
-"""Logs, read as they grow."""
+"""Log files and merged logs, read while they grow."""
 
 import contextlib
 import re
@@ -16,15 +16,15 @@ _ASK_INTERVAL_S = 5.0
 
 @dataclass
 class LogFile:
-    """A log, read as it grows."""
+    """A log file, read while it grows."""
 
     path: Path
     position: int = 0
     when: str = ""
-    """Of the last line that had a time; lines without one belong to it."""
+    """Time of the last line that had one; a line without a time belongs to that line."""
 
     def new_lines(self) -> Iterator[tuple[str, str]]:
-        """The lines that are new and whole, each with its time."""
+        """The complete lines since the last call, each with its time."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -42,7 +42,7 @@ class LogFile:
 
 
 def follow(new_lines: Callable[[], list[str]], active: Callable[[], bool]) -> Iterator[str]:
-    """The lines that come while a job is active."""
+    """New lines, until the job is no longer active."""
     goes_on, asked = True, -float("inf")
     while goes_on:
         if time.monotonic() - asked >= _ASK_INTERVAL_S:

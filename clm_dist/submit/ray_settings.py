@@ -1,4 +1,4 @@
-"""Settings of the Ray that a cluster's hosts start, and what its hosts are to each other."""
+"""Settings of Ray on the hosts of a cluster, and how a host finds the others."""
 
 import contextlib
 import fcntl
@@ -10,9 +10,9 @@ from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
 RAY_SETTINGS = {
-    # In seconds; what a node waits for a head that does not answer.
+    # Seconds that a node waits for a head that does not answer.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-    # A host without a network is given up within 20 s, not within a minute.
+    # Ray removes a host that it cannot reach within 20 s, not within a minute.
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
@@ -21,14 +21,14 @@ RAY_SETTINGS = {
 
 
 def address_towards(host: str) -> str:
-    """The address of this host on the network that leads to another; nothing is sent."""
+    """The address of this host on the network that leads to another host. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return str(probe.getsockname()[0])
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
+    """Whether a process listens on a port of a host."""
     try:
         socket.create_connection((host, port), timeout=2).close()
     except OSError:
@@ -48,9 +48,9 @@ def interface_of(address: str) -> str | None:
 
 
 def end_descendants() -> None:
-    """End all processes that this one started, and theirs, and wait for them."""
+    """Kill all descendants of this process, and wait for them."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
-    # Each that ends hands its own children to this process.
+    # The children of each process that ends become children of this one.
     while pids := children.read_text().split():
         for pid in map(int, pids):
             with contextlib.suppress(ProcessLookupError):

@@ -10,12 +10,12 @@ from clm_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Hosts:
-    """Hosts that are alike, and what the job file and the command line call them."""
+    """A number of equal hosts, with their names in the job file and on the command line."""
 
     cluster: ClusterConfig
     count: int
     gpus: int
-    """Of each."""
+    """GPUs of each host."""
     cpus: int
     section: str
     """`cluster.slurm`"""
@@ -26,7 +26,7 @@ class Hosts:
 
     @classmethod
     def cpus_for(cls, cluster: ClusterConfig, hosts: int) -> int:
-        """CPUs that a host's workers take."""
+        """CPUs that the workers of one host take."""
         return math.ceil(math.ceil(cluster.max_workers / hosts) * cluster.cpus_per_worker)
 
     @property
@@ -41,7 +41,7 @@ class Hosts:
         return max(0, self.count * self.gpus - self.cluster.max_workers * self.gpus_each)
 
     def warnings(self) -> Iterator[str]:
-        """What a person may not have meant."""
+        """What the user may not have intended."""
         if self.idle_gpus:
             each, most = "none" if self.cluster.gpus_per_worker == 0 else "one", self.cluster.max_workers
             yield f"{self.idle_gpus} of the GPUs stay idle: cluster.workers is {most}, and a worker takes {each}"

@@ -1,29 +1,29 @@
-"""How far a submission's runs are: what every kind of cluster tells of them."""
+"""The progress of a submission's runs, in the same terms for every kind of cluster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _ENDED = {
-    # Slurm's
+    # of Slurm
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "TIMEOUT"),
-    # Kubernetes', besides FAILED
+    # of Kubernetes, in addition to FAILED
     *("DONE", "DELETED"),
 }
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What the cluster knows of a job."""
+    """The state of a job in its cluster."""
 
     state: str
-    """As Slurm writes it: PENDING, RUNNING, COMPLETED, ...; of Kubernetes a word like those."""
+    """PENDING, RUNNING, COMPLETED, ..., as Slurm writes it; for Kubernetes a similar word."""
     reason: str = ""
     """Why it waits or ended, in words."""
     nodes: str = ""
     restarts: int | None = None
-    """None where the cluster did not say."""
+    """None if the cluster does not say."""
     seconds_left: float | None = None
     """Until its time limit."""
 
@@ -39,14 +39,14 @@ class RunState:
     name: str
     job_id: str
     job: JobState | None
-    """None where Slurm has forgotten the job."""
+    """None if Slurm does not know the job any more."""
     step: int | None = None
     num_steps: int | None = None
     loss: float | None = None
     seconds_left: float | None = None
-    """Reckoned from its last steps, without evaluations."""
+    """Estimated from the last steps; does not include evaluations."""
     result: dict[str, Any] | None = None
-    """Its result.json, if it has ended; from a claim that is not seen here, no more than its `status`."""
+    """Its result.json, if it has ended; on Kubernetes only the `status`, because the claim is not mounted here."""
 
     @property
     def is_training(self) -> bool:
@@ -63,7 +63,7 @@ class Status:
 
 
 def describe(run: RunState) -> str:
-    """Where a run is, in a word or two."""
+    """The state of a run, in a word or two."""
     if run.job is not None and run.job.active:
         return run.job.state.lower()
     if run.result is not None:

@@ -1,15 +1,14 @@
-"""What is submitted, wherever to: the runs of a submission, and where its files lie. Knows no cluster.
+"""A submission to any cluster: its name, its runs, and where its files lie.
 
     <runs>/.submitted/NAME/submission.json   what was submitted, and the number it got
                            script            as it was submitted
                            job.yaml          the resolved job, which the script runs
                            log               the driver's, over all attempts
                            nodes/HOST.log    what the host's Ray did; nodes/HOST/ATTEMPT/ holds Ray's own logs
-                           token, attempt    of the attempt that runs
+                           token, attempt    Ray's token, and the number of the attempt that runs
 
-Of a sweep each run has the files from job.yaml on in a directory of its own, `NAME/0`, `NAME/1`, ...
-On Kubernetes the runs lie on a claim that may not be seen here, with files as these from `log` on; what lies here is
-`submission.json` and `job.yaml`.
+Each run of a sweep has the files from job.yaml on in a directory of its own, `NAME/0`, `NAME/1`, ... On Kubernetes
+only `submission.json` and `job.yaml` lie here; the runs and the other files lie on the claim.
 """
 
 import itertools
@@ -28,7 +27,7 @@ _DIRECTORY = ".submitted"
 
 
 def submitted_dir(runs: Path | str, name: str) -> Path:
-    """Where the files of a submission lie."""
+    """The directory of a submission's files."""
     return Path(runs) / _DIRECTORY / name
 
 
@@ -53,18 +52,18 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in which cluster of Kubernetes a job is."""
+    """The cluster and the namespace of a job on Kubernetes."""
 
     namespace: str
     context: str | None = None
-    """Of kubectl; None where it has none, as in a pod."""
+    """Context of kubectl; None if it has none, as in a pod."""
     plain: bool = False
-    """It is a Job, and no RayJob."""
+    """Whether it is a Job instead of a RayJob."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, or a sweep of them, that was given to a cluster."""
+    """A job, or a sweep of jobs, that was submitted to a cluster."""
 
     name: str
     backend: Literal["slurm", "k8s"]
@@ -76,7 +75,7 @@ class Submission:
     prepare_id: str | None = None
     """The job that prepares first."""
     k8s: Place | None = None
-    """Of the backend k8s."""
+    """Set for the backend k8s."""
     submitted: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -89,11 +88,11 @@ class Submission:
         return self.root / "script"
 
     def files(self, task: int) -> RunFiles:
-        """Of one of its runs."""
+        """The files of one of its runs."""
         return RunFiles(self.root / str(task) if self.sweep else self.root)
 
     def task_id(self, task: int) -> str:
-        """What the cluster calls one of its runs."""
+        """The cluster's number of one of its runs."""
         return f"{self.job_id}_{task}" if self.sweep else str(self.job_id)
 
     def write(self) -> None:
@@ -114,13 +113,13 @@ class Submission:
 
 
 def submissions(runs: Path) -> list[Submission]:
-    """All that were submitted with these runs, the newest first."""
+    """All submissions with this directory of runs, the newest first."""
     found = [Submission.read(path.parent) for path in (runs / _DIRECTORY).glob("*/submission.json")]
     return sorted((one for one in found if one.job_id), key=lambda one: one.submitted, reverse=True)
 
 
 def find_submission(runs: Path, which: str | None) -> tuple[Submission, int | None]:
-    """The submission of a name or a job's number, the last one for None; and a run of a sweep, if it is one's.
+    """The submission of a name or a job's number, or the last one for None; and which run of a sweep it names, if any.
 
     Raises:
         ConfigError: there is none.
@@ -166,7 +165,7 @@ def sweep_name(name: str, settings: Sequence[str]) -> str:
 
 
 def _field_of(name: str, sweep: str) -> str:
-    """A field's dotted name, from that or from its last part alone."""
+    """A field's dotted name, from the whole name or from its last part."""
     if "." in name:
         return name
     fields = [f for f in field_names() if f.rpartition(".")[2] == name]

@@ -1,1 +1,1 @@
-"""What runs in pods."""
+"""Programs that run in pods."""

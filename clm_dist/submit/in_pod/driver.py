@@ -1,8 +1,8 @@
 """The driver of a run on Kubernetes: `python -m clm_dist.submit.in_pod.driver`, beside Ray's head.
 
-It runs `clm-dist run`, again where that has saved because other pods are to end (75), and keeps what it says, over all
-attempts, in the submission's log. It gives way to a later attempt, which begins where this pod's node is lost to the
-cluster and lives on.
+It runs `clm-dist run`, and runs it again when that saved because other pods end (75). It keeps the output of all
+attempts in the submission's log. It ends when a later attempt has begun, which happens if the cluster has lost this
+pod's node while the node still runs.
 """
 
 import argparse
@@ -32,16 +32,16 @@ _MEND_FIRST = MendFirstError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
 _MOST_IDLE = 12
-"""Runs in a row that end with 75 before a worker has begun; each has waited for five minutes."""
+"""Runs in a row that end with 75 before a worker has begun; each waits up to five minutes."""
 
 
 class PodDriver:
     """`clm-dist run` in this pod.
 
     Args:
-        run: what the command writes.
+        run: the directory that the command writes.
         command: what is run.
-        gives_up: end the attempt where no worker begins to train for long, since new pods may help.
+        gives_up: end the attempt if no worker begins to train for long, because new pods may help.
     """
 
     def __init__(self, pod: Pod, run: RunDir, command: Sequence[str], *, gives_up: bool) -> None:
@@ -54,11 +54,11 @@ class PodDriver:
 
     @property
     def told(self) -> bool:
-        """Whether it was told to end."""
+        """Whether a signal told it to end."""
         return self._told
 
     def run(self, overwritten: JobConfig | None = None) -> int:
-        """Run to the end; gives the exit code.
+        """Run to the end, and return the exit code.
 
         Args:
             overwritten: the job, whose run is removed unless an earlier attempt of this submission has done so.
@@ -76,7 +76,7 @@ class PodDriver:
             self._over.set()
 
     def _run_until_over(self) -> int:
-        """Run, again as long as that helps; gives the exit code."""
+        """Run, again as long as that helps, and return the exit code."""
         self._say(f"an attempt begins in the pod {self._pod.name}")
         starts, idle = self._starts(), 0
         while not self._told:
@@ -106,7 +106,7 @@ class PodDriver:
 
     def _starts(self) -> int:
         """How often workers have started."""
-        with contextlib.suppress(OSError):  # the claim is away for a moment
+        with contextlib.suppress(OSError):  # the claim may be away for a moment
             self._counted = sum(record["kind"] == "start" for record in read_records(self._run.metrics))
         return self._counted
 
@@ -140,11 +140,11 @@ class PodDriver:
 
     def _give_way(self) -> None:
         while not self._over.wait(_POLL_S):
-            with contextlib.suppress(OSError):  # the claim is away for a moment
+            with contextlib.suppress(OSError):  # the claim may be away for a moment
                 found = (self._pod.state / "attempt").read_text().strip()
-                # Who was told to end saves, and whoever is next waits for the run's lock.
+                # After a signal the run saves, and the later attempt waits for the run's lock.
                 if found not in ("", self._attempt) and not self._told:
-                    # The main thread sees the killed command end, and may be the first to end this process.
+                    # The main thread may end this process first, because it sees the killed command end.
                     self._gave_way = True
                     self._pod.say(f"the attempt {found} has begun, so this one ends")
                     if self._process:
@@ -171,10 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pod.say(f"error: {error}")
         code = error.exit_code
     if options.ray_job and told and code == _GOES_ON:
-        # Ended, Ray's job would have failed; as it is, the head that replaces this one gets it again.
+        # If this process ended, Ray's job would fail. So the next head gets the job again.
         time.sleep(pod.grace_s)
     if options.ray_job and code == _MEND_FIRST:
-        # The operator tries again what has failed, and not what was stopped.
+        # The operator tries a failed job again, but not a stopped one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(SubmitError):
             RayJobs(f"http://127.0.0.1:{DASHBOARD_PORT}", os.environ.get("RAY_AUTH_TOKEN")).stop(options.ray_job)

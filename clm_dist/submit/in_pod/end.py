@@ -1,7 +1,7 @@
-"""What a pod does before it is ended, its preStop hook: `python -m clm_dist.submit.in_pod.end`.
+"""The preStop hook of a pod: `python -m clm_dist.submit.in_pod.end`.
 
-The run saves: where the driver is, it is told to; elsewhere Ray is told that this node goes. Then Ray's logs are kept,
-and Ray is ended.
+It makes the run save: it signals the driver if that is in this pod, and otherwise tells Ray to drain this node. Then
+it keeps Ray's logs, and ends Ray.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def main() -> int:
     pod.say("the run has saved" if not _is_training() else "the run has not saved in time")
     try:
         shutil.copytree("/tmp/ray/session_latest/logs", pod.nodes / pod.name, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:  # a full disk holds up no end
+    except (OSError, shutil.Error) as error:  # a full disk must not delay the end
         pod.say(f"not all of Ray's logs are kept: {error}"[:500])
     subprocess.run([*_RAY, "stop", "--grace-period=5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return 0
@@ -46,12 +46,12 @@ def _wait(is_over: Callable[[], bool], deadline: float) -> None:
 
 
 def _process(module: str) -> int | None:
-    """The process of a module, if it runs here."""
+    """The process of a module, if it runs in this pod."""
     return next((pid for pid, words in processes() if words[1:3] == ["-m", module]), None)
 
 
 def _ray_node() -> str | None:
-    """The number of this pod's node of Ray, which its raylet was given."""
+    """The id of this pod's Ray node, from the command line of its raylet."""
     for _, words in processes():
         if words[0].endswith("/raylet"):
             return next((word.partition("=")[2] for word in words if word.startswith("--node_id=")), None)

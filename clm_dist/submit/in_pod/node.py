@@ -1,7 +1,7 @@
 """Ray in a pod of an Indexed Job: `python -m clm_dist.submit.in_pod.node [OPTIONS of ray start] -- DRIVER...`.
 
-The first pod has Ray's head and runs the driver, whose exit code becomes the pod's. The others join the head, and join
-again when it was replaced; they run until the Job's successPolicy ends them.
+The first pod runs Ray's head and the driver, and ends with the driver's exit code. The others join the head, and join
+again after it was replaced; they run until the Job's successPolicy ends them.
 """
 
 import os
@@ -24,7 +24,7 @@ class PodNode:
 
     Args:
         head: host name of the first pod.
-        options: of `ray start`: what the pod has.
+        options: options of `ray start` for the resources of the pod.
         driver: the command of the driver.
     """
 
@@ -50,7 +50,7 @@ class PodNode:
                 self._pod.say(f"Ray's head has ended with {ray.returncode}")
                 driver.kill()
             driver.wait()
-        # Where the pod was told to end, the Job replaces it; only success is the end of the Job.
+        # The Job replaces a pod that was told to end; only success ends the Job.
         return exit_code(driver.returncode)
 
     def _run_worker(self) -> int:
@@ -65,7 +65,7 @@ class PodNode:
                 self._pod.say(f"Ray has ended with {ray.returncode}; waiting for its head")
                 end_descendants()
                 time.sleep(_POLL_S)
-        # A pod that exits with 0 is done, and the Job would not replace it.
+        # With 0 the pod would count as done, and the Job would not replace it.
         return _ENDED_BY_SIGNAL
 
     def _start_ray(self, *place: str) -> "subprocess.Popen[bytes]":

@@ -1,4 +1,4 @@
-"""What the programs in pods share with who renders the pods. Their settings are environment variables of the pod."""
+"""Constants and settings that the programs in pods share with the renderer of the pods."""
 
 import contextlib
 import os
@@ -10,24 +10,24 @@ from pathlib import Path
 from clm_dist.submit.ray_settings import RAY_SETTINGS as _RAY_SETTINGS
 
 JOB_DIR = "/etc/clm-dist"
-"""Where pods see the job file."""
+"""Directory of the job file in pods."""
 CODE = "code.zip"
-"""Beside it, the package of a working tree, if that goes before the image's."""
+"""File in that directory: the code of a working tree, if it replaces the image's."""
 PORT = 6379
-"""Ray's, of the head; every pod has an address of its own."""
+"""Port of Ray's head; every pod has an address of its own."""
 DASHBOARD_PORT = 8265
 RESERVE_S = 20
-"""Of the grace, for what comes after saving."""
+"""Seconds of the grace period that are kept for what comes after saving."""
 RAY_SETTINGS = {
     **_RAY_SETTINGS,
-    # The preStop hook has made the run save already.
+    # The preStop hook has already made the run save.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
 
 
 @dataclass(frozen=True)
 class Pod:
-    """This pod."""
+    """This pod, from its environment variables."""
 
     name: str
     address: str
@@ -37,7 +37,7 @@ class Pod:
     grace_s: float
     """Seconds between the announcement that the pod ends and its end."""
     submission: str
-    """Tells this submission from others of its name."""
+    """Number that distinguishes submissions of the same name."""
 
     @classmethod
     def this(cls) -> "Pod":
@@ -47,11 +47,11 @@ class Pod:
 
     @property
     def log(self) -> Path:
-        """The driver's, over all attempts of this submission."""
+        """The driver's log, over all attempts of this submission."""
         return self.state / f"log-{self.submission}"
 
     def say(self, text: str) -> None:
-        """Add to what the submission keeps of this pod, and to the pod's own log."""
+        """Add a line to the submission's log of this pod, and to the pod's own log."""
         print(f"{now()} {text}", flush=True)
         with contextlib.suppress(OSError):  # a full or absent disk ends nothing
             self.nodes.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def now() -> str:
 
 
 def exit_code(returncode: int) -> int:
-    """Of a process, as a shell gives it: 137 where SIGKILL has ended it."""
+    """The exit code of a process as a shell reports it: 137 after SIGKILL."""
     return returncode if returncode >= 0 else 128 - returncode
 
 

@@ -1,4 +1,7 @@
-"""The job API of a Ray head: see Ray's "Jobs REST API". Plain HTTP, because importing Ray takes seconds and memory."""
+"""The job API of a Ray head: see Ray's "Jobs REST API".
+
+Uses plain HTTP, because importing Ray takes seconds and memory.
+"""
 
 import json
 import urllib.error
@@ -17,18 +20,18 @@ class RayJobs:
     """The jobs of one head.
 
     Args:
-        url: of its dashboard, `http://head:8265`.
-        token: what Ray asks for, if it does.
+        url: URL of its dashboard, `http://head:8265`.
+        token: Ray's token, if it needs one.
     """
 
     url: str
     token: str | None = None
 
     def info(self, job_id: str) -> dict[str, Any] | None:
-        """A job's `status`, `message` and more; None where this head does not know it.
+        """A job's `status`, `message` and more; None if this head does not know it.
 
         Raises:
-            SubmitError: the head cannot be asked; here and below.
+            SubmitError: the head does not answer; also below.
         """
         found: dict[str, Any] | None = self._ask("GET", f"/api/jobs/{job_id}")
         return found
@@ -47,7 +50,7 @@ class RayJobs:
             headers["Authorization"] = f"Bearer {self.token}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
-        # A proxy for the outside knows nothing of pods.
+        # A proxy cannot reach pods.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=_TIMEOUT_S) as answer:

@@ -1,11 +1,11 @@
-"""What the submitter pod of a RayJob runs: `python -m clm_dist.submit.in_pod.submitter DRIVER...`.
+"""The submitter pod of a RayJob: `python -m clm_dist.submit.in_pod.submitter DRIVER...`.
 
-It submits the driver to Ray, asks how it is until it has ended, and prints its log from the claim, that of all
-attempts. The operator's own submitter follows the log instead, and takes the end of that stream, which a busy head
-brings about, for the end of the job (ray-project/kuberay#4921). A head that has come back empty gets the job again.
+It submits the driver to Ray, polls its state until it has ended, and prints its log from the claim, over all attempts.
+The operator's own submitter reads the log from Ray instead, and treats the end of that stream as the end of the job,
+although a busy head also ends it (ray-project/kuberay#4921). A new head without the job gets the job again.
 
-Exits with 0 where the job has ended, however it did; the operator asks Ray how. With 1 where there is no head for
-280 s, which is below the 300 s after which the operator gives the RayJob up; then this pod is started again.
+Exits with 0 when the job has ended, with success or not; the operator asks Ray which. Exits with 1 after 280 s without
+a head, because the operator gives the RayJob up after 300 s; then the operator starts this pod again.
 """
 
 import os
@@ -25,13 +25,13 @@ _POLL_S = 2.0
 
 
 def follow(jobs: RayJobs, job_id: str, driver: Sequence[str], log: LogFile, *, patience_s: float = _PATIENCE_S) -> int:
-    """Submit a driver and follow it to its end; gives the exit code."""
+    """Submit a driver, wait for its end, and return the exit code."""
     answered = time.monotonic()
     while True:
         try:
             info = jobs.info(job_id)
             if info is None:
-                # The driver is told its number, to end itself by.
+                # With its number, the driver can stop its own job.
                 jobs.submit(job_id, shlex.join([*driver, f"--ray-job={job_id}"]))
                 _say(f"submitted the driver to Ray as {job_id}")
             answered = time.monotonic()
@@ -53,7 +53,8 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which the first process of a pod ignores
+    # The first process of a pod ignores SIGTERM by default.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     address = os.environ["RAY_DASHBOARD_ADDRESS"]
     jobs = RayJobs(address if "://" in address else f"http://{address}", os.environ.get("RAY_AUTH_TOKEN"))
     return follow(jobs, os.environ["RAY_JOB_SUBMISSION_ID"], sys.argv[1:], LogFile(Pod.this().log))

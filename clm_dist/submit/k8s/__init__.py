@@ -1,1 +1,1 @@
-"""Jobs on Kubernetes: the objects, what the cluster lacks, and what it says of them."""
+"""Jobs on Kubernetes: the objects, checks of the cluster, and the state of a job."""

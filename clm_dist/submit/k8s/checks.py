@@ -1,4 +1,4 @@
-"""What a cluster of Kubernetes lacks for a job, found before anything is made."""
+"""Finds what a Kubernetes cluster lacks for a job, before anything is made."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl, NoKindError, No
 from clm_dist.submit.k8s.request import Object, Request
 
 _PLAIN_SINCE = (1, 31)
-"""Of Kubernetes: a Job that ends with the success of its first pod."""
+"""The first version of Kubernetes that ends a Job when its first pod succeeds."""
 _KUEUE = "kueue.x-k8s.io"
 _CLAIM = """\
 kubectl --namespace={namespace} apply -f - <<END
@@ -25,10 +25,10 @@ END"""
 
 
 def check_cluster(kubectl: Kubectl, job: JobConfig, request: Request, objects: Sequence[Object]) -> None:
-    """Ask the cluster whether it has what a job needs; what the user may not ask is left out.
+    """Check that the cluster has what a job needs. Skips what the user may not ask.
 
     Args:
-        objects: what is to be applied.
+        objects: the objects to apply.
 
     Raises:
         ConfigError: something is missing, or a quota is too small.
@@ -101,7 +101,7 @@ def _check_claim(kubectl: Kubectl, job: JobConfig) -> None:
 
 
 def claim_warning(kubectl: Kubectl, job: JobConfig) -> str | None:
-    """What several nodes make of the claim, if they may not have it at the same time."""
+    """A warning if several nodes cannot mount the claim at the same time."""
     with contextlib.suppress(ForbiddenError):
         claim = kubectl.get("persistentvolumeclaim", job.cluster.k8s.claim) or {}
         modes = claim.get("spec", {}).get("accessModes", [])
@@ -151,7 +151,7 @@ def _check_quotas(kubectl: Kubectl, objects: Sequence[Object]) -> None:
 
 
 def asked_of(objects: Sequence[Object]) -> dict[str, float]:
-    """What all pods of a job ask for together, by the names that a ResourceQuota has for it."""
+    """The resources that all pods of a job ask for together, by their names in a ResourceQuota."""
     asked: dict[str, float] = {}
     for count, template in _templates(objects):
         asked["pods"] = asked.get("pods", 0) + count
@@ -165,9 +165,9 @@ def asked_of(objects: Sequence[Object]) -> dict[str, float]:
 
 
 def lacking_of(quota: Object, asked: dict[str, float]) -> Iterator[str]:
-    """Where what is left of a quota is less than what is asked for."""
+    """A line for each resource of a quota of which less is left than the job asks for."""
     if quota["spec"].get("scopes") or quota["spec"].get("scopeSelector"):
-        return  # it is for some pods only
+        return  # the quota is for some pods only
     status = quota.get("status", {})
     for name, hard in status.get("hard", {}).items():
         used = status.get("used", {}).get(name, "0")
@@ -181,7 +181,7 @@ def _shown(value: float) -> str:
 
 
 def _templates(objects: Sequence[Object]) -> Iterator[tuple[int, Object]]:
-    """The templates of pods, and how many there will be of each."""
+    """The templates of pods, each with the number of its pods."""
     for made in objects:
         spec = made.get("spec", {})
         if made["kind"] == "RayJob":

@@ -1,6 +1,6 @@
-"""What Kubernetes is asked and told, by kubectl.
+"""Calls of kubectl.
 
-By kubectl and not by a library: it has the user's own ways to log in, and the server checks what it applies strictly.
+kubectl instead of a library: it logs in as the user is used to, and makes the server check objects strictly.
 """
 
 import json
@@ -16,37 +16,37 @@ from clm_dist.submit.submission import Submission
 
 _REQUEST_TIMEOUT_S = 30
 _TIMEOUT_S = 120
-"""Of a whole command, which may log in and makes several requests."""
+"""Timeout of a whole command, which may log in and makes several requests."""
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class ForbiddenError(SubmitError):
-    """The user may not ask this."""
+    """The user lacks the permission."""
 
 
 class NoKindError(SubmitError):
-    """The server knows no such kind of objects."""
+    """The server does not have this kind of objects."""
 
 
 class NoKubectlError(SubmitError):
-    """There is no kubectl."""
+    """kubectl is not on the PATH."""
 
 
 @dataclass(frozen=True)
 class Kubectl:
-    """kubectl, in one namespace of one cluster. What it refuses is a SubmitError with all that it says."""
+    """kubectl, in one namespace of one cluster. A call that fails raises SubmitError with its output."""
 
     namespace: str
     context: str | None = None
 
     @classmethod
     def here(cls, namespace: str | None) -> Self:
-        """With the current context, and its namespace unless one is named."""
+        """With the current context, and its namespace unless another is given."""
         try:
             view = json.loads(_run(["config", "view", "--minify", "--output=json"]))
         except NoKubectlError:
             raise
-        except SubmitError:  # there is no context, as in a pod
+        except SubmitError:  # a pod has no context
             own = _POD_NAMESPACE.read_text() if _POD_NAMESPACE.is_file() else "default"
             return cls(namespace or own)
         (context,) = view["contexts"]
@@ -59,7 +59,7 @@ class Kubectl:
         return cls(submission.k8s.namespace, submission.k8s.context)
 
     def raw(self, path: str) -> Any:
-        """What the server answers at a path."""
+        """The server's answer at a path."""
         return json.loads(self._ask("get", "--raw", path))
 
     def get(self, kind: str, name: str) -> Object | None:
@@ -75,31 +75,31 @@ class Kubectl:
         return found
 
     def apply(self, objects: Sequence[Object], *, dry_run: bool = False) -> None:
-        """Make objects as they are given, or let the server check whether they could be made."""
+        """Make objects exactly as given, or let the server check them without making them."""
         options = ["--server-side", "--field-manager=clm-dist", "--force-conflicts", "--validate=strict"]
         options += ["--dry-run=server"] if dry_run else []
         given = "".join(f"---\n{json.dumps(one)}\n" for one in objects)
         self._ask("apply", *options, "--filename=-", given=given)
 
     def delete(self, *names: str) -> None:
-        """Delete objects, `KIND/NAME`, that are there; it may take a while until they are gone."""
+        """Start to delete objects, `KIND/NAME`; missing ones are skipped."""
         self._ask("delete", *names, "--ignore-not-found", "--wait=false")
 
     def logs(self, labels: dict[str, str], since: str | None = None) -> str:
         """The logs of all containers of the pods with these labels.
 
         Args:
-            since: the time as the server writes it; lines from before that second are left out.
+            since: time in the server's format; earlier lines are skipped.
 
         Returns:
-            Lines `[pod/POD/CONTAINER] TIME TEXT`, pod by pod; `error: ...` for those that cannot be had.
+            Lines `[pod/POD/CONTAINER] TIME TEXT`, pod by pod; `error: ...` for a container whose log cannot be read.
         """
         options = ["--all-containers", "--prefix", "--timestamps", "--ignore-errors", "--tail=-1"]
         options += [f"--since-time={since}"] if since else []
         return self._ask("logs", f"--selector={_selector(labels)}", *options)
 
     def last_lines(self, pod: str, count: int) -> list[str]:
-        """Of a pod's log."""
+        """The last lines of a pod's log."""
         return self._ask("logs", pod, f"--tail={count}").splitlines()
 
     def _ask(self, *arguments: str, given: str | None = None) -> str:
@@ -114,7 +114,7 @@ def _selector(labels: dict[str, str]) -> str:
 def _run(arguments: Sequence[str], given: str | None = None) -> str:
     command = ["kubectl", *arguments]
     try:
-        # Logs are bytes, whatever the locale.
+        # Logs may hold any bytes, whatever the locale.
         ended = subprocess.run(
             command, input=given, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
         )

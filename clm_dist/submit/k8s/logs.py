@@ -1,4 +1,4 @@
-"""The logs of a submission's pods as one, the pod in front of every line."""
+"""The logs of a submission's pods as one, with the pod before every line."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,21 +10,21 @@ from clm_dist.submit.k8s.request import selector
 from clm_dist.submit.logs import TIME
 from clm_dist.submit.submission import Submission
 
-# The server's time is not before what it says itself of a log that it cannot get.
+# A line has no time if it is the server's own, about a log that it cannot read.
 _LINE = re.compile(r"\[pod/([^\]]+)\] (?:(\d{4}-\d\d-\d\dT\S+)(?: |$))?(.*)")
 _MARGIN = timedelta(seconds=60)
-"""Lines may come so much later than others of their time, and clocks differ."""
+"""Lines may arrive this much later than others of the same time, because clocks differ."""
 
 
 @dataclass
 class ContainerLog:
-    """What was read of a container's log."""
+    """How far a container's log was read."""
 
     label: str
     when: str = ""
-    """Of the last line that had a time of its own; lines without one belong to it."""
+    """Time of the last line that had one; a line without a time belongs to that line."""
     last: tuple[str, int] = ("", 0)
-    """Time that the server has for the last line, and its place among the lines of that time."""
+    """The server's time of the last line, and the line's place among those of that time."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class PodLogs:
     _since: str | None = None
 
     def new_lines(self) -> list[str]:
-        """What came since the last call, in the order of its times. Raises SubmitError where the cluster is away."""
+        """The lines since the last call, in the order of their times. Raises SubmitError if the cluster is away."""
         kubectl, labels = Kubectl.of(self.submission), selector(self.submission.name)
         said = kubectl.logs(labels, self._since).split("\n")
         parts = [match.groups(default="") for line in said if (match := _LINE.fullmatch(line))]
@@ -60,10 +60,10 @@ class PodLogs:
         for container, here in places.items():
             self._containers[container].last = max(here, self._containers[container].last)
         if not any(line.startswith("error:") and "waiting to start" not in line for line in said):
-            self._since = self._newest() or self._since  # of all: nothing that one lacks is skipped
+            self._since = self._newest() or self._since  # only if no log was unreadable, so no line is skipped
         return [line for _, line in sorted(lines, key=lambda line: line[0])]
 
     def _newest(self) -> str | None:
-        """The time up to which all was read."""
+        """The time up to which all logs were read."""
         times = [datetime.fromisoformat(log.last[0]) for log in self._containers.values() if log.last[0]]
         return (max(times) - _MARGIN).isoformat(timespec="seconds") if times else None

@@ -1,4 +1,4 @@
-"""The pods of a job: what they run, mount and are told."""
+"""The pods of a job: their commands, volumes and environment."""
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import shm_bytes
@@ -6,7 +6,7 @@ from clm_dist.submit.in_pod.pod import CODE, JOB_DIR, RAY_SETTINGS, RESERVE_S
 from clm_dist.submit.k8s.request import Object, Request, hosts_of, selector, state_dir
 
 _KEEP = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
-"""Node autoscalers do not move what runs."""
+"""Annotations that keep node autoscalers from moving running pods."""
 
 
 def driver_command(request: Request) -> list[str]:
@@ -16,7 +16,7 @@ def driver_command(request: Request) -> list[str]:
 
 
 def submitter_pod(job: JobConfig, request: Request) -> Object:
-    """The pod that submits the driver to Ray and follows it; its log is that of the run."""
+    """The pod that submits the driver to Ray and prints the run's log."""
     command = ["python", "-m", "clm_dist.submit.in_pod.submitter", *driver_command(request)]
     container = {
         "name": "driver",
@@ -45,7 +45,7 @@ def pod_template(job: JobConfig, request: Request, role: str) -> Object:
         limits |= k8s.resources
     environment = environment_of(job, request)
     if (is_head or not hosts.gpus) and "NVIDIA_VISIBLE_DEVICES" not in k8s.env:
-        # An image made for GPUs would show a pod without any all those of its node.
+        # With an image made for GPUs, a pod that asks for none would see all GPUs of its node.
         environment.append({"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"})
     container: Object = {
         "name": "ray",
@@ -59,7 +59,7 @@ def pod_template(job: JobConfig, request: Request, role: str) -> Object:
             _mount("shared", k8s.mount),
             *_job_mounts(),
         ],
-        # The run saves, and Ray's logs are kept, before anything is ended.
+        # It saves the run and keeps Ray's logs before the container is ended.
         "lifecycle": {"preStop": {"exec": {"command": ["python", "-m", "clm_dist.submit.in_pod.end"]}}},
     }
     if k8s.secret:
@@ -127,7 +127,7 @@ def environment_of(job: JobConfig, request: Request) -> list[Object]:
         "CLM_DIST_NODES": str(k8s.pods + (not request.plain)),
         "CLM_DIST_GRACE_S": str(k8s.grace_s),
         "CLM_DIST_SUBMISSION": request.number,
-        # Seconds that the driver has to save, where its job is stopped.
+        # Seconds that the driver has to save after its job is stopped.
         "RAY_JOB_STOP_WAIT_TIME_S": str(k8s.grace_s - RESERVE_S),
         **RAY_SETTINGS,
     }

@@ -1,8 +1,9 @@
-"""A job file as objects of Kubernetes. Pure: nothing here asks the cluster, the clock or the host.
+"""Renders a job as Kubernetes objects. Asks no cluster, clock or host.
 
-A `RayJob` of the KubeRay operator: it makes a Ray cluster of a head, which has the driver, and of worker pods, and a
-new one after a failure. Or, where there is no operator, an Indexed `Job` whose pods start Ray themselves; the first has
-the head and the driver beside its workers. Both run `clm-dist run` on what lies on the claim, so trying again goes on.
+The job is a `RayJob` of the KubeRay operator, which makes a Ray cluster of a head pod, with the driver, and of worker
+pods, and makes a new cluster after a failure. Without the operator it is an Indexed `Job` whose pods start Ray
+themselves; its first pod has the head and the driver in addition to workers. Both run `clm-dist run` on the files on
+the claim, so another attempt resumes the run.
 """
 
 import shlex
@@ -19,14 +20,14 @@ from clm_dist.submit.k8s.pods import driver_command, pod_template, submitter_pod
 from clm_dist.submit.k8s.request import Object, Request, hosts_of, metadata_of, selector, token_secret
 
 _RAY_VERSION = "2.60.0"
-"""Of the image; the operator wants to know."""
+"""Version of Ray in the image, which the operator needs."""
 _MOST_NAME = 47
-"""Characters: the operator makes the names of services and pods from that of a RayJob."""
+"""Longest name, in characters; the operator adds to it for services and pods."""
 _SUBMITTER_RETRIES = 10
 
 
 def check_job(job: JobConfig, request: Request) -> None:
-    """Find what is wrong with a job for Kubernetes, as far as no cluster need be asked.
+    """Find what is wrong with a job for Kubernetes, without asking the cluster.
 
     Raises:
         ConfigError: its name, its image, or its size.
@@ -64,7 +65,7 @@ def check_job(job: JobConfig, request: Request) -> None:
 
 
 def objects(job: JobConfig, request: Request) -> list[Object]:
-    """What is applied, the job itself last."""
+    """The objects to apply, the job itself last."""
     made = [_config_map(job, request), _network_policy(job, request)]
     if request.plain:
         return [*made, _service(job), _indexed_job(job, request)]
@@ -97,7 +98,7 @@ def _config_map(job: JobConfig, request: Request) -> Object:
 
 
 def _network_policy(job: JobConfig, request: Request) -> Object:
-    """Whoever reaches Ray's ports could run programs; so only the job's own pods do, and the operator the dashboard."""
+    """Opens Ray's ports, where programs can be started, to the job's own pods, and the dashboard to the operator."""
     ingress: list[Object] = [{"from": [{"podSelector": {"matchLabels": selector(job.name)}}]}]
     if not request.plain:
         operator = {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
@@ -134,7 +135,7 @@ def _ray_job(job: JobConfig, request: Request) -> Object:
         "rayVersion": _RAY_VERSION,
         "authOptions": {"mode": "token"},
         "headGroupSpec": {
-            # Workers do not run there.
+            # Workers do not run on the head.
             "rayStartParams": {"num-cpus": "0", "object-store-memory": str(store_bytes(k8s.head.memory))},
             "template": head,
         },
@@ -154,7 +155,7 @@ def _ray_job(job: JobConfig, request: Request) -> Object:
 
 
 def _service(job: JobConfig) -> Object:
-    """Gives the pods of a plain job their names."""
+    """The Service that gives the pods of a plain job their host names."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -197,12 +198,12 @@ def _indexed_job(job: JobConfig, request: Request) -> Object:
         "backoffLimit": k8s.max_retries * k8s.pods,
         "podFailurePolicy": {
             "rules": [
-                # The job file's fault, which trying again does not mend.
+                # A person must mend the job first.
                 {"action": "FailJob", "onExitCodes": {"containerName": "ray", "operator": "In", "values": [2]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
-        # The first has the driver, and with its success the others are ended.
+        # The first pod has the driver; its success ends the others.
         "successPolicy": {"rules": [{"succeededIndexes": "0", "succeededCount": 1}]},
         "template": template,
     }

@@ -1,4 +1,4 @@
-"""What the objects of a job need to know besides the job, and how they are named."""
+"""What the objects of a job need in addition to the job, and their names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from clm_dist.submit.size import Hosts
 from clm_dist.submit.submission import submitted_dir
 
 Object = dict[str, Any]
-"""An object of Kubernetes, as its API takes it."""
+"""A Kubernetes object, as its API takes it."""
 _PART_OF = "clm-dist"
 
 
 @dataclass(frozen=True)
 class Code:
-    """The package of a working tree, which goes before the image's."""
+    """The code of a working tree, which replaces the image's."""
 
     archive: str
     """A zip file in base64."""
     commit: str
-    """`1a2b3c4d5e6f`, with `-changed` where the tree differs from it."""
+    """`1a2b3c4d5e6f`, with `-changed` if the tree differs from the commit."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the objects need to know besides the job."""
+    """What the objects need in addition to the job."""
 
     resume: bool = False
-    """Go on with a run though its job has changed."""
+    """Continue a run although its job has changed."""
     overwrite: bool = False
     """Remove the run of this name, and start again."""
     number: str = "1"
-    """Tells a submission from others of its name."""
+    """Distinguishes submissions of the same name."""
     plain: bool = False
     """An Indexed Job, for clusters without the operator."""
     code: Code | None = None
@@ -46,7 +46,7 @@ def hosts_of(cluster: ClusterConfig) -> Hosts:
 
 
 def state_dir(job: JobConfig) -> str:
-    """The submission's files, as the pods see them."""
+    """The directory of the submission's files in the pods."""
     return str(submitted_dir(f"{job.cluster.k8s.mount}/runs", job.name))
 
 
@@ -56,7 +56,7 @@ def selector(name: str) -> dict[str, str]:
 
 
 def token_secret(name: str) -> str:
-    """The Secret of a plain job with Ray's token, in its key `auth_token`."""
+    """Name of the Secret of a plain job that holds Ray's token, in its key `auth_token`."""
     return f"{name}-ray"
 
 

@@ -1,7 +1,6 @@
-"""How a job on Kubernetes is, in words, from the objects that the cluster has of it. Pure.
+"""The state of a job on Kubernetes, from its objects in the cluster. Asks no cluster.
 
-The objects: the RayJob of the KubeRay operator or the Indexed Job, the pods, the namespace's events, and Kueue's
-workload of the job.
+The objects are the RayJob or the Indexed Job, the pods, the events of the namespace, and Kueue's workload of the job.
 """
 
 import re
@@ -15,7 +14,7 @@ from clm_dist.submit.states import JobState
 DRIVER = "app.kubernetes.io/component"
 """Label of pods: `driver`, `head`, `worker`."""
 INDEX = "batch.kubernetes.io/job-completion-index"
-"""Label of the pods of an Indexed Job; the first has the driver."""
+"""Label of the pods of an Indexed Job; pod 0 has the driver."""
 
 _FAULT_OF_THE_JOB = (
     "the driver ended with 2, the fault of the job file, so it was not tried again; `clm-dist logs {name}` says why"
@@ -51,19 +50,19 @@ _WAITING = {
 
 @dataclass(frozen=True)
 class Found:
-    """What the cluster has of a submission."""
+    """The objects of a submission in the cluster."""
 
     job: Object | None
     """The RayJob or the Job."""
     pods: Sequence[Object] = ()
     events: Sequence[Object] = ()
-    """Of the namespace."""
+    """All events of the namespace."""
     workloads: Sequence[Object] = ()
-    """Of Kueue, in the namespace."""
+    """All workloads of Kueue in the namespace."""
 
 
 def job_state(found: Found) -> JobState:
-    """How a job is."""
+    """The state of a job."""
     job = found.job
     if job is None:
         return JobState(
@@ -83,7 +82,7 @@ def has_ended(job: Object) -> bool:
 
 
 def driver_pod(pods: Sequence[Object]) -> Object | None:
-    """The pod with the driver's log; the last one, where there were several attempts."""
+    """The pod with the driver's log; after several attempts, the newest."""
     drivers = [pod for pod in pods if is_driver(pod)]
     return max(drivers, key=lambda pod: pod["metadata"]["creationTimestamp"], default=None)
 
@@ -174,7 +173,7 @@ def _message_of(workload: Object, kind: str) -> str:
 
 
 def _troubles(found: Found, job: Object) -> Iterator[str]:
-    """What keeps a job's pods from running, the surest first."""
+    """What keeps a job's pods from running, the most certain reason first."""
     pods = [pod for pod in found.pods if not pod["metadata"].get("deletionTimestamp")]
     for kind in (_waiting_containers, _unschedulable, _out_of_memory, _evicted):
         yield from kind(pods)
@@ -221,14 +220,14 @@ def _evicted(pods: Sequence[Object]) -> Iterator[str]:
 
 
 def _failed_events(found: Found, job: Object) -> Iterator[str]:
-    """Pods that could not be made, or whose volumes could not be mounted, as the events say."""
+    """Events about pods that could not be made, or whose volumes could not be mounted."""
     own = {job["metadata"]["name"], job.get("status", {}).get("rayClusterName")}
     waiting = {pod["metadata"]["name"] for pod in found.pods if pod.get("status", {}).get("phase") == "Pending"}
     for event in sorted(found.events, key=_time, reverse=True):
         about, reason = event["involvedObject"].get("name"), event.get("reason", "")
         message = event.get("message", "")
         if event.get("type") != "Warning" or _time(event) < job["metadata"]["creationTimestamp"]:
-            continue  # of an earlier job of this name
+            continue  # it is about an earlier job of this name
         if about in own and "exceeded quota" in message:
             yield f"a quota of the namespace does not let its pods be made: {message}"
         elif about in own and reason.startswith("Failed"):
@@ -251,7 +250,7 @@ def _condition(job: Object, kind: str) -> Object | None:
 
 
 def _time(event: Object) -> str:
-    """When it happened last, to the second."""
+    """The time when an event happened last, to the second."""
     series = event.get("series") or {}
     when = event.get("lastTimestamp") or series.get("lastObservedTime") or event.get("eventTime") or ""
     return f"{when[:19]}Z"

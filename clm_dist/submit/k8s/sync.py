@@ -1,7 +1,7 @@
 """The code of a working tree for pods whose image has an older one (`submit k8s --sync`).
 
-It travels in the job's ConfigMap, which holds 1 MiB at most, as a zip file that Python imports from; every process of
-the pods has it before the image's, Ray's workers included. Ray's runtime environments would reach the workers alone.
+The job's ConfigMap, which holds 1 MiB at most, has it as a zip file that Python imports from. All processes of the pods
+use it instead of the image's code, Ray's workers included; a runtime environment of Ray would reach only the workers.
 """
 
 import base64
@@ -14,14 +14,14 @@ from clm_dist.errors import ConfigError
 from clm_dist.submit.k8s.request import Code
 
 _MOST_BYTES = 900_000
-"""Of the zip file; the job file is in the ConfigMap, too."""
+"""Limit of the zip file; the ConfigMap also holds the job file."""
 
 
 def pack(directory: Path) -> Code:
-    """The files that git tracks in the repository of a directory, as they are on the disk now.
+    """The files that git tracks in the repository of a directory, in their present state.
 
     Raises:
-        ConfigError: there is no repository of clm_dist, or it is too large.
+        ConfigError: the directory is not in a repository of clm_dist, or the repository is too large.
     """
     try:
         root = Path(_git(directory, "rev-parse", "--show-toplevel").strip())
@@ -46,8 +46,8 @@ def pack(directory: Path) -> Code:
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
             file = root / name
-            if file.is_file() and not file.is_symlink():  # and not removed
-                # Always the same bytes for the same files.
+            if file.is_file() and not file.is_symlink():  # it may have been removed
+                # ZipInfo has a fixed time, so the same files make the same bytes.
                 archive.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED)
     size = packed.tell()
     if size > _MOST_BYTES:

@@ -1,1 +1,1 @@
-"""Jobs on Slurm: the script for sbatch, what Slurm is asked and told, and Ray on its hosts."""
+"""Jobs on Slurm: the script for sbatch, the commands of Slurm, and Ray on its hosts."""

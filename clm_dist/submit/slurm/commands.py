@@ -1,4 +1,4 @@
-"""What Slurm is asked and told, by its own commands: sbatch, sinfo, scontrol, scancel, and sacct where it works."""
+"""The commands of Slurm: sbatch, sinfo, scontrol, scancel, and sacct if there is an accounting database."""
 
 import os
 import re
@@ -25,7 +25,7 @@ _REASONS = {
     "JobHeldUser": "it is held; `scontrol release` lets it go",
     "JobLaunchFailure": "it could not be launched, and is held; ask an administrator",
     "NodeDown": "a node that it needs is down",
-    "NonZeroExitCode": "",  # which code says more
+    "NonZeroExitCode": "",  # the exit code says more
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition starts no jobs now",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives one job",
@@ -62,7 +62,7 @@ def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
             if name and name not in names:
                 known = ", ".join(sorted(names))
                 raise ConfigError(f"{field}: there is no partition {name}; there are {known}", field=field)
-    # Without a partition it is the default one, or what the site or the environment makes of it.
+    # Without a partition, the site or the environment may choose any.
     wanted = slurm.partition.split(",") if slurm.partition else names
     most = max((num_gpus(gres) for name, gres in rows if name.rstrip("*") in wanted), default=0)
     if slurm.gpus_per_node > most:
@@ -75,11 +75,11 @@ def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
 
 
 def num_gpus(gres: str) -> int:
-    """GPUs in what sinfo says of a node: `gpu:a100:4(S:0-1),gpu:v100:2` has 6."""
+    """GPUs of a node, from the output of sinfo: `gpu:a100:4(S:0-1),gpu:v100:2` has 6."""
     return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
 
 
-# Of sbatch, by other names than the options that a script has, or against what it rests on.
+# Variables of sbatch that have other names than the options of a script, or contradict what the script relies on.
 _OVERRULING = {
     *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_GPUS", "SBATCH_GPUS_PER_TASK", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
     *("SBATCH_REQUEUE", "SBATCH_TIMELIMIT", "SBATCH_WAIT"),
@@ -87,7 +87,7 @@ _OVERRULING = {
 
 
 def submit_script(script: Path, *options: str) -> str:
-    """Queue a script; gives the job's number. Raises SubmitError with all that sbatch says."""
+    """Queue a script, and return the job's number. Raises SubmitError with the output of sbatch."""
     own = set(re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
     said = _ask("sbatch", "--parsable", *options, str(script), environment=_environment(own))
     if not (number := re.fullmatch(r"(\d+)(;.*)?", said.strip())):
@@ -96,23 +96,23 @@ def submit_script(script: Path, *options: str) -> str:
 
 
 def _environment(options: set[str]) -> dict[str, str]:
-    """This process's environment without what would overrule a script's own options."""
-    # Inside a job, such as an interactive one, SLURM_* speaks of that; SBATCH_* goes before what the script says.
+    """The environment of this process, without variables that would override the options of a script."""
+    # In a job, such as an interactive one, SLURM_* describe that job. SBATCH_* override the options of the script.
     names = {f"SBATCH_{name.upper().replace('-', '_')}" for name in options} | _OVERRULING
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     return {k: v for k, v in os.environ.items() if k in kept or not (k.startswith("SLURM_") or k in names)}
 
 
 def job_states(job_id: str) -> dict[str, JobState]:
-    """What Slurm knows of a job, by number: of an array, of each of its tasks (`12_0`, ...).
+    """The state of a job by its number; for an array, the state of each task (`12_0`, ...).
 
-    Empty where it has forgotten it.
+    Empty if Slurm does not know the job any more.
 
     Raises:
         SubmitError: Slurm does not answer.
     """
     try:
-        # Of a list of an array's tasks it writes 64 characters otherwise.
+        # Without it, Slurm cuts the list of an array's tasks at 64 characters.
         whole = {**os.environ, "SLURM_BITSTR_LEN": "0"}
         text = _ask("scontrol", "show", "job", "--oneliner", job_id, environment=whole)
     except SubmitError as error:
@@ -121,10 +121,10 @@ def job_states(job_id: str) -> dict[str, JobState]:
         return _accounted_states(job_id)
     states = {}
     for line in text.splitlines():
-        values = dict(re.findall(r"(?<!\S)(\w+)=(\S*)", line)[::-1])  # of names that come twice, the first
+        values = dict(re.findall(r"(?<!\S)(\w+)=(\S*)", line)[::-1])  # keep the first of names that come twice
         state = _job_state(values)
         if "ArrayJobId" in values:
-            # What waits is together in one line: 0-2,5%4.
+            # One line holds all tasks that wait: 0-2,5%4.
             for task in _expand(values["ArrayTaskId"]):
                 states[f"{values['ArrayJobId']}_{task}"] = state
         elif "JobId" in values:
@@ -133,12 +133,12 @@ def job_states(job_id: str) -> dict[str, JobState]:
 
 
 def cancel_job(job_id: str) -> None:
-    """Raises SubmitError where Slurm refuses."""
+    """Cancel a job. Raises SubmitError if Slurm refuses."""
     _ask("scancel", job_id)
 
 
 def release_job(job_id: str) -> None:
-    """Let go of a job that was queued with --hold. Raises SubmitError where Slurm refuses."""
+    """Release a job that was queued with --hold. Raises SubmitError if Slurm refuses."""
     _ask("scontrol", "release", job_id)
 
 
@@ -161,7 +161,7 @@ def _job_state(values: Mapping[str, str]) -> JobState:
 
 
 def describe_reason(reason: str) -> str:
-    """Why a job waits, in words, with Slurm's own name where there are none; empty where Slurm gives none."""
+    """Why a job waits, in words; Slurm's own name for a reason without words, and empty if Slurm gives none."""
     name = re.split(r"[(,:]", reason)[0]
     if name in ("None", ""):
         return ""
@@ -175,7 +175,7 @@ def describe_reason(reason: str) -> str:
 
 
 def _accounted_states(job_id: str) -> dict[str, JobState]:
-    """From the accounting database, if the cluster has one."""
+    """The states of a job in the accounting database, if the cluster has one."""
     try:
         fields = "JobID,State,ExitCode,NodeList"
         text = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", f"--format={fields}")

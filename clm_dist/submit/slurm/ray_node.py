@@ -1,10 +1,10 @@
-"""Ray's node on one host of a Slurm job: `python -m clm_dist.submit.slurm.ray_node STATE ATTEMPT`, a task each.
+"""Ray on one host of a Slurm job: `python -m clm_dist.submit.slurm.ray_node STATE ATTEMPT`, one task a host.
 
-It gives Ray what Slurm granted and not what the host has, starts a node that dies again (not the head, without which
-nothing goes on), and leaves nothing when the attempt ends: no process, no local file. Ray's logs are kept in STATE.
+It limits Ray to what Slurm granted. It restarts a node that dies, except the head, which the other nodes cannot do
+without. When the attempt ends, it leaves no process and no local file; Ray's logs are kept in STATE.
 
-The batch script sets RAY_ADDRESS and the token; STATE/attempt says which attempt runs. Where it says another one, or
-that it has ended, this node ends: also on a host that Slurm has given up and cannot reach.
+The batch script sets RAY_ADDRESS and the token. STATE/attempt holds the number of the attempt that runs. This node
+ends when the file names another attempt or says that this one has ended, even on a host that Slurm cannot reach.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ _POLL_S = 1.0
 _MIB = 2**20
 _LAST_LINES = 8
 _PR_SET_CHILD_SUBREAPER = 36
-# Frameworks that see these take each worker for a task of srun.
+# With these set, frameworks would treat each worker as a task of srun.
 _OF_A_TASK = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def granted(environment: Mapping[str, str], *, available_mib: int, shm_mib: int) -> dict[str, int]:
-    """What Slurm granted on this host, as options of `ray start`: CPUs, GPUs, memory and object store in bytes.
+    """Options of `ray start` for what Slurm granted on this host: CPUs, GPUs, memory and object store in bytes.
 
     Args:
-        available_mib: memory of the host, for a job that was granted all of it.
+        available_mib: memory of the host, used if Slurm granted all of it.
         shm_mib: free space of /dev/shm, which holds the object store.
     """
     cpus = int(environment.get("SLURM_CPUS_PER_TASK") or environment["SLURM_CPUS_ON_NODE"])
@@ -46,7 +46,7 @@ def granted(environment: Mapping[str, str], *, available_mib: int, shm_mib: int)
     memory = memory or int(environment.get("SLURM_MEM_PER_CPU") or 0) * cpus
     gpus = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     memory = memory or int(environment.get("SLURM_MEM_PER_GPU") or 0) * gpus or available_mib
-    # Blocks come from files, not from the object store; Ray refuses one of less than 75 MiB.
+    # Blocks come from files, not from the object store. Ray needs a store of 75 MiB or more.
     store = max(80, min(1024, memory // 5, shm_mib * 8 // 10))
     return {
         "num-cpus": cpus,
@@ -62,7 +62,7 @@ def _in_words(amounts: Mapping[str, int]) -> str:
 
 
 class RayNode:
-    """The Ray node of this host, until it is to end.
+    """The Ray node of this host.
 
     Args:
         state: the directory of the run's submission.
@@ -74,17 +74,17 @@ class RayNode:
         self._is_head = environment["SLURM_NODEID"] == "0"
         self._address = environment["RAY_ADDRESS"]
         self._host = socket.gethostname()
-        # Short, because sockets lie there, and local, because they cannot lie on a network file system.
+        # A short and local path, because Ray's sockets lie there.
         self._local = Path(f"/tmp/clm-dist-job-{attempt}")
         self._of_driver = Path(f"{self._local}-driver")
         self._environment = environment
         self._told = False
 
     def run(self) -> int:
-        """Start Ray and keep it; gives the exit code of the task."""
+        """Run Ray until the attempt ends, and return the exit code of the task."""
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, self._end)
-        # What outlives its parent becomes a child of this process, which ends it.
+        # Orphaned processes become children of this process, which ends them.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -116,7 +116,7 @@ class RayNode:
             self._say("\n".join([f"Ray has ended with {ray.returncode}; the last that it said:", *last]))
             end_descendants()
             if self._is_head:
-                # Without it the other nodes have nothing to join.
+                # The other nodes cannot join without a head.
                 if not self._is_over():
                     (self._state / "attempt").write_text(f"{self._attempt} ended\n")
                 return 1
@@ -125,9 +125,9 @@ class RayNode:
         return 0
 
     def _is_over(self) -> bool:
-        """Whether this node is to end: by a signal, by the script, or because a later attempt has begun."""
+        """Whether this node must end: by a signal, by the script, or because a later attempt has begun."""
         if not self._told:
-            # Neither a storage that is away for a moment nor a file that is being written ends a run.
+            # Storage that is away for a moment, or a file that is being written, must not end a run.
             with contextlib.suppress(OSError):
                 self._told = (self._state / "attempt").read_text().strip() not in ("", self._attempt)
         return self._told
@@ -141,7 +141,7 @@ class RayNode:
 
     def _granted(self) -> dict[str, int]:
         free_shm = shutil.disk_usage("/dev/shm").free // _MIB
-        # What is free and what the system gives back when asked: its cache of files.
+        # Includes the file cache, which the system frees on demand.
         available = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) // 1024
         return granted(self._environment, available_mib=available, shm_mib=free_shm)
 
@@ -149,7 +149,8 @@ class RayNode:
         host, _, port = self._address.rpartition(":")
         place = ["--head", f"--port={port}", "--include-dashboard=false"]
         if importlib.util.find_spec("grpc"):
-            # Ray serves clients then, at one port for all on a host; without grpc it refuses the option.
+            # With grpc, Ray also serves clients, by default at the same port for all jobs of a host. Without grpc it
+            # refuses the option.
             place.append(f"--ray-client-server-port={int(port) + 1}")
         if not self._is_head:
             place = [f"--address={self._address}"]
@@ -178,15 +179,15 @@ class RayNode:
         (self._state / "nodes").mkdir(exist_ok=True)
 
     def _is_locked(self) -> bool:
-        """Hold the directory until this process ends, however it ends; false where it is not there.
+        """Lock the directory until this process ends; false if it does not exist.
 
-        Another job of this user that starts beside this one may take it for a leaving until it is held.
+        Without a lock, another job of this user that starts on the host would remove it as left over.
         """
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(self._local, os.O_RDONLY | os.O_NOFOLLOW)
             fcntl.flock(handle, fcntl.LOCK_EX)
             held = os.fstat(handle)
-            # One that somebody else made is not taken, and mkdir says why.
+            # A directory of another user is not used, and mkdir raises an error.
             if held.st_uid == os.getuid() and os.path.samestat(held, self._local.stat()):
                 return True
             os.close(handle)
@@ -194,18 +195,18 @@ class RayNode:
 
     def _keep_logs(self) -> None:
         logs = self._local / "session_latest" / "logs"
-        with contextlib.suppress(OSError, shutil.Error):  # a full disk must not keep the local files
+        with contextlib.suppress(OSError, shutil.Error):  # a full disk must not prevent the removal of local files
             shutil.copytree(logs, self._state / "nodes" / self._host / self._attempt, dirs_exist_ok=True)
 
     def _say(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} attempt {self._attempt}: {text}\n"
         path = self._state / "nodes" / f"{self._host}.log"
-        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as log:  # nor does a full disk
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as log:  # a full disk ends nothing
             log.write(line)
 
 
 def _remove_unless_in_use(directory: Path) -> None:
-    """Remove the local files of a job of this user that could not: killed without a warning, or by a power cut."""
+    """Remove local files that a killed job of this user left, or a power cut."""
     with contextlib.suppress(OSError):  # in use, or another process was quicker
         handle = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
         try:

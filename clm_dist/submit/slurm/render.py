@@ -1,7 +1,7 @@
-"""A job file as a script for `sbatch`. Pure: nothing here asks the cluster, the clock or the host.
+"""Renders a job as a script for `sbatch`, from the templates beside this file. Asks no cluster, clock or host.
 
-The script keeps to what an administrator can follow: it starts one `clm_dist.submit.slurm.ray_node` a host as a job
-step, runs the driver on the first host, passes signals on, and requeues itself where running again helps.
+The script is simple enough for an administrator to follow: it starts `clm_dist.submit.slurm.ray_node` on each host as
+a job step, runs the driver on the first host, passes signals on, and requeues itself if another attempt can help.
 """
 
 import re
@@ -26,17 +26,17 @@ head=$(ip -4 route get "${other:-127.0.0.1}" 2>/dev/null | sed -n 's/.* src \([0
 
 @dataclass(frozen=True)
 class Request:
-    """What a script needs to know besides the job."""
+    """What a script needs in addition to the job."""
 
     submission: Submission
     store: str
     """Directory or URL of the prepared blocks."""
     venv: Path
-    """Where clm-dist is installed, unless the job says where."""
+    """Environment that clm-dist is installed in, unless the job names another."""
     resume: bool = False
-    """Go on with runs though their job has changed."""
+    """Continue runs although their job has changed."""
     at_once: int | None = None
-    """Runs of a sweep that may run at the same time; None is all."""
+    """How many runs of a sweep may run at the same time; None means all."""
 
 
 def hosts_of(cluster: ClusterConfig) -> Hosts:
@@ -47,7 +47,7 @@ def hosts_of(cluster: ClusterConfig) -> Hosts:
 
 
 def render_run(job: JobConfig, request: Request) -> str:
-    """The script of a job, or of a sweep, whose runs differ in nothing that it says."""
+    """The script of a job, or of a sweep whose runs all have the same script."""
     slurm, submission = job.cluster.slurm, request.submission
     options: Options = {
         "job-name": submission.name,
@@ -80,14 +80,14 @@ def render_run(job: JobConfig, request: Request) -> str:
         srun=" ".join(["srun --export=ALL", *(["--no-kill"] if job.cluster.elastic else []), *inside.step]),
         on_bad_exit="0" if job.cluster.elastic else "1",
         python=inside.python,
-        # The number of the task alone is, for one of them, that of the whole array.
+        # SLURM_JOB_ID of one task is the number of the whole array.
         job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if submission.sweep else "$SLURM_JOB_ID",
         driver=" ".join([*inside.driver, inside.python, "-m clm_dist run", *(["--resume"] if request.resume else [])]),
     )
 
 
 def render_prepare(job: JobConfig, request: Request) -> str:
-    """The script of the CPU job that prepares what the runs of a submission train on."""
+    """The script of the CPU job that prepares the data of a submission's runs."""
     slurm, submission = job.cluster.slurm, request.submission
     prepare = slurm.prepare
     options: Options = {
@@ -125,12 +125,12 @@ def _fill(template: str, **fields: str) -> str:
 
 @dataclass(frozen=True)
 class _Inside:
-    """How a program is started in the job's environment."""
+    """How the script starts programs in the job's environment."""
 
     step: Sequence[str] = ()
     """Options of srun for the step of Ray's nodes."""
     driver: Sequence[str] = ()
-    """What stands before the driver's command."""
+    """Prefix of the driver's command."""
     python: str = "python3"
 
     @classmethod
@@ -142,7 +142,7 @@ class _Inside:
         if container.runtime == "apptainer":
             nv = "--nv " if slurm.gpus_per_node else ""
             return cls(python=f"apptainer exec {nv}--bind {mounts} {image} python3")
-        # Ray's step and the driver meet at sockets in /tmp, which each container has for itself otherwise.
+        # Ray and the driver share sockets in /tmp; without the mount each container has a /tmp of its own.
         options = (f"--container-image={image}", f"--container-mounts=/tmp:/tmp,{mounts}")
         # Pyxis starts containers in steps only.
         return cls(
@@ -167,13 +167,13 @@ def _option_lines(options: Options) -> str:
         if value is True:
             lines.append(f"#SBATCH --{name}")
         elif value is not None and value is not False:
-            # sbatch takes quotes as a shell does, but for backslashes, which it heeds inside them too.
+            # sbatch reads quotes as a shell does, but interprets backslashes inside them too.
             lines.append(f"#SBATCH --{name}={shlex.quote(str(value).replace(chr(92), chr(92) * 2))}")
     return "\n".join(lines)
 
 
 def _log_pattern(submission: Submission, *, of_sweep: bool = True) -> str:
-    """The log's path, in which Slurm replaces %a by the number of a sweep's run, and nothing else."""
+    """The path of the log. Slurm replaces only %a, with the number of a run of a sweep."""
     root = str(submission.root).replace("%", "%%")
     return f"{root}/%a/log" if submission.sweep and of_sweep else f"{root}/log"
 
