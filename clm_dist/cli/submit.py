@@ -53,7 +53,8 @@ def slurm(
         typer.Option("--array", metavar="FIELD=V1,V2,...", help="A run for each value of a field, as one job array."),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option("--at-once", min=1, help="With --array: so many of its runs at the same time.")
+        int | None,
+        typer.Option("--at-once", min=1, help="With --array: how many of its runs may run at the same time."),
     ] = None,
     prepare_first: Annotated[
         bool, typer.Option("--prepare-first", help="Prepare in a job of its own, on CPUs, before this one.")
@@ -72,7 +73,7 @@ def slurm(
     }
     settings = [*(overrides or ()), *settings_of("cluster.slurm", given), *map(_option_setting, options or ())]
     if at_once and not array:
-        raise ConfigError("--at-once goes with --array; leave it out")
+        raise ConfigError("--at-once is only for --array; remove it")
     job = load_job(job_file, settings)
     name = job.config.name
     jobs = _sweep(job_file, settings, array, name) if array else [job.config]
@@ -94,7 +95,7 @@ def _sweep(job_file: Path, settings: Sequence[str], array: Sequence[str], name: 
     for sweep in sweep_settings(array):
         run = sweep_name(name, sweep)
         if run in jobs:
-            raise ConfigError(f"--array: two of its runs would be {run}; give values that tell them apart")
+            raise ConfigError(f"--array: two of its runs would be named {run}; give values that differ")
         jobs[run] = load_job(job_file, [*settings, *sweep, f"name={run}"]).config
     return list(jobs.values())
 
@@ -107,6 +108,6 @@ def _option_setting(option: str) -> str:
 def _plain(runs: Path) -> Path:
     """The directory, if sbatch can write a log to it. Raises ConfigError otherwise."""
     if "\\" in str(runs) or any(ord(character) < 32 for character in str(runs)):
-        problem = f"--runs {str(runs)!r} has a backslash or a line break, and Slurm writes no log to such a path"
+        problem = f"--runs {str(runs)!r} has a backslash or a line break, and Slurm cannot write a log to such a path"
         raise ConfigError(f"{problem}; name another")
     return runs

@@ -39,7 +39,8 @@ def k8s(
         str, typer.Option("--runs", envvar="CLM_DIST_RUNS", help="Directory in which the submission is remembered.")
     ] = DEFAULT_RUNS,
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URL", help="Prepared blocks (s3://, gs://), not on the claim.")
+        str | None,
+        typer.Option("--store", metavar="URL", help="URL of the prepared blocks (s3://, gs://), instead of the claim."),
     ] = None,
     namespace: Annotated[str | None, typer.Option("--namespace", show_default="that of kubectl's context")] = None,
     pods: Annotated[int | None, typer.Option("--pods", help="Pods with workers.")] = None,
@@ -47,12 +48,14 @@ def k8s(
     image: Annotated[str | None, typer.Option("--image", help="Image in which clm-dist is installed.")] = None,
     claim: Annotated[str | None, typer.Option("--claim", help="PersistentVolumeClaim for runs and blocks.")] = None,
     secret: Annotated[
-        str | None, typer.Option("--secret", help="Secret whose keys, such as HF_TOKEN, the pods have.")
+        str | None, typer.Option("--secret", help="Secret whose keys, such as HF_TOKEN, become variables of the pods.")
     ] = None,
     queue: Annotated[str | None, typer.Option("--queue", help="Queue of Kueue that starts the job.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="A Job instead of a RayJob, where KubeRay is not.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Submit a Job, not a RayJob, to a cluster without KubeRay.")
+    ] = False,
     sync: Annotated[
-        bool, typer.Option("--sync", help="Run the code of this clone of clm_dist, and not that of the image.")
+        bool, typer.Option("--sync", help="Run the code of this clone of clm_dist instead of the image's.")
     ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,

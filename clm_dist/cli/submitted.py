@@ -15,12 +15,14 @@ from clm_dist.submit.submission import find_submission
 
 Which = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="Name of a run or a submission, or a job's number; the last submission."),
+    typer.Argument(
+        metavar="[RUN]", help="Name of a run or a submission, or number of a job; default: the last submission."
+    ),
 ]
 
 
 def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
-    """Show how far a submission is: in the queue, and in its steps."""
+    """Show the progress of a submission, in the queue and in training steps."""
     submission, _ = find_submission(local_dir(runs, "--runs"), which)
     status = backend_of(submission).status(submission)
     if status.note:
@@ -53,10 +55,12 @@ def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
 def logs(
     which: Which = None,
     runs: Runs = DEFAULT_RUNS,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
-    last: Annotated[int | None, typer.Option("--last", "-n", min=0, help="Only so many of the lines so far.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the job ends.")] = False,
+    last: Annotated[
+        int | None, typer.Option("--last", "-n", min=0, help="Print only this many of the last lines.")
+    ] = None,
 ) -> None:
-    """Print the logs of a submission, all attempts and all hosts, the host in front of every line."""
+    """Print the logs of a submission, of all attempts and hosts, with the host before every line."""
     submission, _ = find_submission(local_dir(runs, "--runs"), which)
     backend = backend_of(submission)
     merged = backend.logs(submission)
@@ -69,6 +73,6 @@ def logs(
 
 
 def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
-    """End a submission; what its runs have saved stays, and submitting again goes on from it."""
+    """End a submission. What its runs have saved stays, and submitting again continues from it."""
     submission, task = find_submission(local_dir(runs, "--runs"), which)
     out.print(backend_of(submission).cancel(submission, task), soft_wrap=True, markup=False)

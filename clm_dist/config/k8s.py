@@ -35,13 +35,13 @@ def num_bytes(quantity: str) -> int:
 
 def _quantity(text: str) -> str:
     if not re.fullmatch(rf"\d+(\.\d+)?({'|'.join(_SIZES)})?", text):
-        raise PydanticCustomError("quantity", "no quantity of Kubernetes; write it as 16Gi or 500M")
+        raise PydanticCustomError("quantity", "not a Kubernetes quantity; write it as 16Gi or 500M")
     return text
 
 
 def _memory(text: str) -> str:
     if num_bytes(_quantity(text)) < _LEAST_BYTES:
-        raise PydanticCustomError("quantity", "less than 1Gi, in which Ray does not run")
+        raise PydanticCustomError("quantity", "less than 1Gi, which is too little for Ray")
     return text
 
 
@@ -132,11 +132,13 @@ class K8sConfig(Section):
         for name in env:
             if name in ("POD_NAME", "POD_IP") or name.startswith(("CLM_DIST_", "RAY_AUTH_")):
                 raise PydanticCustomError(
-                    "env", f"the variable {name} is set by clm-dist, which rests on it; leave it out"
+                    "env", f"the variable {name} is set by clm-dist, which relies on it; remove it"
                 )
             if name.endswith(("_TOKEN", "_SECRET_ACCESS_KEY", "_API_KEY")):
-                advice = "put it into a Secret, and name that in cluster.k8s.secret"
-                raise PydanticCustomError("env", f"the variable {name} would be seen by all who see pods; {advice}")
+                advice = "put it into a Secret, and set cluster.k8s.secret to the name of the Secret"
+                raise PydanticCustomError(
+                    "env", f"the variable {name} would be visible to everyone who may list pods; {advice}"
+                )
         return env
 
     @model_validator(mode="after")
@@ -144,7 +146,7 @@ class K8sConfig(Section):
         known = {"key", "operator", "value", "effect", "tolerationSeconds"}
         for toleration in self.tolerations:
             if unknown := set(toleration) - known:
-                problem = f"{min(unknown)} is no part of a toleration; there are {', '.join(sorted(known))}"
+                problem = f"{min(unknown)} is not a key of a toleration; the keys are {', '.join(sorted(known))}"
                 raise wrong("cluster.k8s.tolerations", problem)
         return self
 

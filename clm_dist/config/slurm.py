@@ -70,7 +70,7 @@ def _check_time(value: object) -> object:
     """YAML reads 2:00:00 as a number of seconds, and Slurm reads a number as minutes."""
     if value is None or (isinstance(value, str) and _TIME.fullmatch(value)):
         return value
-    advice = 'a number; write it in quotes, "2:00:00"' if isinstance(value, int) else "no time of Slurm"
+    advice = 'a number; write it in quotes, "2:00:00"' if isinstance(value, int) else "not a time of Slurm"
     raise PydanticCustomError("time", f"{advice}; it takes minutes, [hours:]minutes:seconds or days-hours[:minutes]")
 
 
@@ -96,13 +96,14 @@ class SlurmPart(Section):
     def _options_can_be_set(cls, options: Options) -> Options:
         for name, value in options.items():
             if name in _OWN_OPTIONS:
-                place = f"{name} has a place of its own: {_OWN_OPTIONS[name]}"
-                raise PydanticCustomError("option", f"{place}; leave it out here")
+                place = f"{name} has a field of its own: {_OWN_OPTIONS[name]}"
+                raise PydanticCustomError("option", f"{place}; remove it here")
             if name in _FIXED_OPTIONS:
-                raise PydanticCustomError("option", f"{name} is set by clm-dist, which rests on it; leave it out")
+                raise PydanticCustomError("option", f"{name} is set by clm-dist, which relies on it; remove it")
             if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
                 raise PydanticCustomError(
-                    "option", f"{name!r} is no long option of sbatch; write it without dashes in front, as in mail-user"
+                    "option",
+                    f"{name!r} is not a long option of sbatch; write it without leading dashes, as in mail-user",
                 )
             if isinstance(value, str):
                 _one_line(value)

@@ -53,7 +53,7 @@ class Hosts:
         cluster, workers = self.cluster, self.cluster.min_workers
         if cluster.gpus_per_worker == 1 and not self.gpus:
             raise ConfigError(
-                f"cluster.gpus_per_worker is 1, and no GPUs are asked for; say how many a {self.noun} has with "
+                f"cluster.gpus_per_worker is 1, and no GPUs are asked for; say how many each {self.noun} has with "
                 f"{self.gpus_option}",
                 field=f"{self.section}.gpus_per_{self.noun}",
             )

@@ -170,6 +170,6 @@ def _field_of(name: str, sweep: str) -> str:
         return name
     fields = [f for f in field_names() if f.rpartition(".")[2] == name]
     if len(fields) != 1:
-        problem = f"could be {', '.join(fields)}; write one of them" if fields else "is no field of a job"
+        problem = f"could be {', '.join(fields)}; write one of them" if fields else "is not a field of a job"
         raise ConfigError(f"--array {sweep}: {name} {problem}")
     return fields[0]

@@ -54,7 +54,7 @@ def test_a_dry_run_prints_the_job_that_prepares_first(commands: Commands) -> Non
 def test_without_sbatch_nothing_is_written(commands: Commands, slurm: FakeSlurm) -> None:
     slurm.remove("sbatch")
     said = commands.submit()
-    assert (said.code, "error: there is no sbatch on the PATH" in said.err) == (2, True)
+    assert (said.code, "error: sbatch is not on the PATH" in said.err) == (2, True)
     assert not commands.runs.exists()
 
 
@@ -71,19 +71,22 @@ def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Com
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--time", "2h"), "cluster.slurm.time is '2h': no time of Slurm"),
+        (("--time", "2h"), "cluster.slurm.time is '2h': not a time of Slurm"),
         (("--nodes", 0), "cluster.slurm.nodes is 0: input should be greater than 0"),
         (("--option", "output=x"), "output is set by clm-dist"),
-        (("--option", "nodes=3"), "nodes has a place of its own: nodes"),
-        (("--partition", "gup"), "cluster.slurm.partition: there is no partition gup; there are cpu, gpu\n"),
+        (("--option", "nodes=3"), "nodes has a field of its own: nodes"),
+        (("--partition", "gup"), "cluster.slurm.partition: the partition gup does not exist; there are cpu, gpu\n"),
         (("--gpus-per-node", 9), ": --gpus-per-node 9, and a node of this cluster has 8 at most"),
         (
             ("--set", "cluster.workers=2", "--set", "batch.global_size=16", "--partition", "gpu", "--gpus-per-node", 1),
             "take --nodes 2 or --set cluster.workers=1",
         ),
-        (("--at-once", 2), "--at-once goes with --array; leave it out"),
-        (("--array", "lr=1,2"), "--array lr=1,2: lr is no field of a job"),
-        (("--array", "train.seed=1,2,1"), "--array: two of its runs would be tiny-seed-1; give values that tell"),
+        (("--at-once", 2), "--at-once is only for --array; remove it"),
+        (("--array", "lr=1,2"), "--array lr=1,2: lr is not a field of a job"),
+        (
+            ("--array", "train.seed=1,2,1"),
+            "--array: two of its runs would be named tiny-seed-1; give values that differ",
+        ),
         (("--array", "cluster.slurm.nodes=1,2"), "--array: its runs ask Slurm for different things"),
         (("--array", "cluster.cpus_per_worker=1,2"), "--array: its runs ask Slurm for different things"),
         (("--set", "train.epoch=3"), "--set train.epoch=3: unknown key train.epoch; did you mean epochs?"),
@@ -229,7 +232,7 @@ def test_gpus_that_are_missing_or_idle_are_warned_of(commands: Commands) -> None
 def test_a_directory_that_sbatch_cannot_write_to_is_refused(commands: Commands, slurm: FakeSlurm, name: str) -> None:
     said = replace(commands, runs=commands.runs / name).submit()
     assert said.code == 2
-    assert "has a backslash or a line break, and Slurm writes no log to such a path; name another" in said.err
+    assert "has a backslash or a line break, and Slurm cannot write a log to such a path; name another" in said.err
     assert slurm.calls("sbatch") == []
 
 

@@ -277,7 +277,7 @@ def test_a_job_without_an_image_or_a_token_to_push_with_is_refused() -> None:
         check_job(load_job(ROOT / "jobs" / "eli5-full.yaml").config, Request())
     with pytest.raises(ConfigError, match="the pods have no token"):
         check_job(job_of("eli5-full", "hub.push=end"), Request())
-    with pytest.raises(ConfigError, match="by which --sync puts its code"):
+    with pytest.raises(ConfigError, match="sets PYTHONPATH, which --sync needs"):
         check_job(k8s_job("env={PYTHONPATH: /x}"), Request(code=Code("YQ==", "1a2b")))
 
 
@@ -293,12 +293,12 @@ def test_workers_that_do_not_fit_the_pods_are_refused() -> None:
         ("queue=''", "pattern"),
         ("scheduler=volcano", "cluster.k8s.scheduler does not exist any more; remove it"),
         ("memory_per_pod=512Mi", "less than 1Gi"),
-        ("memory_per_pod=16GB", "no quantity of Kubernetes"),
+        ("memory_per_pod=16GB", "not a Kubernetes quantity"),
         ("mount=shared", "pattern"),
         ("claim=My_Claim", "pattern"),
-        ("env={HF_TOKEN: hf_x}", "the variable HF_TOKEN would be seen by all who see pods"),
+        ("env={HF_TOKEN: hf_x}", "the variable HF_TOKEN would be visible to everyone who may list pods"),
         ("env={CLM_DIST_STATE: /x}", "CLM_DIST_STATE is set by clm-dist"),
-        ("tolerations=[{keys: x}]", "keys is no part of a toleration"),
+        ("tolerations=[{keys: x}]", "keys is not a key of a toleration"),
         ("grace_s=10", "60"),
         ("podz=2", "pods"),
     ],

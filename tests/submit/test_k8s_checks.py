@@ -36,7 +36,7 @@ def test_without_kubectl_nothing_is_written(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     said = k8s_commands.submit()
-    refused(said, kubernetes, "error: there is no kubectl on the PATH")
+    refused(said, kubernetes, "error: kubectl is not on the PATH")
     assert not k8s_commands.runs.exists()
 
 
@@ -51,7 +51,9 @@ def test_a_cluster_that_does_not_answer_is_told_with_all_that_kubectl_says(
 
 def test_a_namespace_that_is_not_there(kubernetes: Kubernetes, k8s_commands: KubernetesCommands) -> None:
     said = k8s_commands.submit("--namespace", "team-b")
-    refused(said, kubernetes, "--set", "there is no namespace team-b; name another with --namespace, or make it with")
+    refused(
+        said, kubernetes, "--set", "the namespace team-b does not exist; name another with --namespace, or make it with"
+    )
 
 
 def test_a_cluster_without_the_operator_is_offered_a_plain_job(
@@ -71,7 +73,9 @@ def test_a_claim_that_is_missing_comes_with_the_command_that_makes_one(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands
 ) -> None:
     said = k8s_commands.submit("--claim", "runs")
-    refused(said, kubernetes, "there is no PersistentVolumeClaim runs in default; name another with --claim", "<<END")
+    refused(
+        said, kubernetes, "the PersistentVolumeClaim runs does not exist in default; name another with --claim", "<<END"
+    )
     assert "metadata: {name: runs}\n" in said.err
 
 
@@ -79,23 +83,31 @@ def test_secrets_are_there_with_a_token_where_the_model_is_pushed(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands
 ) -> None:
     options = ("--secret", "hub", "--set", "hub.push=end")
-    refused(k8s_commands.submit(*options), kubernetes, "there is no Secret hub in default; make it with `kubectl")
+    refused(
+        k8s_commands.submit(*options), kubernetes, "the Secret hub does not exist in default; make it with `kubectl"
+    )
     kubernetes.create("v1", "secrets", "hub", data={"TOKEN": base64.b64encode(b"hf_secret").decode()})
     said = k8s_commands.submit(*options)
     refused(said, kubernetes, "the Secret hub has no key HF_TOKEN, and hub.push is end")
     assert "hf_secret" not in said.err
     assert k8s_commands.submit("--secret", "hub").code == 0
     pull = ("--set", "name=other", "--set", "cluster.k8s.pull_secret=registry")
-    assert "there is no Secret registry in default" in k8s_commands.submit(*pull).err
+    assert "the Secret registry does not exist in default" in k8s_commands.submit(*pull).err
 
 
 def test_a_queue_that_is_not_there_is_told_with_those_that_are(
     kubernetes: Kubernetes, k8s_commands: KubernetesCommands
 ) -> None:
-    refused(k8s_commands.submit("--queue", "gpus"), kubernetes, "there is no queue gpus in default; there is none")
+    refused(
+        k8s_commands.submit("--queue", "gpus"), kubernetes, "the queue gpus does not exist in default; there is none"
+    )
     for name in ("team-b", "team-a"):
         kubernetes.create(*QUEUES, name, spec={"clusterQueue": "all"})
-    refused(k8s_commands.submit("--queue", "gpus"), kubernetes, "there is no queue gpus in default; there are team-a, ")
+    refused(
+        k8s_commands.submit("--queue", "gpus"),
+        kubernetes,
+        "the queue gpus does not exist in default; there are team-a, ",
+    )
     assert k8s_commands.submit("--queue", "team-a").code == 0
     made = kubernetes.get(RAY_JOB)
     assert (made["spec"]["suspend"], made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]) == (True, "team-a")
@@ -261,7 +273,7 @@ def test_what_somebody_else_has_made_stays(
     kubernetes.create(version, plural, "tiny", **({"spec": {"template": template}} if plural == "jobs" else {}))
     before = kubernetes.store.history[:]
     said = k8s_commands.submit()
-    assert (said.code, "tiny in default that clm-dist has not made, and it stays as it is" in said.err) == (2, True)
+    assert (said.code, "tiny in default that clm-dist did not make, and does not change" in said.err) == (2, True)
     assert kubernetes.store.history == before
 
 

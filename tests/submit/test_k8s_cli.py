@@ -51,8 +51,8 @@ def test_a_dry_run_prints_what_is_applied_and_asks_nobody(
             ("--gpus-per-worker", 2),
             "--gpus-per-worker does not exist any more, because a pod may have several workers;",
         ),
-        (("--set", "name=Tiny"), "--set name=Tiny: the name Tiny cannot be one of Kubernetes"),
-        (("--set", "cluster.gpus_per_worker=1"), "say how many a pod has with --gpus-per-pod"),
+        (("--set", "name=Tiny"), "--set name=Tiny: the name Tiny is not a name that Kubernetes allows"),
+        (("--set", "cluster.gpus_per_worker=1"), "say how many each pod has with --gpus-per-pod"),
     ],
 )
 def test_what_is_wrong_is_said_before_anybody_is_asked(
@@ -93,7 +93,7 @@ def test_a_job_that_failed_says_where_to_look(kubernetes: Kubernetes, k8s_comman
     kubernetes.set(RAY_JOB, jobDeploymentStatus="Complete", jobStatus="STOPPED")
     said = k8s_commands.call("status")
     assert cells(said.out, "tiny")[2] == "failed"
-    assert "tiny: the driver ended with 2, the fault of the job file" in said.out
+    assert "tiny: the driver ended with exit code 2" in said.out
     assert said.out.endswith("why: clm-dist logs tiny -n 40\n")
 
 

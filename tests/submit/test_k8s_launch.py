@@ -23,7 +23,7 @@ def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
     assert "seed: 7" in kubernetes.get(("v1", "configmaps"))["data"]["job.yaml"]
     said = k8s_commands.call("status")
     assert cells(said.out, "tiny")[:5] == ["tiny", "rayjob/tiny", "pending", "", "0"], said.err
-    assert "tiny: the KubeRay operator has not taken it up yet; is it running?" in said.out
+    assert "tiny: the KubeRay operator has not started it yet; is the operator running?" in said.out
     kubernetes.add_pod("tiny-head", "head", node="n1")
     kubernetes.add_pod("tiny-w2", node="n3")
     kubernetes.add_pod("tiny-d1", "driver", node="n1")

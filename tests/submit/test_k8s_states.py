@@ -53,7 +53,7 @@ STARTING = ray_job({"jobDeploymentStatus": "Initializing", "jobId": "tiny-x", "r
 @pytest.mark.parametrize(
     ("status", "state", "reason"),
     [
-        ({}, "PENDING", "the KubeRay operator has not taken it up yet; is it running?"),
+        ({}, "PENDING", "the KubeRay operator has not started it yet; is the operator running?"),
         ({"jobDeploymentStatus": "Initializing", "jobId": "x"}, "PENDING", "its pods are starting"),
         ({"jobDeploymentStatus": "Running", "jobStatus": "PENDING", "jobId": "x"}, "PENDING", "its pods are starting"),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "jobId": "x"}, "RUNNING", ""),
@@ -66,8 +66,7 @@ STARTING = ray_job({"jobDeploymentStatus": "Initializing", "jobId": "tiny-x", "r
         (
             {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"},
             "FAILED",
-            "the driver ended with 2, the fault of the job file, so it was not tried again; `clm-dist logs tiny` says "
-            "why",
+            "the driver ended with exit code 2, so it is not tried again; `clm-dist logs tiny` shows the cause",
         ),
         (
             {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "exit code 1"},
@@ -83,7 +82,7 @@ STARTING = ray_job({"jobDeploymentStatus": "Initializing", "jobId": "tiny-x", "r
         (
             {"jobDeploymentStatus": "ValidationFailed", "message": "no"},
             "FAILED",
-            "the operator does not take the RayJob: no",
+            "the operator does not accept the RayJob: no",
         ),
     ],
 )
@@ -109,7 +108,7 @@ def test_a_ray_job_runs_where_its_driver_does_though_nobody_has_asked_ray_yet() 
         (
             plain_job(true("Failed", "BackoffLimitExceeded", "Job has reached it")),
             "FAILED",
-            "its pods failed more often than it is tried again (cluster.k8s.max_retries): Job has reached it",
+            "its pods failed more often than cluster.k8s.max_retries allows: Job has reached it",
         ),
         (plain_job(suspend=True), "SUSPENDED", "it is suspended (spec.suspend)"),
     ],
@@ -121,7 +120,7 @@ def test_a_plain_job_is_told_by_its_conditions(job: Object, state: str, reason: 
 def test_a_plain_job_whose_file_is_wrong_is_told_as_such() -> None:
     message = "Container ray for pod default/tiny-0-x failed with exit code 2 matching FailJob rule at index 0"
     state = job_state(Found(plain_job(true("Failed", "PodFailurePolicy", message), failed=1)))
-    assert (state.state, state.reason[:40]) == ("FAILED", "the driver ended with 2, the fault of th")
+    assert (state.state, state.reason[:51]) == ("FAILED", "the driver ended with exit code 2, so it is not tri")
 
 
 def test_a_plain_job_runs_where_its_first_pod_does() -> None:
@@ -135,7 +134,7 @@ def test_a_plain_job_runs_where_its_first_pod_does() -> None:
     [
         ([waiting("ErrImagePull", "not found")], "the image registry/x:1 cannot be pulled: not found"),
         ([waiting("ImagePullBackOff")], "the image registry/x:1 cannot be pulled: ImagePullBackOff"),
-        ([waiting("InvalidImageName", "bad")], "the image's name registry/x:1 is none: bad"),
+        ([waiting("InvalidImageName", "bad")], "registry/x:1 is not a name of an image: bad"),
         (
             [waiting("CreateContainerConfigError", 'secret "hub" not found')],
             'the pod tiny-w lacks a Secret or a ConfigMap, or a key of one: secret "hub" not found',
@@ -168,7 +167,7 @@ def test_a_plain_job_runs_where_its_first_pod_does() -> None:
                     containerStatuses=[{"name": "ray", "lastState": {"terminated": {"reason": "OOMKilled"}}}],
                 )
             ],
-            "the pod h took more memory than it may (OOMKilled); raise cluster.k8s.head.memory",
+            "the pod h took more memory than its limit (OOMKilled); raise cluster.k8s.head.memory",
         ),
         ([pod("w", phase="Failed", reason="Evicted", message="disk")], "the pod w: Evicted: disk"),
     ],
@@ -187,7 +186,7 @@ def test_a_job_that_failed_says_which_pod_took_too_much_memory() -> None:
     ended = {"name": "ray", "state": {"terminated": {"reason": "OOMKilled"}}}
     job = ray_job({"jobDeploymentStatus": "Failed", "reason": "AppFailed"})
     assert job_state(Found(job, [pod("w", containerStatuses=[ended])])).reason == (
-        "the driver failed; the pod w took more memory than it may (OOMKilled); raise cluster.k8s.memory_per_pod"
+        "the driver failed; the pod w took more memory than its limit (OOMKilled); raise cluster.k8s.memory_per_pod"
     )
 
 

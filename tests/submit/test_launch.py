@@ -106,7 +106,7 @@ def test_a_sweep_is_one_array_whose_runs_are_told_apart(commands: Commands, slur
     assert cells(said.out, first)[:4] == [first, "101_0", "done", "n1"]
     assert cells(said.out, second)[:4] == [second, "101_1", "running", "n2"]
     assert cells(said.out, third)[:4] == [third, "101_2", "pending", ""]
-    assert f"{third}: as many runs of the sweep as may are running\n" in said.out
+    assert f"{third}: the sweep has reached its limit of running runs (--at-once)\n" in said.out
     assert "compare them" not in said.out
     write_json(commands.runs / third / "result.json", {"status": "done"})
     said = commands.call("status")

@@ -215,7 +215,7 @@ def sized(workers: str, nodes: int, gpus: int, *settings: str) -> JobConfig:
         ("16", 2, 8, "slurm.cpus_per_node=3", "take a larger cluster.slurm.cpus_per_node"),
         (
             *("16", 2, 0, "gpus_per_worker=1"),
-            "cluster.gpus_per_worker is 1, and no GPUs are asked for; say how many a node has with --gpus-per-node",
+            "cluster.gpus_per_worker is 1, and no GPUs are asked for; say how many each node has with --gpus-per-node",
         ),
     ],
 )

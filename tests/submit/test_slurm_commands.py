@@ -39,10 +39,10 @@ def test_gpus_are_counted_as_sinfo_writes_them(gres: str, count: int) -> None:
 def test_a_partition_that_is_not_there_is_told_those_that_are(slurm: FakeSlurm) -> None:
     with pytest.raises(ConfigError) as caught:
         check_cluster(SlurmConfig(partition="gup"), prepare_first=False)
-    assert str(caught.value) == "cluster.slurm.partition: there is no partition gup; there are cpu, gpu"
+    assert str(caught.value) == "cluster.slurm.partition: the partition gup does not exist; there are cpu, gpu"
     assert caught.value.field == "cluster.slurm.partition"
     # One of several is enough to be wrong.
-    with pytest.raises(ConfigError, match="no partition gup"):
+    with pytest.raises(ConfigError, match="the partition gup does not exist"):
         check_cluster(SlurmConfig(partition="gpu,gup"), prepare_first=False)
     check_cluster(SlurmConfig(partition="gpu,cpu"), prepare_first=False)
 
@@ -50,7 +50,7 @@ def test_a_partition_that_is_not_there_is_told_those_that_are(slurm: FakeSlurm) 
 def test_the_partition_of_the_job_that_prepares_is_looked_at_where_there_is_one(slurm: FakeSlurm) -> None:
     config = SlurmConfig(partition="gpu", prepare=PrepareJob(partition="old"))
     check_cluster(config, prepare_first=False)
-    with pytest.raises(ConfigError, match="no partition old; there are cpu, gpu") as caught:
+    with pytest.raises(ConfigError, match="the partition old does not exist; there are cpu, gpu") as caught:
         check_cluster(config, prepare_first=True)
     assert caught.value.field == "cluster.slurm.prepare.partition"
 
@@ -71,11 +71,13 @@ def test_more_gpus_than_any_node_of_the_partition_has_are_refused(slurm: FakeSlu
 
 def test_without_slurm_it_says_where_to_go(slurm: FakeSlurm) -> None:
     slurm.remove("sbatch")
-    with pytest.raises(SubmitError, match=r"^there is no sbatch on the PATH, .* login node of the cluster, or see the"):
+    with pytest.raises(
+        SubmitError, match=r"^sbatch is not on the PATH; run this on a login node of the cluster, or see the"
+    ):
         check_cluster(SlurmConfig(), prepare_first=False)
     assert slurm.calls("sinfo") == []
     slurm.remove("scontrol")
-    with pytest.raises(SubmitError, match=r"^there is no scontrol on the PATH; run this on a login node"):
+    with pytest.raises(SubmitError, match=r"^scontrol is not on the PATH; run this on a login node"):
         job_states("5")
 
 
@@ -145,7 +147,7 @@ def test_a_job_without_an_end_has_no_time_left(slurm: FakeSlurm) -> None:
 def test_a_requeued_job_waits_on_no_host(slurm: FakeSlurm) -> None:
     slurm.job(101, "JobState=PENDING Reason=BeginTime Restarts=1 ExitCode=0:0 EndTime=Unknown NodeList=(null)")
     (state,) = job_states("101").values()
-    reason = "it was requeued or has a begin time, and may start shortly"
+    reason = "it was requeued or has a begin time, and starts later"
     assert state == JobState("PENDING", reason, "", 1, None)
     assert state.active
 
@@ -234,7 +236,7 @@ def test_a_refused_cancellation_is_shown(slurm: FakeSlurm) -> None:
         ("Priority", "jobs with a higher priority wait for the same nodes"),
         ("ReqNodeNotAvail,_UnavailableNodes:n[1-3]", "nodes that it needs are down, drained or reserved"),
         ("QOSMaxGRESPerUser", "a limit of the quality of service (QOSMaxGRESPerUser)"),
-        ("QOSMaxJobsPerUserLimit", "as many of your jobs as may are running"),
+        ("QOSMaxJobsPerUserLimit", "you have reached your limit of running jobs"),
         ("AssocGrpCpuLimit", "a limit of your account (AssocGrpCpuLimit)"),
         ("MaxGRESPerAccount", "a limit of your account (MaxGRESPerAccount)"),
         ("SomethingNew(5)", "SomethingNew(5)"),

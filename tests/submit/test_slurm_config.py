@@ -46,7 +46,7 @@ def test_every_time_that_slurm_reads_is_taken_as_it_is(path: Path, time: str) ->
 def test_what_is_no_time_is_refused_with_its_line(path: Path, time: str) -> None:
     said = error_of(path, f'time: "{time}"')
     assert said.startswith(f"{path}:4: cluster.slurm.time is ")
-    assert said.endswith(": no time of Slurm; it takes minutes, [hours:]minutes:seconds or days-hours[:minutes]")
+    assert said.endswith(": not a time of Slurm; it takes minutes, [hours:]minutes:seconds or days-hours[:minutes]")
 
 
 def test_a_time_that_yaml_reads_as_a_number_is_refused(path: Path) -> None:
@@ -61,19 +61,19 @@ def test_a_time_that_yaml_reads_as_a_number_is_refused(path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "field"),
     [
-        ("nodes: 2", "nodes has a place of its own: nodes; leave it out here"),
-        ("job-name: a", "job-name has a place of its own: the job's name"),
-        ("array: 0-3", "array has a place of its own: --array"),
-        ("gpus: 2", "gpus has a place of its own: gpus_per_node"),
-        ("no-requeue: true", "no-requeue has a place of its own: max_requeues"),
-        ("signal: USR2", "signal has a place of its own: signal_s"),
-        ("output: log", "output is set by clm-dist, which rests on it; leave it out"),
-        ("wrap: true", "wrap is set by clm-dist, which rests on it; leave it out"),
-        ("ntasks: 3", "ntasks is set by clm-dist, which rests on it; leave it out"),
-        ("--exclusive: true", "'--exclusive' is no long option of sbatch; write it without dashes in front"),
-        ("C: a100", "'C' is no long option of sbatch"),
-        ('"comment=a b": true', "'comment=a b' is no long option of sbatch"),
-        ('"exclusive\\n#SBATCH": true', "is no long option of sbatch"),
+        ("nodes: 2", "nodes has a field of its own: nodes; remove it here"),
+        ("job-name: a", "job-name has a field of its own: the job's name"),
+        ("array: 0-3", "array has a field of its own: --array"),
+        ("gpus: 2", "gpus has a field of its own: gpus_per_node"),
+        ("no-requeue: true", "no-requeue has a field of its own: max_requeues"),
+        ("signal: USR2", "signal has a field of its own: signal_s"),
+        ("output: log", "output is set by clm-dist, which relies on it; remove it"),
+        ("wrap: true", "wrap is set by clm-dist, which relies on it; remove it"),
+        ("ntasks: 3", "ntasks is set by clm-dist, which relies on it; remove it"),
+        ("--exclusive: true", "'--exclusive' is not a long option of sbatch; write it without leading dashes"),
+        ("C: a100", "'C' is not a long option of sbatch"),
+        ('"comment=a b": true', "'comment=a b' is not a long option of sbatch"),
+        ('"exclusive\\n#SBATCH": true', "is not a long option of sbatch"),
         ('comment: "a\\nb"', "it must be text without line breaks, which #SBATCH cannot hold"),
         ('comment: ""', "it must be text without line breaks"),
     ],

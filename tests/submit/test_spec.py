@@ -106,7 +106,7 @@ def test_a_sweep_is_every_combination_of_its_values() -> None:
         ("learning_rate", "write it as field=value,value, e.g. learning_rate=1e-5,2e-5"),
         ("learning_rate=", "write it as field=value,value"),
         ("learning_rate=1e-5,,2e-5", "write it as field=value,value"),
-        ("lr=1,2", "lr is no field of a job"),
+        ("lr=1,2", "lr is not a field of a job"),
         ("seed=1,2", "seed could be data.seed, train.seed; write one of them"),
     ],
 )

@@ -69,10 +69,10 @@ def test_the_commit_says_whether_the_tree_differs(repository: Path) -> None:
 
 
 def test_what_cannot_be_packed_is_refused(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(ConfigError, match=r"there is none: .*not a git repository"):
+    with pytest.raises(ConfigError, match=r"git finds none: .*not a git repository"):
         sync.pack(tmp_path_factory.mktemp("nothing"))
     (repository / "clm_dist" / "new.py").touch()
-    with pytest.raises(ConfigError, match=r"clm_dist/new.py is new; `git add` it"):
+    with pytest.raises(ConfigError, match=r"clm_dist/new.py is new; run `git add`, or remove it"):
         sync.pack(repository)
     (repository / "clm_dist" / "new.py").unlink()
     (repository / "large.bin").write_bytes(os.urandom(1_000_000))

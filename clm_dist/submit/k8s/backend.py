@@ -79,7 +79,7 @@ class K8sBackend:
             if not made.is_ours(found, name):
                 what = f"{found['kind']} {found['metadata']['name']} in {kubectl.namespace}"
                 raise ConfigError(
-                    f"there is a {what} that clm-dist has not made, and it stays as it is; make another run with "
+                    f"there is a {what} that clm-dist did not make, and does not change; make another run with "
                     "--set name=..., or use another namespace with --namespace",
                     field="name",
                 )

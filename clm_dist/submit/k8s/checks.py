@@ -45,8 +45,8 @@ def check_cluster(kubectl: Kubectl, job: JobConfig, request: Request, objects: S
     with contextlib.suppress(ForbiddenError):
         if kubectl.get("namespace", kubectl.namespace) is None:
             raise ConfigError(
-                f"there is no namespace {kubectl.namespace}; name another with --namespace, or make it with `kubectl "
-                f"create namespace {kubectl.namespace}`",
+                f"the namespace {kubectl.namespace} does not exist; name another with --namespace, or make it "
+                f"with `kubectl create namespace {kubectl.namespace}`",
                 field="cluster.k8s.namespace",
             )
     groups = {version["groupVersion"] for group in kubectl.raw("/apis")["groups"] for version in group["versions"]}
@@ -54,7 +54,7 @@ def check_cluster(kubectl: Kubectl, job: JobConfig, request: Request, objects: S
         _check_version(version)
     elif "ray.io/v1" not in groups:
         raise ConfigError(
-            "the cluster has no RayJob of ray.io/v1: the KubeRay operator is not installed; ask for it "
+            "the cluster does not know RayJob of ray.io/v1: the KubeRay operator is not installed; ask for it "
             "(k8s/README.md), or submit with --plain, which needs Kubernetes 1.31 and no operator"
         )
     if queue := job.cluster.k8s.queue:
@@ -69,7 +69,8 @@ def _check_version(version: dict[str, str]) -> None:
     if (major, minor) < _PLAIN_SINCE:
         raise ConfigError(
             f"the cluster has Kubernetes {major}.{minor}, and --plain needs {'.'.join(map(str, _PLAIN_SINCE))}: an "
-            "older one does not end a Job with its first pod; leave out --plain where there is the KubeRay operator"
+            "older one does not end a Job with its first pod; submit without --plain if the cluster has the KubeRay "
+            "operator"
         )
 
 
@@ -85,7 +86,7 @@ def _check_queue(kubectl: Kubectl, queue: str, *, has_kueue: bool) -> None:
         names = [found["metadata"]["name"] for found in kubectl.find(f"localqueues.{_KUEUE}")]
         if queue not in names:
             there = f"there are {', '.join(sorted(names))}" if names else "there is none at all"
-            raise ConfigError(f"there is no queue {queue} in {kubectl.namespace}; {there}", field=field)
+            raise ConfigError(f"the queue {queue} does not exist in {kubectl.namespace}; {there}", field=field)
 
 
 def _check_claim(kubectl: Kubectl, job: JobConfig) -> None:
@@ -94,8 +95,8 @@ def _check_claim(kubectl: Kubectl, job: JobConfig) -> None:
         if kubectl.get("persistentvolumeclaim", claim) is None:
             makes = _CLAIM.format(namespace=kubectl.namespace, claim=claim)
             raise ConfigError(
-                f"there is no PersistentVolumeClaim {claim} in {kubectl.namespace}; name another with --claim, or make "
-                f"it, which k8s/README.md says more of:\n{makes}",
+                f"the PersistentVolumeClaim {claim} does not exist in {kubectl.namespace}; name another with --claim, "
+                f"or make it (see k8s/README.md):\n{makes}",
                 field="cluster.k8s.claim",
             )
 
@@ -107,8 +108,8 @@ def claim_warning(kubectl: Kubectl, job: JobConfig) -> str | None:
         modes = claim.get("spec", {}).get("accessModes", [])
         if modes and "ReadWriteMany" not in modes:
             return (
-                f"the claim {job.cluster.k8s.claim} is {', '.join(modes)}, which does where all pods are on one node; "
-                "on several they wait for ever, and it should be ReadWriteMany"
+                f"the claim {job.cluster.k8s.claim} is {', '.join(modes)}, which is enough only if all pods run on one "
+                "node; otherwise pods wait for it without end; make it ReadWriteMany"
             )
     return None
 
@@ -123,13 +124,13 @@ def _check_secrets(kubectl: Kubectl, job: JobConfig) -> None:
             if secret is None:
                 kind = "generic" if name == k8s.secret else "docker-registry"
                 raise ConfigError(
-                    f"there is no Secret {name} in {kubectl.namespace}; make it with `kubectl create secret {kind} "
-                    f"{name} --namespace={kubectl.namespace} ...`",
+                    f"the Secret {name} does not exist in {kubectl.namespace}; make it with `kubectl create secret "
+                    f"{kind} {name} --namespace={kubectl.namespace} ...`",
                     field=field,
                 )
             if name == k8s.secret and job.hub.push != "never" and "HF_TOKEN" not in secret.get("data", {}):
                 raise ConfigError(
-                    f"the Secret {name} has no key HF_TOKEN, and hub.push is {job.hub.push}; make it anew with "
+                    f"the Secret {name} has no key HF_TOKEN, and hub.push is {job.hub.push}; make it again with "
                     f"`kubectl create secret generic {name} --namespace={kubectl.namespace} "
                     "--from-literal=HF_TOKEN=...`, or set hub.push to never",
                     field=field,

@@ -120,12 +120,12 @@ def _run(arguments: Sequence[str], given: str | None = None) -> str:
         )
     except FileNotFoundError:
         raise NoKubectlError(
-            "there is no kubectl on the PATH, so no Kubernetes to submit to; install it "
+            "kubectl is not on the PATH; install it "
             "(https://kubernetes.io/docs/tasks/tools), or see what would be applied with --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
         problem = f"kubectl did not answer within {_TIMEOUT_S} s"
-        raise SubmitError(f"{problem}; is the cluster in reach? `kubectl cluster-info` asks it") from None
+        raise SubmitError(f"{problem}; `kubectl cluster-info` shows whether the cluster can be reached") from None
     if ended.returncode:
         said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
         raise _kind_of(said)(f"kubectl: {said}")

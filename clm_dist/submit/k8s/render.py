@@ -39,12 +39,12 @@ def check_job(job: JobConfig, request: Request) -> None:
         or set(job.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
     ):
         raise ConfigError(
-            f"the name {job.name} cannot be one of Kubernetes, which takes small letters, digits and dashes, a letter "
+            f"the name {job.name} is not a name that Kubernetes allows: small letters, digits and dashes, a letter "
             f"first and {_MOST_NAME} at most; set another with --set name=...",
             field="name",
         )
     if job.name.endswith("-"):
-        raise ConfigError(f"the name {job.name} ends with a dash, which Kubernetes does not take", field="name")
+        raise ConfigError(f"the name {job.name} ends with a dash, which Kubernetes does not allow", field="name")
     if k8s.image is None:
         raise ConfigError(
             "no image is named; build one that your cluster can pull as k8s/README.md says, and name it with --image "
@@ -59,8 +59,8 @@ def check_job(job: JobConfig, request: Request) -> None:
             field="cluster.k8s.secret",
         )
     if request.code and "PYTHONPATH" in k8s.env:
-        problem = "cluster.k8s.env sets PYTHONPATH, by which --sync puts its code before the image's"
-        raise ConfigError(f"{problem}; leave out one of them", field="cluster.k8s.env")
+        problem = "cluster.k8s.env sets PYTHONPATH, which --sync needs"
+        raise ConfigError(f"{problem}; remove one of them", field="cluster.k8s.env")
     hosts_of(job.cluster).check()
 
 

@@ -16,34 +16,33 @@ DRIVER = "app.kubernetes.io/component"
 INDEX = "batch.kubernetes.io/job-completion-index"
 """Label of the pods of an Indexed Job; pod 0 has the driver."""
 
-_FAULT_OF_THE_JOB = (
-    "the driver ended with 2, the fault of the job file, so it was not tried again; `clm-dist logs {name}` says why"
-)
+_MEND_FIRST = "the driver ended with exit code 2, so it is not tried again; `clm-dist logs {name}` shows the cause"
 _RAY_REASONS = {
     "AppFailed": "the driver failed",
     "DeadlineExceeded": "it took longer than the RayJob may",
-    "JobDeploymentStatusTransitionGracePeriodExceeded": "Ray said its end, and the pod that submits did not end",
+    "JobDeploymentStatusTransitionGracePeriodExceeded": "Ray's job has ended, but the pod that submits it has not",
     "JobStatusCheckTimeoutExceeded": (
-        "Ray's head was not back within five minutes; the run is whole, and submitting it again goes on"
+        "Ray's head did not come back within five minutes; submit the job again, and it continues from its last "
+        "checkpoint"
     ),
     "PreRunningDeadlineExceeded": (
         "not all pods were there in time (cluster.k8s.start_deadline_s); ask for less, or for a queue (--queue)"
     ),
     "SubmissionFailed": "the pod that submits the driver to Ray failed",
-    "ValidationFailed": "the operator does not take the RayJob",
+    "ValidationFailed": "the operator does not accept the RayJob",
 }
 _JOB_REASONS = {
-    "BackoffLimitExceeded": "its pods failed more often than it is tried again (cluster.k8s.max_retries)",
+    "BackoffLimitExceeded": "its pods failed more often than cluster.k8s.max_retries allows",
     "DeadlineExceeded": "it took longer than the Job may",
 }
 _WAITING = {
-    "CrashLoopBackOff": "{container} of the pod {pod} ends again and again: {message}",
+    "CrashLoopBackOff": "{container} of the pod {pod} keeps ending: {message}",
     "CreateContainerConfigError": "the pod {pod} lacks a Secret or a ConfigMap, or a key of one: {message}",
     "CreateContainerError": "a container of the pod {pod} cannot be made: {message}",
     "ErrImageNeverPull": "the image {image} is not on the node, which may not pull it: {message}",
     "ErrImagePull": "the image {image} cannot be pulled: {message}",
     "ImagePullBackOff": "the image {image} cannot be pulled: {message}",
-    "InvalidImageName": "the image's name {image} is none: {message}",
+    "InvalidImageName": "{image} is not a name of an image: {message}",
     "RunContainerError": "a container of the pod {pod} cannot be started: {message}",
 }
 
@@ -65,9 +64,7 @@ def job_state(found: Found) -> JobState:
     """The state of a job."""
     job = found.job
     if job is None:
-        return JobState(
-            "DELETED", "it is not in the cluster any more; what the run has saved is on the claim, and so is its log"
-        )
+        return JobState("DELETED", "it is not in the cluster any more; the run's files and its log are on the claim")
     ended = _ray_job_end(job) if job["kind"] == "RayJob" else _job_end(job)
     nodes = sorted({pod["spec"]["nodeName"] for pod in found.pods if pod["spec"].get("nodeName")})
     state, reason = ended or _active_state(found, job)
@@ -107,7 +104,7 @@ def _ray_job_end(job: Object) -> tuple[str, str] | None:
     if status.get("jobStatus") == "SUCCEEDED" and deployment == "Complete":
         return "DONE", ""
     if status.get("jobStatus") == "STOPPED":
-        return "FAILED", _FAULT_OF_THE_JOB.format(name=name)
+        return "FAILED", _MEND_FIRST.format(name=name)
     reason = str(status.get("reason") or (deployment if deployment == "ValidationFailed" else ""))
     return "FAILED", _joined(_RAY_REASONS.get(reason, reason), status.get("message", ""))
 
@@ -121,7 +118,7 @@ def _job_end(job: Object) -> tuple[str, str] | None:
         return None
     reason, message = failed.get("reason", ""), failed.get("message", "")
     if reason == "PodFailurePolicy" and "exit code 2" in message:
-        return "FAILED", _FAULT_OF_THE_JOB.format(name=job["metadata"]["name"])
+        return "FAILED", _MEND_FIRST.format(name=job["metadata"]["name"])
     return "FAILED", _joined(_JOB_REASONS.get(reason, reason), message)
 
 
@@ -144,7 +141,7 @@ def _active_state(found: Found, job: Object) -> tuple[str, str]:
     if deployment == "Running" and (status.get("jobStatus") == "RUNNING" or _runs(driver_pod(found.pods))):
         return "RUNNING", trouble
     if not deployment and not status.get("jobId"):
-        return "PENDING", trouble or "the KubeRay operator has not taken it up yet; is it running?"
+        return "PENDING", trouble or "the KubeRay operator has not started it yet; is the operator running?"
     return "PENDING", trouble or "its pods are starting"
 
 
@@ -209,7 +206,7 @@ def _out_of_memory(pods: Sequence[Object]) -> Iterator[str]:
             role = pod["metadata"].get("labels", {}).get(DRIVER)
             field = "head.memory" if role == "head" else "memory_per_pod"
             name = pod["metadata"]["name"]
-            yield f"the pod {name} took more memory than it may (OOMKilled); raise cluster.k8s.{field}"
+            yield f"the pod {name} took more memory than its limit (OOMKilled); raise cluster.k8s.{field}"
 
 
 def _evicted(pods: Sequence[Object]) -> Iterator[str]:

@@ -29,8 +29,8 @@ def pack(directory: Path) -> Code:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise ConfigError(
-            f"--sync packs the git repository of the current directory, and there is none: {said.strip()}; run this in "
-            "a clone of clm_dist, or leave out --sync"
+            f"--sync packs the git repository of the current directory, and git finds none: {said.strip()}; run "
+            "this in a clone of clm_dist, or submit without --sync"
         ) from None
     names = _git(root, "ls-files", "-z").split("\0")[:-1]
     if "clm_dist/__init__.py" not in names:
@@ -38,7 +38,7 @@ def pack(directory: Path) -> Code:
             f"--sync packs the repository {root}, which is not one of clm_dist; run this in a clone of it"
         )
     if new := _git(root, "ls-files", "-z", "--others", "--exclude-standard", "clm_dist/*.py").split("\0")[0]:
-        raise ConfigError(f"--sync packs what git tracks, and {new} is new; `git add` it, or remove it")
+        raise ConfigError(f"--sync packs what git tracks, and {new} is new; run `git add`, or remove it")
     for name in names:
         if (root / name).is_symlink() and name.startswith("clm_dist/"):
             raise ConfigError(f"--sync follows no links, and {name} is one; put a file in its place")

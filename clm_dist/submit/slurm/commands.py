@@ -15,28 +15,28 @@ from clm_dist.submit.states import JobState
 _TIMEOUT_S = 60
 _REASONS = {
     "BadConstraints": "no node has what the job asks for; cancel it, and ask for less",
-    "BeginTime": "it was requeued or has a begin time, and may start shortly",
+    "BeginTime": "it was requeued or has a begin time, and starts later",
     "Dependency": "waits for another job, such as the one that prepares",
     "DependencyNeverSatisfied": "the job that it waits for has failed; see its log, and cancel this one",
     "InvalidAccount": "the account is not valid; set cluster.slurm.account",
     "InvalidQOS": "the quality of service is not valid; set cluster.slurm.options.qos",
-    "JobArrayTaskLimit": "as many runs of the sweep as may are running",
+    "JobArrayTaskLimit": "the sweep has reached its limit of running runs (--at-once)",
     "JobHeldAdmin": "an administrator holds it",
-    "JobHeldUser": "it is held; `scontrol release` lets it go",
+    "JobHeldUser": "it is held; `scontrol release` releases it",
     "JobLaunchFailure": "it could not be launched, and is held; ask an administrator",
     "NodeDown": "a node that it needs is down",
     "NonZeroExitCode": "",  # the exit code says more
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition starts no jobs now",
-    "PartitionNodeLimit": "it asks for more nodes than the partition gives one job",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows",
     "PartitionTimeLimit": "its time is longer than the partition allows",
     "Priority": "jobs with a higher priority wait for the same nodes",
-    "QOSMaxJobsPerUserLimit": "as many of your jobs as may are running",
+    "QOSMaxJobsPerUserLimit": "you have reached your limit of running jobs",
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
     "Reservation": "waits for its reservation",
     "Resources": "waits for nodes to become free",
-    "launch_failed_requeued_held": "it could not be launched, and is held; `scontrol release` lets it go",
-    "job_requeued_in_held_state": "it was requeued and is held; `scontrol release` lets it go",
+    "launch_failed_requeued_held": "it could not be launched, and is held; `scontrol release` releases it",
+    "job_requeued_in_held_state": "it was requeued and is held; `scontrol release` releases it",
 }
 
 
@@ -44,13 +44,12 @@ def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
     """Ask the cluster whether it has the partitions and the GPUs of a job.
 
     Raises:
-        ConfigError: it has not; the message lists what there is.
+        ConfigError: it does not; the message lists what it has.
         SubmitError: there is no Slurm here, or it does not answer.
     """
     if shutil.which("sbatch") is None:
         raise SubmitError(
-            "there is no sbatch on the PATH, so no Slurm to submit to; run this on a login node of the cluster, or "
-            "see the script with --dry-run"
+            "sbatch is not on the PATH; run this on a login node of the cluster, or see the script with --dry-run"
         )
     # A line for each partition and kind of node: its name, with a star after the default's, and the node's GPUs.
     rows = [line.split("|") for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%G").splitlines()]
@@ -61,7 +60,7 @@ def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
         for name in (part.partition or "").split(","):
             if name and name not in names:
                 known = ", ".join(sorted(names))
-                raise ConfigError(f"{field}: there is no partition {name}; there are {known}", field=field)
+                raise ConfigError(f"{field}: the partition {name} does not exist; there are {known}", field=field)
     # Without a partition, the site or the environment may choose any.
     wanted = slurm.partition.split(",") if slurm.partition else names
     most = max((num_gpus(gres) for name, gres in rows if name.rstrip("*") in wanted), default=0)
@@ -91,7 +90,7 @@ def submit_script(script: Path, *options: str) -> str:
     own = set(re.findall(r"^#SBATCH --([a-z0-9-]+)", script.read_text(encoding="utf-8"), flags=re.MULTILINE))
     said = _ask("sbatch", "--parsable", *options, str(script), environment=_environment(own))
     if not (number := re.fullmatch(r"(\d+)(;.*)?", said.strip())):
-        raise SubmitError(f"sbatch gave no job's number, but: {said.strip() or 'nothing'}")
+        raise SubmitError(f"sbatch did not print the number of a job, but: {said.strip() or 'nothing'}")
     return number[1]
 
 
@@ -205,10 +204,12 @@ def _ask(program: str, *arguments: str, environment: Mapping[str, str] | None = 
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
     except FileNotFoundError:
-        raise SubmitError(f"there is no {program} on the PATH; run this on a login node of the cluster") from None
+        raise SubmitError(f"{program} is not on the PATH; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         problem = f"{program} did not answer within {_TIMEOUT_S} s"
-        raise SubmitError(f"{problem}; is the Slurm controller up? `squeue --me` shows what it took") from None
+        raise SubmitError(
+            f"{problem}; is the Slurm controller up? `squeue --me` shows the jobs that it accepted"
+        ) from None
     if ended.returncode:
         said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
         raise SubmitError(f"{program} refused: {said}")
