@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.submit.ray_settings import address_towards, interface_of
 from clm_dist.submit.slurm.ray_node import RayNode, granted
 from tests.conftest import ROOT
 from tests.support.processes import running
@@ -51,37 +50,6 @@ def test_the_object_store_fits_the_memory_that_holds_it() -> None:
     amounts = granted({"SLURM_CPUS_PER_TASK": "1"}, available_mib=9000, shm_mib=64)
     # Ray refuses less than 75 MiB.
     assert amounts["object-store-memory"] == 80 * MIB
-
-
-def test_the_address_towards_a_host_is_on_the_network_that_leads_there() -> None:
-    assert address_towards("127.0.0.1") == "127.0.0.1"
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("192.0.2.77") is None
-
-
-_END_DESCENDANTS = """
-import ctypes, subprocess, sys, time
-from pathlib import Path
-from clm_dist.submit.ray_settings import end_descendants
-ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-# Its parent has ended, it has a session of its own, and ignores what can be ignored.
-daemon = Path(sys.argv[1])
-subprocess.run(["setsid", "sh", "-c", '(trap "" TERM HUP INT; exec sleep 300) & echo $! >"$0"', daemon])
-child = subprocess.Popen(["sh", "-c", "sleep 300 & sleep 300"])
-end_descendants()
-print(daemon.read_text().strip(), child.pid)
-"""
-
-
-def test_what_has_left_its_parent_is_ended_and_nobody_else_is(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "300"]) as bystander:
-        try:
-            command = [sys.executable, "-c", _END_DESCENDANTS, str(tmp_path / "daemon")]
-            ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_WAIT_S)
-            daemon, child = map(int, ended.stdout.split())
-            assert running([daemon, child, bystander.pid]) == [bystander.pid]
-        finally:
-            bystander.kill()
 
 
 # Says how it was called, leaves logs and a process that has left it, and works until it is told to fail.
