@@ -1,10 +1,8 @@
 """A Kubernetes in memory for kubectl, of ../shared/k8s/miniapi, in which a test plays the controllers."""
 
-import contextlib
 import importlib.util
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,14 +18,6 @@ from tests.support.command import Said, clm_dist
 _MINIAPI = ROOT.parent / "shared" / "k8s" / "miniapi" / "miniapi.py"
 RAY_JOB, JOB = ("ray.io/v1", "rayjobs"), ("batch/v1", "jobs")
 Object = dict[str, Any]
-
-
-@contextlib.contextmanager
-def _files_left_open() -> Iterator[None]:
-    """Allow miniapi to leave the closing of files to the garbage collector."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
 
 
 @dataclass
@@ -51,8 +41,7 @@ class Kubernetes:
         self.store.logs.clear()
         self.store.history.clear()
         self.store.k8s = "1.33.0"
-        with _files_left_open():
-            self.server.kubeconfig(str(self.config))
+        self.server.kubeconfig(str(self.config))
         self.claim("clm-dist")
 
     def __post_init__(self) -> None:
@@ -142,8 +131,7 @@ def whole_kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kuber
     sys.modules["miniapi"] = miniapi
     spec.loader.exec_module(miniapi)
     vars(miniapi)["Handler"].log_of = _log_with_times
-    with _files_left_open():
-        store = vars(miniapi)["Store"](str(_MINIAPI.parent.parent / "crds"))
+    store = vars(miniapi)["Store"](str(_MINIAPI.parent.parent / "crds"))
     store.kinds.append(("v1", "resourcequotas", "ResourceQuota", True, "quota", ["status"]))
     store.kinds.append(("kueue.x-k8s.io/v1beta1", "workloads", "Workload", True, "wl", ["status"]))
     store.schemas["kueue.x-k8s.io/v1beta1", "Workload"] = {"type": "object", "x-crd": {}}
