@@ -6,7 +6,8 @@
     │   ├── ConfigError           the job file or the call
     │   │   └── DataError         the data that the job names
     │   ├── CheckpointError       a checkpoint that the run cannot go on from
-    │   └── SubmitError           a cluster refuses a job, or cannot be asked
+    │   └── SubmitError           a cluster refuses a job
+    │       └── ClusterAwayError      exit code 75: the cluster does not answer
     └── TryAgainError        75   nobody must act in the job: the same command may work later
         ├── StorageError          a disk is full, a storage or a server is away
         ├── HubError              the Hub does not answer
@@ -78,6 +79,12 @@ class SubmitError(MendFirstError):
     """The cluster refused a job, or could not be asked."""
 
 
+class ClusterAwayError(SubmitError):
+    """The cluster does not answer; the same command may work later. Callers handle it as any other SubmitError."""
+
+    exit_code = 75
+
+
 class TryAgainError(ClmDistError):
     """The same command may work later, with the same job; what was done until then is kept."""
 
@@ -98,7 +105,8 @@ class NotReadyError(TryAgainError):
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-_AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+_AWAY = {errno.EIO, errno.ESTALE}
+"""Of a disk that does not answer; other numbers of an absent server may be those of a connection."""
 
 
 def describe_os_error(error: Exception, path: Path) -> ClmDistError | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError, first_line
+from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.files.run_dir import RunDir
 
 
@@ -44,7 +45,8 @@ def generate(
         sampling: how `generate` draws; None uses transformers' text-generation `pipeline` with its own defaults.
 
     Raises:
-        ConfigError: the model is not reachable or damaged, or a prompt fills its context.
+        ConfigError: the model is not there or damaged, or a prompt fills its context.
+        HubError: the Hub is away.
     """
     import torch
     import transformers
@@ -55,9 +57,8 @@ def generate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{model} is neither a run, a model's directory nor reachable on the Hub: {first_line(error)}"
-        ) from None
+        message = f"{model} is neither a run, a model's directory nor reachable on the Hub: {first_line(error)}"
+        raise describe_hub_error(error, message) from None
     except Exception as error:  # whatever the libraries raise over files that are damaged
         raise ConfigError(
             f"the model of {model} does not load: {first_line(error)}; if its files are damaged or do not belong "

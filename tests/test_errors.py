@@ -52,6 +52,14 @@ def test_a_fault_of_a_storage_is_told_by_who_must_act(fault: str) -> None:
     assert caught.value.field == "data.path"
 
 
+def test_what_was_handled_before_does_not_make_a_passing_fault_final() -> None:
+    with pytest.raises(StorageError), reaching("data.path s3://b/x"):
+        try:
+            raise FileNotFoundError("no listing is cached")
+        except FileNotFoundError:
+            raise TimeoutError("timed out")  # noqa: B904  # as libraries do
+
+
 class TransportError(Exception):
     """Named as the base of the errors of the Hub's HTTP client."""
 

@@ -132,7 +132,7 @@ def clm_dist_verify(prepare: Prepare) -> Said:
 def test_verify_of_what_is_no_store(prepare: Prepare, write_job: WriteJob, tmp_path: Path) -> None:
     said = prepare("--verify", tmp_path)
     assert said.code == 2
-    assert "is no store: it has no manifest.json" in said.err
+    assert "is not a store: it has no manifest.json" in said.err
     prepare(write_job())
     manifest = json.loads((prepare.store / "manifest.json").read_text())
     (prepare.store / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))

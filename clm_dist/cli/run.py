@@ -19,13 +19,13 @@ from clm_dist.cli.options import (
 )
 from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
-from clm_dist.errors import ClmDistError, ConfigError
+from clm_dist.errors import ClmDistError, ConfigError, TryAgainError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import err, out
 
-EX_TEMPFAIL = 75
+EX_TEMPFAIL = TryAgainError.exit_code
 """Preempted with a checkpoint saved: run it again (sysexits.h)."""
 EX_INTERRUPTED = 130
 """Ended by Ctrl-C without a checkpoint (128 + SIGINT, as shells say it)."""

@@ -19,7 +19,7 @@ _FULL_BYTES = 2**20
 
 
 def make_dir(path: Path) -> Path:
-    """Create a directory. Raises ConfigError where that is not possible."""
+    """Create a directory. Raises ConfigError where that is not allowed, StorageError where the disk is full."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         # A directory may exist and still refuse files.

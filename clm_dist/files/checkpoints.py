@@ -61,7 +61,7 @@ class Checkpoints:
         return cls(str(run.checkpoints.absolute()) if path is None else f"{path.rstrip('/')}/{job.name}")
 
     def check_access(self) -> None:
-        """Raise ConfigError where nothing can be written here."""
+        """Raise ConfigError or StorageError where nothing can be written here."""
         if self._local:
             make_dir(self._local)
             return
@@ -72,7 +72,7 @@ class Checkpoints:
             self._files.rm_file(probe)
 
     def reaching(self) -> contextlib.AbstractContextManager[None]:
-        """Turns what the storage raises into a ConfigError that says so."""
+        """Turns what the storage raises into an error that says so; see `storage.reaching`."""
         return reaching(f"checkpoint.path {self.root}", field="checkpoint.path")
 
     def saving(self, name: str) -> contextlib.AbstractContextManager[None]:

@@ -36,7 +36,7 @@ def describe_storage_error(error: Exception, what: str, *, field: str | None = N
         extra = re.search(r"\b(s3|gs)://", what)
         hint = f"pip install 'clm-dist[{extra[1]}]'" if extra else "install the package that it names"
         return ConfigError(f"{what}: {first_line(error)}; {hint}", field=field)
-    if any(_needs_a_person(cause) for cause in chain(error)):
+    if _needs_a_person(error):
         advice = "check the address and your credentials"
         return ConfigError(f"{what}: {first_line(error)}; {advice}", field=field)
     advice = "check the address and your network, or run the same command again later"
@@ -53,10 +53,16 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _needs_a_person(error: BaseException) -> bool:
-    status = http_status(error)
-    if status is not None:
+    statuses = (status for cause in chain(error) if (status := http_status(cause)) is not None)
+    if (status := next(statuses, None)) is not None:
         return not is_passing(status)
-    return isinstance(error, _MEND_FIRST) or "Credential" in type(error).__name__
+    # What was merely handled when it was raised says nothing about it.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, _MEND_FIRST) or "Credential" in type(cause).__name__:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def is_passing(status: int) -> bool:
@@ -69,6 +75,8 @@ def http_status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0) or None
-    # aiohttp and gcsfs keep it in the error; requests and httpx in its response.
-    kept = (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None))
-    return next((status for status in kept if isinstance(status, int)), None)
+    # aiohttp keeps it in the error (its `code` is deprecated), gcsfs too; requests and httpx in the response.
+    for holder, name in ((error, "status"), (response, "status_code"), (error, "code")):
+        if isinstance(status := getattr(holder, name, None), int):
+            return status
+    return None

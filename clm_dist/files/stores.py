@@ -69,6 +69,9 @@ class Store:
             ConfigError, StorageError: the URL cannot be reached.
             DataError: a file is not as the manifest says.
         """
+        if self.url is None:
+            # The directory is as every node sees it, and may be read-only here.
+            return self.is_here
         make_dir(self.local.parent)
         with self.lock():
             return self.fetch_held()
@@ -150,7 +153,9 @@ class Store:
             DataError: there is no manifest, or one of another format version.
         """
         if not self.is_here:
-            raise DataError(f"{self.local} is no store: it has no {_MANIFEST}; `clm-dist prepare JOB` prints its store")
+            raise DataError(
+                f"{self.local} is not a store: it has no {_MANIFEST}; `clm-dist prepare JOB` prints its store"
+            )
         manifest = self.manifest()
         if not Manifest.is_as_written(self._manifest_file):
             yield f"{self._manifest_file} was changed since it was written"

@@ -181,7 +181,12 @@ class reading:  # noqa: N801  # a context manager reads as a verb
         problem = f"{self.file.name}: cannot be read"
         mend = "mend the file or take it out of data.path"
         # Where compressed bytes are damaged or missing, Arrow raises an OSError without a number.
-        of_format = isinstance(error, (pa.ArrowException, EOFError)) or (type(error) is OSError and error.errno is None)
+        is_short = isinstance(error, EOFError) or (type(error) is OSError and error.errno is None)
+        of_format = is_short or isinstance(error, pa.ArrowException)
+        if is_url(self.file.name) and is_short:
+            # The connection may have ended early, so what is done so far is kept.
+            problem = f"{problem}: {first_line(error)}; run the same command again, or {mend}"
+            raise StorageError(problem, field="data.path") from None
         if is_url(self.file.name) and not of_format:
             raise describe_storage_error(error, problem, field="data.path") from None
         if of_format or (isinstance(error, OSError) and error.errno in (errno.ENOENT, *REFUSED)):

@@ -1,5 +1,6 @@
 """What stands for a job's records in a fingerprint."""
 
+import errno
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,9 @@ from typing import Any
 import fsspec
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import DataError
+from clm_dist.errors import REFUSED, DataError, StorageError
 from clm_dist.files.hashes import HashMemory
+from clm_dist.files.storage import reaching
 from clm_dist.prepare.files import find_files, is_url
 
 _PIECE_BYTES = 1 << 22
@@ -79,8 +81,9 @@ def is_directory(data: DataConfig) -> bool:
 
 def _tag_of(url: str) -> str:
     """What a server says of a file, which changes when the file does."""
-    filesystem, path = fsspec.url_to_fs(url)
-    described = filesystem.info(path)
+    with reaching(f"data.path {url}", field="data.path"):
+        filesystem, path = fsspec.url_to_fs(url)
+        described = filesystem.info(path)
     tags = [str(described.get(key)) for key in ("ETag", "etag", "md5Hash", "crc32c") if described.get(key)]
     return " ".join([*tags, str(described.get("size"))]) if tags else str(filesystem.ukey(path))
 
@@ -93,7 +96,8 @@ def _digests_of(files: list[Path], known: HashMemory, field: str = "data.path") 
             try:
                 found[file] = known.get(file) or _digest(file, threads)
             except OSError as error:
-                raise DataError(
+                kind = DataError if error.errno in (errno.ENOENT, *REFUSED) else StorageError
+                raise kind(
                     f"{file}: cannot be read: {error.strerror}; give it to the user who runs this, or take it out of "
                     f"{field}",
                     field=field,

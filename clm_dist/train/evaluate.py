@@ -94,7 +94,8 @@ def load_written(path: Path | str) -> nn.Module:
     """A causal language model in the precision that it was written in.
 
     Raises:
-        ConfigError: the model is not reachable, or damaged.
+        ConfigError: the model is not there, or damaged.
+        HubError: the Hub is away.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")

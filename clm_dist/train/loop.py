@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from clm_dist.config.job import Every, JobConfig
-from clm_dist.errors import ClmDistError, RunError, StorageError
+from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
@@ -25,7 +25,7 @@ from clm_dist.files.records import OutlierRecord
 from clm_dist.train.batches import BatchOrder, MicroBatch, block_checksum, pass_seed
 from clm_dist.train.checkpointing.reporter import Reporter, Wish
 from clm_dist.train.checkpointing.saver import Saver
-from clm_dist.train.checkpointing.saves import Saves
+from clm_dist.train.checkpointing.saves import NotSavedError, Saves
 from clm_dist.train.documents import block_logits, document_end_of, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
@@ -90,11 +90,11 @@ def train(job: JobConfig, session: Session) -> Outcome:
         loop = _Loop(job, session, heart)
         try:
             return loop.run()
-        except (RunError, StorageError) as error:
-            with contextlib.suppress(StorageError):
+        except (RunError, NotSavedError) as error:
+            with contextlib.suppress(NotSavedError):
                 # What was saved until then is worth its commit.
                 loop.saves.conclude()
-            return Outcome("failed", loop.step, str(error), isinstance(error, StorageError))
+            return Outcome("failed", loop.step, str(error), isinstance(error, NotSavedError))
     finally:
         heart.stop()
 
@@ -201,14 +201,15 @@ class _Loop:
         self.reporter.phase("Evaluating the written model", self.step)
         micros = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
         self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), micros)
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(NotSavedError):
             # A last checkpoint that cannot be written is recorded, and takes nothing from the model.
             self.saves.conclude()
         return Outcome("done", self.step)
 
     def _end_early(self) -> Outcome:
         if problem := self.saves.conclude():
-            raise StorageError(f"{problem}; the run stops without it, and the same command goes on from the one before")
+            then = "the run stops without it, and the same command goes on from the one before"
+            raise NotSavedError(f"{problem}; {then}")
         return Outcome("preempted", self.step)
 
     def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:

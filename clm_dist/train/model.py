@@ -27,7 +27,8 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
         tokenizer: the tokenizer whose size and special tokens a model with random weights takes.
 
     Raises:
-        ConfigError: the model is not reachable or unknown, or its context is shorter than a block.
+        ConfigError: the model is not there or unknown, or its context is shorter than a block.
+        HubError: the Hub is away.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig

@@ -10,6 +10,7 @@ import pytest
 from clm_dist.errors import (
     CheckpointError,
     ClmDistError,
+    ClusterAwayError,
     ConfigError,
     DataError,
     HubError,
@@ -32,6 +33,7 @@ CLASSES: dict[type[ClmDistError], int] = {
     ConfigError: 2,
     DataError: 2,
     SubmitError: 2,
+    ClusterAwayError: 75,
     TryAgainError: 75,
     HubError: 75,
     NotReadyError: 75,

@@ -76,7 +76,9 @@ def test_what_is_wrong_on_s3_is_said(bucket: Any, monkeypatch: pytest.MonkeyPatc
     )
     assert "matches no file" in str(error_of("s3://texts/a.jsonl"))
     bucket.pipe("texts/half.jsonl.gz", gzip.compress(JSONL)[:100])
-    assert str(error_of("s3://texts/half.jsonl.gz")).startswith("s3://texts/half.jsonl.gz: cannot be read: ")
+    # The connection may have ended early.
+    with pytest.raises(StorageError, match=r"^s3://texts/half.jsonl.gz: cannot be read: .*; run the same"):
+        load_records(files("s3://texts/half.jsonl.gz"), 500)
     bucket.pipe("texts/broken.jsonl", JSONL + b"nonsense\n")
     assert str(error_of("s3://texts/broken.jsonl")).startswith("s3://texts/broken.jsonl:201: not a JSON record")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")

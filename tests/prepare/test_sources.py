@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.hashes import HashMemory
 from clm_dist.prepare.identity import source_identity
 from clm_dist.prepare.partitions import read_partition
@@ -351,7 +351,7 @@ def test_a_file_whose_content_cannot_be_read_is_named(tmp_path: Path) -> None:
     # Opens for everybody, and gives an I/O error to everybody.
     file = tmp_path / "a.jsonl"
     file.symlink_to("/proc/self/mem")
-    with pytest.raises(DataError, match=f"{file}: cannot be read: Input/output error; .* out of data.path") as caught:
+    with pytest.raises(StorageError, match=f"{file}: cannot be read: Input/output error; .* data.path") as caught:
         source_identity(files(file), HashMemory(tmp_path / "digests.json"))
     assert caught.value.field == "data.path"
 

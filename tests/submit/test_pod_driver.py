@@ -37,6 +37,7 @@ sys.exit(pod_driver.PodDriver(pod, run, ["bash", "-c", script], gives_up=sys.arg
 """
 
 
+_SAVE = """echo '{"kind": "checkpoint", "step": '$(wc -l <$run/metrics.jsonl)', "name": "x"}' >>$run/metrics.jsonl"""
 _START = """echo '{"kind": "start", "step": 0}' >>$run/metrics.jsonl"""
 
 
@@ -56,7 +57,7 @@ def log_of(directory: Path, number: str = "1") -> str:
 
 def test_a_run_that_saved_because_another_pod_ends_goes_on(tmp_path: Path) -> None:
     count = tmp_path / "count"
-    script = f"echo out; echo err >&2; echo x >>{count}; {_START}; [ $(wc -l <{count}) -eq 6 ] || exit 75"
+    script = f"echo out; echo err >&2; echo x >>{count}; {_START}; {_SAVE}; [ $(wc -l <{count}) -eq 6 ] || exit 75"
     wrapper = drive(tmp_path, script)
     said, _ = wrapper.communicate(timeout=30)
     assert wrapper.returncode == 0
@@ -148,6 +149,16 @@ def test_pods_in_which_no_worker_begins_are_given_up_in_the_end(tmp_path: Path) 
     assert wrapper.returncode == 1
     assert len(count.read_text().split()) == 5
     assert "no worker has begun to train 3 times in a row" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_a_run_that_starts_and_saves_nothing_further_is_given_up(tmp_path: Path, gives_up: bool) -> None:
+    count = tmp_path / "count"
+    wrapper = drive(tmp_path, f"echo x >>{count}; {_START}; exit 75", gives_up=gives_up)
+    wrapper.communicate(timeout=60)
+    assert wrapper.returncode == 1
+    assert len(count.read_text().split()) == 5
+    assert "workers have begun 5 times and saved nothing further" in log_of(tmp_path)
 
 
 def test_a_plain_job_waits_for_its_pods_as_long_as_it_takes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Failures in a row end a run, failures in all do not; and a save that is asked for is made once."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,26 @@ def test_a_save_that_is_asked_for_is_made_once(
     assert train_one(job, run, prepared(job)).status == "done"
     assert not run.save.exists()
     assert saved_steps(run) == [1, 4]
+
+
+def export_to_a_full_disk(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> str:
+    """What a rank raises where rank 0 alone cannot write the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr("clm_dist.train.export.replace_dir", full)
+        try:
+            train_one(job, run, store, rank, world_size)
+        except Exception as error:
+            return type(error).__name__
+    return "done"
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_fault_of_one_rank_is_raised_there_and_not_taken_for_one_of_all(
+    make_job: MakeJob, prepared: Any, tmp_path: Path
+) -> None:
+    job = make_job("train.max_steps=2", "cluster.workers=1")
+    assert export_to_a_full_disk(0, 1, job, RunDir(tmp_path / "run"), prepared(job)) == "StorageError"

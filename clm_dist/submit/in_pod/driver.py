@@ -32,7 +32,9 @@ _MEND_FIRST = MendFirstError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
 _MOST_IDLE = 12
-"""Runs in a row that end with 75 before a worker has begun; each waits up to five minutes."""
+"""Runs in a row that end with 75 before a worker has begun; each waits up to five minutes for nodes."""
+_MOST_STUCK = 5
+"""Runs in a row that end with 75 though workers have begun, and commit no further checkpoint: the disk may be full."""
 
 
 class PodDriver:
@@ -50,7 +52,7 @@ class PodDriver:
         self._process: subprocess.Popen[bytes] | None = None
         self._told = self._gave_way = False
         self._over = threading.Event()
-        self._counted = 0
+        self._seen = (0, 0)
 
     @property
     def told(self) -> bool:
@@ -78,15 +80,21 @@ class PodDriver:
     def _run_until_over(self) -> int:
         """Run, again as long as that helps, and return the exit code."""
         self._say(f"an attempt begins in the pod {self._pod.name}")
-        starts, idle = self._starts(), 0
+        starts, committed = self._progress()
+        idle = stuck = 0
         while not self._told:
             code = self._run_once()
             if self._gave_way:
                 return 1
             if code != _GOES_ON or self._told:
                 break
-            before, starts = starts, self._starts()
+            before, (starts, now_committed) = starts, self._progress()
             idle = idle + 1 if starts == before else 0
+            stuck = stuck + (starts > before) if now_committed <= committed else 0
+            committed = max(committed, now_committed)
+            if stuck == _MOST_STUCK:
+                self._say(f"workers have begun {stuck} times and saved nothing further, so this attempt ends")
+                return 1
             if idle == _MOST_IDLE and self._gives_up:
                 self._say(f"no worker has begun to train {idle} times in a row, so this attempt ends")
                 return 1
@@ -104,11 +112,14 @@ class PodDriver:
             remove_run(job, self._run)
             write_text(path, self._pod.submission)
 
-    def _starts(self) -> int:
-        """How often workers have started."""
+    def _progress(self) -> tuple[int, int]:
+        """How often workers have started, and the last step whose checkpoint is committed."""
         with contextlib.suppress(OSError):  # the claim may be away for a moment
-            self._counted = sum(record["kind"] == "start" for record in read_records(self._run.metrics))
-        return self._counted
+            records = read_records(self._run.metrics)
+            starts = sum(record["kind"] == "start" for record in records)
+            committed = [r["step"] for r in records if r["kind"] == "checkpoint" and "error" not in r]
+            self._seen = starts, max(committed, default=0)
+        return self._seen
 
     def _run_once(self) -> int:
         pipe = subprocess.PIPE

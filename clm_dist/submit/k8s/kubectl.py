@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from clm_dist.errors import SubmitError
+from clm_dist.errors import ClusterAwayError, SubmitError
 from clm_dist.submit.k8s.request import Object
 from clm_dist.submit.submission import Submission
 
 _REQUEST_TIMEOUT_S = 30
+_AWAY = (
+    "was refused - did you specify the right host or port?",
+    "i/o timeout",
+    "Unable to connect to the server",
+    "ServiceUnavailable",
+)
+"""Words of kubectl for a server that does not answer."""
 _TIMEOUT_S = 120
 """Timeout of a whole command, which may log in and makes several requests."""
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -125,7 +132,7 @@ def _run(arguments: Sequence[str], given: str | None = None) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         problem = f"kubectl did not answer within {_TIMEOUT_S} s"
-        raise SubmitError(f"{problem}; `kubectl cluster-info` shows whether the cluster can be reached") from None
+        raise ClusterAwayError(f"{problem}; `kubectl cluster-info` shows whether the cluster can be reached") from None
     if ended.returncode:
         said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
         raise _kind_of(said)(f"kubectl: {said}")
@@ -133,6 +140,8 @@ def _run(arguments: Sequence[str], given: str | None = None) -> str:
 
 
 def _kind_of(said: str) -> type[SubmitError]:
+    if any(words in said for words in _AWAY):
+        return ClusterAwayError
     if "(Forbidden)" in said:
         return ForbiddenError
     return NoKindError if "the server doesn't have a resource type" in said else SubmitError

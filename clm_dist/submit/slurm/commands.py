@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clm_dist.config.slurm import SlurmConfig, SlurmPart
-from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.errors import ClusterAwayError, ConfigError, SubmitError
 from clm_dist.submit.states import JobState
 
 _TIMEOUT_S = 60
@@ -207,10 +207,11 @@ def _ask(program: str, *arguments: str, environment: Mapping[str, str] | None = 
         raise SubmitError(f"{program} is not on the PATH; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         problem = f"{program} did not answer within {_TIMEOUT_S} s"
-        raise SubmitError(
+        raise ClusterAwayError(
             f"{problem}; is the Slurm controller up? `squeue --me` shows the jobs that it accepted"
         ) from None
     if ended.returncode:
         said = (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
-        raise SubmitError(f"{program} refused: {said}")
+        away = "Unable to contact slurm controller" in said
+        raise (ClusterAwayError if away else SubmitError)(f"{program} refused: {said}")
     return ended.stdout

@@ -21,6 +21,10 @@ from clm_dist.train.strategies.base import Strategy
 _COMMIT_POLL_S = 0.05
 
 
+class NotSavedError(StorageError):
+    """Checkpoints cannot be written. Raised on every rank in the same step."""
+
+
 class Saves:
     """Begins saves, sees to their commit, and loads what was committed.
 
@@ -52,7 +56,7 @@ class Saves:
         """Begin to save; the copy and the writing go on while training does. Collective.
 
         Raises:
-            StorageError: see `conclude`, of the save before.
+            NotSavedError: see `conclude`, of the save before.
         """
         self.conclude()
         names = [checkpoint_name(state.step)]
@@ -70,7 +74,7 @@ class Saves:
         """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
 
         Raises:
-            StorageError: the one before it failed as well.
+            NotSavedError: the one before it failed as well.
         """
         self._saver.wait(lambda: self._heart.goes_on("waiting for the checkpoint's file"))
         saved = self._reporter.conclude_save()
@@ -91,7 +95,7 @@ class Saves:
         self._num_failed += 1
         problem = f"the checkpoint of step {saved.step} could not be written: {error}"
         if self._num_failed > 1:
-            raise StorageError(f"{problem}, and neither could the one before it. What was committed is whole")
+            raise NotSavedError(f"{problem}, and neither could the one before it. What was committed is whole")
         return problem
 
     def _await_commit(self, name: str) -> str | None:

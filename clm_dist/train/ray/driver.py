@@ -77,7 +77,7 @@ def train(
     Raises:
         RunError: workers kept failing, the loss is not finite, or the written model is not the one that was trained.
             The result says `failed` then, and what was committed stays.
-        StorageError: checkpoints could not be written; the same.
+        StorageError: checkpoints could not be written, and the result says `failed`; or a storage is away at the start.
         ConfigError, CheckpointError: the run cannot be trained as the job says; nothing was changed.
     """
     manifest = store.manifest()

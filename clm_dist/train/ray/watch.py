@@ -1,11 +1,9 @@
-"""What the driver looks after while workers train."""
+"""The driver's watch over workers and nodes."""
 
 import logging
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import (
-    ClmDistError,
-)
+from clm_dist.errors import ClmDistError
 from clm_dist.files.atomic import write_text
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
