@@ -1,4 +1,4 @@
-"""What can go wrong, by who must act. The exit code follows from the class, and a scheduler from the exit code.
+"""The errors of the package, by who must act. The exit code follows from the class, and a scheduler from the exit code.
 
     ClmDistError              1   base of all; not raised itself
     ├── RunError              1   the run failed, and the same command would fail again
@@ -8,7 +8,7 @@
     │   ├── CheckpointError       a checkpoint that the run cannot go on from
     │   └── SubmitError           a cluster refuses a job
     │       └── ClusterAwayError      exit code 75: the cluster does not answer
-    └── TryAgainError        75   nobody must act in the job: the same command may work later
+    └── TryAgainError        75   nothing in the job is wrong: the same command may work later
         ├── StorageError          a disk is full, a storage or a server is away
         ├── HubError              the Hub does not answer
         └── NotReadyError         nodes that the run needs are not there yet
@@ -106,7 +106,7 @@ class NotReadyError(TryAgainError):
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _AWAY = {errno.EIO, errno.ESTALE}
-"""Of a disk that does not answer; other numbers of an absent server may be those of a connection."""
+"""A disk does not answer. Other numbers that an absent server causes may come from a network connection."""
 
 
 def describe_os_error(error: Exception, path: Path) -> ClmDistError | None:

@@ -169,7 +169,7 @@ def _upload(repo: str, directory: Path, step: int, private: bool) -> tuple[str, 
 
 
 def _same(path: Path, file: Any) -> bool:
-    """Whether a file of the Hub has the bytes of a local one, by the hash that the Hub gives."""
+    """Whether a file of the Hub has the bytes of a local one, by the hash that the Hub reports."""
     if file.lfs:
         with path.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest() == str(file.lfs.sha256)

@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: a live line on a terminal, plain lines in a log file."""
+"""The display while a stage works: a live line on a terminal, plain lines in a log file."""
 
 import re
 import sys
@@ -195,6 +195,6 @@ def clock(seconds: float) -> str:
 
 
 def _seconds(text: str) -> int:
-    """What `clock` wrote."""
+    """The seconds that `clock` wrote."""
     parts = [int(part) for part in text.split(":")]
     return sum(part * 60**power for power, part in enumerate(reversed(parts)))

@@ -28,7 +28,7 @@ def run_job(
     overwrite: bool,
     only_train: bool,
 ) -> Result:
-    """Prepare, train, report, and push if the job says so; gives the run's result.
+    """Prepare, train, report, and push if the job says so. Return the run's result.
 
     Args:
         only_train: take blocks that are prepared already, and show no sample.
@@ -131,7 +131,7 @@ def _push_epoch(job: JobConfig, directory: RunDir, store: Store, path: Path, ste
         result = build_result(job, directory, store.manifest(), "running")
         write_card(path, job, result)
         url = hub.push(job, directory, path, step)
-    except Exception as error:  # whatever it is: nobody reads what a thread of the pool raises
+    except Exception as error:  # whatever it is: an exception in a thread of the pool is never read
         if not isinstance(error, ClmDistError):
             logger.warning("the push of step %d failed", step, exc_info=error)
         progress.note(f"The model of step {step} is not pushed: {first_line(error)}")

@@ -49,7 +49,7 @@ def evaluate(
     if job_file is not None or overrides:
         # A model is measured on its own tokens: another tokenizer's ids mean nothing to it.
         update["tokenizer"] = TokenizerConfig(path=path)
-    # Where the job names its own model and tokenizer is no place of an error of this model.
+    # The lines that name the job's own model and tokenizer are not where an error of this model comes from.
     origins = {field: place for field, place in job.origins.items() if field.partition(".")[0] not in update}
     config = job.config.model_copy(update=update)
     with located(Job(config, origins)), open_progress(err) as progress:
@@ -111,7 +111,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
             text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
             prompts = [line for line in text.splitlines() if line.strip()]
         for prompt in prompts:
-            prompt.encode()  # Python lets bytes that are no text through on the command line.
+            prompt.encode()  # Python accepts bytes that are not text on the command line.
     except OSError as error:
         raise ConfigError(f"cannot read the prompts in {file}: {error.strerror}") from None
     except UnicodeError as error:

@@ -36,7 +36,7 @@ class DataConfig(Section):
     """Dotted path of the text inside a record; it reaches into nested records and lists: `answers.text`. Or a template
     of such paths: `"{title}\\n\\n{answers.text}"`."""
     join: str | None = " "
-    """What joins the items of a list into one document; null makes every item a document of its own."""
+    """Text between the items of a list that become one document; null makes every item a document of its own."""
     score: str | None = None
     """Dotted path of the score of each text, a list where the texts are one: `answers.score`; for `min_score`."""
     min_score: float | None = None
@@ -91,7 +91,7 @@ class DataConfig(Section):
 
     @property
     def text_template(self) -> Template:
-        """What `text` says: a path alone is the template `{path}`."""
+        """`text` as a template; a path alone is the template `{path}`."""
         if "{" not in self.text:
             return Template(("", ""), (self.text,))
         parts = re.split(r"\{([^{}]*)\}", self.text)
@@ -114,7 +114,7 @@ class TokenizerConfig(Section):
     train: TokenizerTraining | None = None
     """Train one on the job's own text instead."""
     engine: Literal["auto", "gigatoken", "tokenizers"] = "auto"
-    """What encodes: `auto` takes gigatoken where it gives the ids of tokenizers on the data's own text."""
+    """Encoder of the text: `auto` takes gigatoken where it returns the ids of tokenizers on the data's own text."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

@@ -56,7 +56,7 @@ def _describe(section: type[BaseModel], prefix: str, default: str) -> Iterator[s
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """What a field takes, in words."""
+    """The values that a field takes, in words."""
     alternatives = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
     return " or ".join(dict.fromkeys(_alternative(part) for part in alternatives))
 

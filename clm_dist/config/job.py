@@ -85,7 +85,7 @@ class TrainConfig(Section):
     """Seed of the weights, the order of blocks and dropout."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """Where the loss or the gradient is not finite: end the run, leave the step out, or go back to the last
-    checkpoint's weights and leave out the steps since. No update is made in any case."""
+    checkpoint's weights and skip the steps since. No update is made in any case."""
     on_spike: Literal["report", "skip"] = "report"
     """Where the loss is far above that of the last 128 steps: say so, or leave the step out as well."""
     max_failures: Annotated[int, Field(ge=0, le=MOST)] = 3
@@ -113,7 +113,7 @@ class CheckpointConfig(Section):
     every: Every = "epoch"
     """`epoch`, or a number of steps."""
     keep: Annotated[int, Field(ge=2, le=MOST)] = 2
-    """Newest checkpoints that are kept, two or more; the one with the best eval loss is kept besides."""
+    """Newest checkpoints that are kept, two or more; the one with the best eval loss is also kept."""
     path: str | None = None
     """Directory or URL (s3://, gs://, ...) under which the checkpoints of the run lie, by its name; null is the run
     directory."""
@@ -125,17 +125,17 @@ class ClusterConfig(Section):
     workers: Count | tuple[Count, Count] = 1
     """Ray Train workers, one device each; `[2, 8]` takes as many as there are, and follows nodes that go and come."""
     strategy: Strategy = "ddp"
-    """What is sharded over the workers: nothing, optimizer (zero1), gradients (zero2), weights (zero3, fsdp2)."""
+    """Sharded over the workers: nothing, optimizer (zero1), gradients (zero2), weights (zero3, fsdp2)."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What lives in host memory between uses: nothing, the optimizer (zero1-3), weights too (zero3, fsdp2)."""
+    """Kept in host memory between uses: nothing, the optimizer (zero1-3), weights too (zero3, fsdp2)."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that Ray reserves for a worker; it computes with as many threads."""
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """GPUs of a worker, 0 or 1; `auto` takes one where the cluster has any."""
     slurm: SlurmConfig = SlurmConfig()
-    """What `clm-dist submit slurm` asks for."""
+    """Resources and options of `clm-dist submit slurm`."""
     k8s: K8sConfig = K8sConfig()
-    """What `clm-dist submit k8s` asks for."""
+    """Resources and options of `clm-dist submit k8s`."""
 
     @property
     def min_workers(self) -> int:

@@ -14,7 +14,7 @@ def expected_nodes() -> int | None:
 
 
 def check_ray_address(address: str) -> None:
-    """Raise ConfigError where nobody listens at an address of Ray, for which Ray itself would wait for minutes."""
+    """Raise ConfigError if no program listens at an address of Ray. Ray itself would wait for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return

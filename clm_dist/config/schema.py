@@ -1,4 +1,4 @@
-"""What fields a job file has: their names, and their JSON Schema."""
+"""The fields of a job file: their names, and their JSON Schema."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ def job_schema() -> dict[str, Any]:
     """JSON Schema of a job file, for editors."""
     schema = JobConfig.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "Job file that this one changes."}
-    # What a file leaves out, the file that it extends may hold.
+    # A field that is missing in a file may be in the file that it extends.
     schema.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

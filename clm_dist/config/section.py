@@ -1,4 +1,4 @@
-"""What the job file's sections are made of."""
+"""The base class and the types of the job file's sections."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 MOST = 2**31
 Count = Annotated[int, Field(gt=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What numpy, torch and datasets all take."""
+"""A seed that numpy, torch and datasets all take."""
 
 
 def wrong(field: str, problem: str, *others: str) -> PydanticCustomError:

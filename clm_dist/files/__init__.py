@@ -1,1 +1,1 @@
-"""What stages hand to each other: files that are whole or not there, stores, runs, checkpoints."""
+"""The files that stages hand to each other: stores, runs, checkpoints, each whole or not there."""

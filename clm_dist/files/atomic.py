@@ -13,7 +13,7 @@ from typing import Any
 from clm_dist.errors import ConfigError, describe_os_error, first_line
 
 UNFINISHED_SUFFIX = ".part"
-"""Of files that are not whole yet; their names begin with a dot."""
+"""Suffix of files that are not whole yet; their names begin with a dot."""
 _FULL_BYTES = 2**20
 """A disk with less is full: a write that failed took what was left, and may have given some of it back."""
 

@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """What became of a split's records.
+    """Counts of a split's records, documents, tokens and blocks.
 
     Records are used or skipped; tokens are in blocks or dropped: num_tokens = num_blocks x block_size +
     num_dropped_tokens.
@@ -75,7 +75,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds and what it was made from."""
+    """The content of a store, and what it was made from."""
 
     fingerprint: str
     origin: str
@@ -93,7 +93,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def sha256_of_files(self) -> dict[str, str]:
-        """What each file of the store must be, by its name in it."""
+        """The sha256 that each file of the store must have, by its name in the store."""
         shards = (shard for split in self.splits.values() for shard in split.shards)
         return {shard.file: shard.sha256 for shard in shards} | self.files
 
@@ -170,7 +170,7 @@ def _write_shard(store: Path, name: str, ids: Ids) -> Shard:
     """Write blocks, (num_blocks, block_size), as one shard."""
     column = pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), ids.shape[1])
     batch = pa.record_batch([column], names=["input_ids"])
-    # Who has mapped a shard of that name keeps the old one.
+    # Existing mappings of a shard of that name stay valid.
     with whole_file(store / name) as part:
         with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
             writer.write_batch(batch)

@@ -182,7 +182,7 @@ class Checkpoints:
                 self._files.rmdir(f"{self._path}/{name}")
 
     def set_aside(self, name: str) -> None:
-        """Let a damaged checkpoint count no more; its files stay for who wants to look at them."""
+        """Remove the marker of a damaged checkpoint, so that it no longer counts; its files stay for inspection."""
         # Not moved, which would read brackets in the path as a pattern.
         marker = self._files.cat_file(f"{self._path}/{name}/{_MARKER}")
         self._files.pipe_file(f"{self._path}/{name}/{_SET_ASIDE}", marker)

@@ -1,4 +1,4 @@
-"""What the clients of the Hub raise, by who must act."""
+"""Errors of the Hub's clients, by who must act."""
 
 from clm_dist.errors import ClmDistError, ConfigError, HubError
 from clm_dist.files.storage import chain, http_status, is_passing

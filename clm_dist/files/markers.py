@@ -1,4 +1,4 @@
-"""What a committed checkpoint says of itself, and whether a job can go on from it; no torch."""
+"""The marker of a committed checkpoint, and whether a job can go on from it; no torch."""
 
 import secrets
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class RankFile:
-    """What one rank wrote of a checkpoint."""
+    """The file that one rank wrote of a checkpoint."""
 
     file: str
     num_bytes: int
     sha256: str
     fragments: Mapping[str, tuple[int, int]]
-    """Of each parameter the first element that is in the file, and the one after the last; parameters are flat."""
+    """For each parameter, the first element in the file and the one after the last; parameters are flat."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint was taken from; its weights and optimizer lie beside it."""
+    """The state of a run at a checkpoint, without its weights and optimizer, which are beside it."""
 
     step: int
     num_updates: int
-    """Updates that the optimizer made; fewer than steps where steps were left out."""
+    """Updates that the optimizer made; fewer than steps where steps were skipped."""
     world_size: int
     strategy: str
     fingerprint: str
-    """Of the blocks that it was trained on."""
+    """Fingerprint of the blocks that it was trained on."""
     global_size: int
     seed: int
     """With the batch size it says which blocks the next step takes."""
@@ -40,7 +40,7 @@ class TrainerState:
     scaler: Mapping[str, float] = field(default_factory=dict)
     """State of the loss scaler, in fp16."""
     recent_losses: tuple[float, ...] = ()
-    """Of the last steps, from which the next loss may stand out."""
+    """Losses of the last steps, with which the next loss is compared."""
     num_left_out: int = 0
     """Steps without an update in a row, the last among them."""
     owes_evaluation: bool = False
@@ -56,7 +56,7 @@ class Marker:
     eval_loss: float | None = None
     """Nats a token, where the eval split was evaluated at this step."""
     time: float = 0.0
-    """Of the commit, seconds since the epoch."""
+    """Time of the commit, seconds since the epoch."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -69,7 +69,7 @@ class DamagedError(CheckpointError):
 
 
 def checkpoint_name(step: int) -> str:
-    """A name that was never used: a killed save may have left a part of this step behind."""
+    """A name that was never used, because a killed save may have left files of this step behind."""
     return f"step-{step:08d}-{secrets.token_hex(4)}"
 
 

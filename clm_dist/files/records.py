@@ -63,7 +63,7 @@ class EvalRecord(EvalFigures):
 
 
 class PhaseRecord(TypedDict):
-    """What the run does from now on, for the display."""
+    """The phase that begins now, for the display."""
 
     kind: Literal["phase"]
     step: int
@@ -115,13 +115,13 @@ class OutlierRecord(TypedDict):
     blocks: list[int]
     """The first of the step's blocks, the worst first."""
     action: str
-    """What was done: the value of `train.on_nan` or `train.on_spike`."""
+    """The action that was taken: the value of `train.on_nan` or `train.on_spike`."""
     limit: NotRequired[float]
     """The loss above which it stands out."""
 
 
 class RollbackRecord(TypedDict):
-    """The run went back to the weights of the step `to`, and left out the steps up to `step`."""
+    """The run went back to the weights of the step `to`, and skipped the steps up to `step`."""
 
     kind: Literal["rollback"]
     step: int
@@ -152,10 +152,10 @@ Record = (
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics file; a last line that a crash cut short is left out.
+    """The records of a metrics file; a last line that a crash cut short is skipped.
 
     Raises:
-        ConfigError: another line is no record; the message names it.
+        ConfigError: another line is not a record; the message names it.
     """
     if not path.exists():
         return []
@@ -188,7 +188,7 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
 
 
 def replace_records(path: Path, records: Sequence[Record]) -> None:
-    """Write the file anew, in one step: whoever follows it sees the old records or these."""
+    """Write the file anew, in one step: a process that follows it sees the old records or these."""
     write_text(path, _lines(records))
 
 

@@ -22,7 +22,7 @@ Status = Literal["done", "preempted", "failed", "running"]
 
 
 class Training(TypedDict):
-    """What was trained, over all attempts."""
+    """Totals of training, over all attempts."""
 
     steps: int
     tokens: int
@@ -45,7 +45,7 @@ class Result(TypedDict):
     status: Status
     """`running` only in the card of a model that is pushed before the end."""
     baseline: EvalFigures | None
-    """Of the untouched model."""
+    """The evaluation of the untouched model."""
     evals: list[EvalFigures]
     final: EvalFigures | None
     """None until the run is done."""
@@ -74,7 +74,7 @@ def read_result(path: Path) -> Result:
         raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
     result: Result = read_json(run.result)
     try:
-        # What it says besides is a later version's.
+        # Further keys may come from a later version.
         TypeAdapter(Result).validate_python(result)
     except ValidationError as error:
         problem = error.errors()[0]

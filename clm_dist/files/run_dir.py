@@ -50,7 +50,7 @@ class RunDir:
 
     @property
     def hub(self) -> Path:
-        """What is pushed and what is still to push."""
+        """The pushes that were made, and the one that is pending."""
         return self.root / "hub.json"
 
     @property
@@ -65,7 +65,7 @@ class RunDir:
 
     @property
     def beats(self) -> Path:
-        """What each worker does, while workers run."""
+        """The last sign of life of each worker, while workers run."""
         return self.root / "beats"
 
     @property

@@ -23,7 +23,7 @@ from clm_dist.files.hashes import HashMemory
 from clm_dist.files.storage import reaching
 
 PARTIAL_SUFFIX = ".part.arrow"
-"""Of the files with encoded partitions in a store's `work`, while it is prepared."""
+"""Suffix of the files with encoded partitions in a store's `work`, while it is prepared."""
 _MANIFEST = "manifest.json"
 _DAY_S = 24 * 3600
 
@@ -124,7 +124,7 @@ class Store:
                 filesystem.put_file(str(self.local / name), f"{root}/{name}")
 
     def problems(self, known: HashMemory | None = None) -> dict[str, str]:
-        """What is wrong with each file that is not as the manifest says, by its name in the store.
+        """The problem of each file that is not as the manifest says, by its name in the store.
 
         Args:
             known: files that are as it remembers them are not read, and those that are right are remembered.
@@ -147,7 +147,7 @@ class Store:
         known.remember({self.local / name: sha256 for name, sha256 in self.manifest().sha256_of_files().items()})
 
     def verify(self) -> Iterator[str]:
-        """What is wrong with the store, a line each; nothing where every hash and count is as the manifest says.
+        """The problems of the store, a line each; none if every hash and count is as the manifest says.
 
         Raises:
             DataError: there is no manifest, or one of another format version.
@@ -177,7 +177,7 @@ class Store:
         """Remove the store from this machine; false where a preparation is working on it."""
         try:
             with self.lock().acquire(timeout=0):
-                # Without its manifest it is no store, whatever a kill leaves of the rest.
+                # Without its manifest it is not a store, whatever a kill leaves of the rest.
                 self._manifest_file.unlink(missing_ok=True)
                 shutil.rmtree(self.local)
         except Timeout:

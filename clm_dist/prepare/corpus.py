@@ -64,7 +64,7 @@ class Corpus:
         """The values of documents, one after the other.
 
         Args:
-            take: what gives a one's documents as large_binary of `dtype`.
+            take: returns some documents of an encoded partition, as large_binary of `dtype`.
         """
         partition_of = np.searchsorted(self.partition_ends, documents, side="right")
         grouped = np.argsort(partition_of, kind="stable")

@@ -29,7 +29,7 @@ _KEY_BYTES = 8
 
 
 class Skip(IntEnum):
-    """Why a record gives no document."""
+    """Why a record has no document."""
 
     USED = 0
     EMPTY = 1

@@ -91,7 +91,7 @@ def encode_partitions(
 
 
 class _Display:
-    """What a person sees of the partitions as they are done."""
+    """The display of the partitions as they are encoded."""
 
     def __init__(self, progress: Progress, num_bytes: int | None) -> None:
         self._progress = progress

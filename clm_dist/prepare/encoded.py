@@ -39,7 +39,7 @@ _DIGEST_BYTES = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a task needs besides its partition."""
+    """All that a task needs, apart from its partition."""
 
     data: DataConfig
     encoding: Encoding
@@ -60,11 +60,11 @@ def encode_partition(partition: Partition, recipe: Recipe, most_records: int | N
     """An encoded partition, as its file holds it but for the checksum.
 
     Args:
-        most_records: read no more than so many records.
+        most_records: read at most this number of records; None reads all.
 
     Raises:
         DataError: the partition is broken; the message names file and record.
-        EngineError: the fast engine gives other ids than the reference.
+        EngineError: the fast engine returns other ids than the reference.
     """
     table = read_partition(partition, recipe.data)
     if most_records is not None:
@@ -128,9 +128,9 @@ class Encoded:
     num_tokens: npt.NDArray[np.int32]
     """(num_documents,)"""
     num_bytes: npt.NDArray[np.int32]
-    """Of text, (num_documents,)."""
+    """Bytes of text of each document, (num_documents,)."""
     num_documents: npt.NDArray[np.int32]
-    """Of each record, (num_records,)."""
+    """Documents of each record, (num_records,)."""
     skipped: npt.NDArray[np.uint8]
     """A `Skip` for each record, (num_records,)."""
     held_out: npt.NDArray[np.bool_]

@@ -70,7 +70,7 @@ class Tokens:
 
 
 def _special_tokens(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and after every text."""
+    """The special tokens that the tokenizer puts before and after every text."""
     plain, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:

@@ -1,4 +1,4 @@
-"""What encodes: the reference tokenizer, or a faster engine that was seen to give its ids."""
+"""Encoders: the reference tokenizer, and a faster engine where it was seen to return the same ids."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ _HARD_TEXTS = (
 
 
 class EngineError(Exception):
-    """The fast engine does not support the tokenizer, or gives other ids than the reference."""
+    """The fast engine does not support the tokenizer, or returns other ids than the reference."""
 
 
 class Reference:
@@ -47,7 +47,7 @@ class Reference:
             texts: (num_documents,) large_string.
             parallel: use all cores in one call. This library does what TOKENIZERS_PARALLELISM says.
         """
-        # The library gives a document's ids as a list; it lives until the next one is copied.
+        # The library returns a document's ids as a list, which lives until the next one is copied.
         encoded = self._backend.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
         arrays = [np.fromiter(encoding.ids, np.uint32, len(encoding)) for encoding in encoded]
         offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
@@ -106,7 +106,7 @@ Engine = Reference | Gigatoken
 
 @contextlib.contextmanager
 def _rust() -> Iterator[None]:
-    """Turn whatever gigatoken raises into EngineError: a panic in Rust is no Exception."""
+    """Turn whatever gigatoken raises into EngineError: a panic in Rust is not an Exception."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -139,7 +139,7 @@ def build_engine(name: str, tokenizer_json: str) -> Engine:
 
 
 def choose_engine(wanted: str, encoding: Encoding, sample: pa.Array) -> str:
-    """The engine for a job: the fast one where it gives the reference's ids on a sample of the data's own texts.
+    """The engine for a job: the fast one where it returns the reference's ids on a sample of the data's own texts.
 
     Args:
         wanted: `tokenizer.engine` of the job.
@@ -172,14 +172,14 @@ def _hard_texts(encoding: Encoding) -> pa.Array:
 
 
 def check_engine(engine: Engine, encoding: Encoding, sample: pa.Array, what: str = "the data's own text") -> None:
-    """Raises EngineError where an engine gives other ids than the reference; `what` says what the sample is."""
+    """Raise EngineError if an engine returns other ids than the reference. `what` names the sample, for the message."""
     found, expected = engine.encode(sample), build_engine(Reference.name, encoding.tokenizer_json).encode(sample)
     if not (np.array_equal(found.ids, expected.ids) and np.array_equal(found.offsets, expected.offsets)):
         raise EngineError(f"it gives other ids than {Reference.name} on {what}")
 
 
 def sample_of(texts: pa.Array, num_bytes: int) -> pa.Array:
-    """About so many bytes of text from evenly spaced documents, of each its beginning; at least one document."""
+    """The beginnings of evenly spaced documents, about `num_bytes` of text in all; at least one document."""
     every = max(1, texts.nbytes // num_bytes)
     some = texts.take(pa.array(np.arange(0, len(texts), every)))
     sample = pa.compute.utf8_slice_codeunits(some, 0, num_bytes)

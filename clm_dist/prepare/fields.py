@@ -84,7 +84,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _fields(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
-    """Dotted path and type of the fields of a schema or struct that are no structs themselves; lists count as items."""
+    """Dotted path and type of the fields of a schema or struct that are not structs; lists count as items."""
     for field in fields:
         kind = field.type
         while is_list(kind):

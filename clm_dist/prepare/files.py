@@ -69,7 +69,7 @@ class DataFile:
         return pa.PythonFile(fsspec.open(self.name, **options).open(), "r")
 
     def stream(self) -> pa.NativeFile:
-        """What the file holds, from its beginning, decompressed."""
+        """The content of the file, from its beginning, decompressed."""
         opened = self.open()
         return pa.CompressedInputStream(opened, self.compression) if self.compression else opened
 

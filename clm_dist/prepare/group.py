@@ -11,7 +11,7 @@ from clm_dist.files.blocks import Ids
 def blocks_of(partitions: Iterable[Ids], block_size: int, grouping: Literal["carry", "guide"]) -> Iterator[Ids]:
     """Blocks of shape (n, block_size) from the token streams of consecutive partitions.
 
-    `carry` goes on with a partition's remainder in the next, so only the last tail is left out; `guide` drops the
+    `carry` goes on with a partition's remainder in the next, so only the last tail is dropped; `guide` drops the
     remainder of every partition, as the guide's `group_texts` does with each batch of 1,000 records.
     """
     rest: Ids | None = None

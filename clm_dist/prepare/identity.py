@@ -1,4 +1,4 @@
-"""What stands for a job's records in a fingerprint."""
+"""The identity of a job's records, for its fingerprint."""
 
 import errno
 import hashlib
@@ -43,7 +43,7 @@ def pinned(data: DataConfig) -> DataConfig:
 
 
 def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
-    """What stands for the records of data that is `pinned` in a store's fingerprint.
+    """The identity of the records of data that is `pinned`, for a store's fingerprint.
 
     A local file is what it holds: one that was copied, moved or touched stays the same. A file behind a URL is what its
     server says of it (entity tag, size, time).
@@ -64,7 +64,7 @@ def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
     identity: dict[str, Any] = {"config": data.config, "split": data.split}
     if is_directory(data):
         directory = Path(str(data.dataset))
-        # `datasets` leaves out what is hidden, and sees from a file's name to which split it belongs.
+        # `datasets` skips hidden files, and sees from a file's name to which split it belongs.
         names = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
         names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         paths = [(directory / name).absolute() for name in names]
@@ -80,7 +80,7 @@ def is_directory(data: DataConfig) -> bool:
 
 
 def _tag_of(url: str) -> str:
-    """What a server says of a file, which changes when the file does."""
+    """A text from the server's description of a file that changes when the file does."""
     with reaching(f"data.path {url}", field="data.path"):
         filesystem, path = fsspec.url_to_fs(url)
         described = filesystem.info(path)

@@ -22,7 +22,7 @@ class Lines:
     content: bytes
     file: str
     unit: Literal["line", "record"]
-    """What a line is in the file: a line of it, or a record of its one array."""
+    """The meaning of a line: a line of the file, or a record of its one array."""
     first: Callable[[], int]
     """The number of the first line; called where something is wrong, since it may have to count."""
 
@@ -49,7 +49,7 @@ def text_schema(lines: Lines, data: DataConfig) -> pa.Schema | None:
             continue
         try:
             record = json.loads(line.decode("utf-8-sig"))
-            # Half of a surrogate pair is no character.
+            # Half of a surrogate pair is not a character.
             json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             record = None
@@ -125,7 +125,7 @@ def _with_fractions(kind: pa.DataType) -> pa.DataType:
 
 
 def broken_record(lines: Lines, schema: pa.Schema) -> DataError | None:
-    """What is wrong with the first line that is no record, or does not go with the ones before it.
+    """The error of the first line that is not a record, or whose types differ from those before it.
 
     Args:
         schema: types of the fields that the job reads, as the records before have them.
@@ -143,7 +143,7 @@ def broken_record(lines: Lines, schema: pa.Schema) -> DataError | None:
             continue
         try:
             record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-            # Half of a surrogate pair is no character, which shows only here.
+            # Half of a surrogate pair is not a character, which shows only here.
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeDecodeError:
             return not_utf8(lines.place(index))

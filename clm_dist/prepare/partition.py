@@ -26,7 +26,7 @@ class Partition:
     content: pa.Table | pa.Buffer | None = None
     """Records, or whole lines, that are read already."""
     first: int = 1
-    """Number of the first line of the content, or of the first record where they are no lines."""
+    """Number of the first line of the content, or of the first record where it does not consist of lines."""
     unit: Literal["line", "record"] = "line"
     schema: pa.Schema | None = None
     """Types of the fields that the job reads in records of JSON."""

@@ -131,7 +131,7 @@ def _only_preparation(store: Store, progress: Progress) -> Any:
 
 
 def _left_out(manifest: Manifest) -> str:
-    """What of the records is not in the blocks."""
+    """The records and tokens that are not in the blocks, in words."""
     splits = manifest.splits.values()
     said = []
     for reason in ("empty", "low_score", "duplicate"):

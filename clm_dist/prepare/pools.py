@@ -26,13 +26,13 @@ class Pool(Protocol):
         """Begin a call; what comes back waits for its result, or raises what the call raised."""
 
     def share(self, value: Any) -> Any:
-        """What to give to `submit` in place of a value that many calls take."""
+        """A handle to pass to `submit` in place of a value that many calls take."""
 
     def close(self) -> None: ...
 
 
 class Threads:
-    """Threads of this process: reading, encoding and hashing all let go of the interpreter."""
+    """Threads of this process: reading, encoding and hashing all release the interpreter's lock."""
 
     def __init__(self, num_tasks: int) -> None:
         self.num_tasks = num_tasks

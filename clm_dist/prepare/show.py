@@ -1,4 +1,4 @@
-"""What a store's blocks look like: decoded, with the borders of their documents, and figures of their tokens."""
+"""A store's blocks for a person: decoded, with the borders of their documents, and figures of their tokens."""
 
 import re
 from collections import Counter

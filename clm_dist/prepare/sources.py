@@ -29,9 +29,9 @@ class Source:
 
     where: str
     partitions: Callable[[int], Iterator[Partition]]
-    """Reads the source from its beginning, each time that it is called, in partitions of about so many bytes."""
+    """Reads the source from its beginning at each call, in partitions of about the given number of bytes."""
     num_bytes: int | None
-    """Of the source; None where its end is not known."""
+    """Size of the source; None if its end is not known."""
     slice: "Slice"
 
     def narrowed(self, num_records: Sequence[int], size: int) -> "Source":

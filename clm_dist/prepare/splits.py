@@ -60,7 +60,7 @@ def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: 
 
     Args:
         evaluated: the records of the eval split, where this is the train split: documents that it has too are
-            counted, and with `data.deduplicate` left out.
+            counted, and with `data.deduplicate` removed.
     """
     documents = corpus.documents_of(records)
     kept = np.ones(len(documents), bool)

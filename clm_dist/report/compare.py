@@ -46,7 +46,7 @@ def comparison_table(results: Sequence[Result]) -> Table:
 
 
 def comparability(results: Sequence[Result]) -> str | None:
-    """What a reader must know before comparing perplexities; None where the runs share their blocks."""
+    """A warning for readers who compare perplexities; None if the runs have the same blocks."""
     if len({result["data"] for result in results}) == 1:
         return None
     return (

@@ -82,7 +82,7 @@ class BatchOrder:
 
 
 def block_checksum(numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> int:
-    """What stands for blocks and their tokens: the sum of a CRC-32 of each, so that ranks' shares add up in any order.
+    """Checksum of blocks and their tokens: the sum of a CRC-32 of each, so that the ranks' sums add up in any order.
 
     Args:
         numbers: of the blocks, (B,).

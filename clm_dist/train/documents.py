@@ -41,7 +41,7 @@ def document_positions(ids_BT: Tensor, end: int) -> Tensor:
 
 
 def block_logits(model: nn.Module, ids_BT: Tensor, end: int | None) -> Tensor:
-    """What the model predicts after each token of whole blocks, (B, T, V).
+    """The model's prediction after each token of whole blocks, (B, T, V).
 
     Args:
         end: id that ends a document, where attention stops at documents; None where it sees the whole block.

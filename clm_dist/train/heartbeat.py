@@ -1,4 +1,4 @@
-"""Who hangs: every worker writes what it does, and the driver names the one that the others wait for.
+"""Detect workers that hang: each writes what it does, and the driver names the one that the others wait for.
 
 A worker that stands still cannot say so. So a thread of each worker writes a beat, a small file in the run directory,
 several times within `train.hang_timeout_s`: how far the worker has come, the collective that it waits in, its Python
@@ -33,15 +33,15 @@ _START_S = 600.0
 
 @dataclass(frozen=True)
 class Beat:
-    """What a worker was doing when it was last heard of."""
+    """The last sign of life of a worker."""
 
     rank: int
     pid: int
     host: str
     node: str
-    """Of Ray; empty where there is none."""
+    """Id of Ray's node; empty without Ray."""
     count: int
-    """Of the worker's beats."""
+    """Number of this beat."""
     progress: int
     """Rises with everything that the worker gets done."""
     step: int
@@ -51,7 +51,7 @@ class Beat:
     waiting: bool
     """Whether that is not over."""
     stack: tuple[str, ...]
-    """Of the training thread, the innermost call last."""
+    """Stack of the training thread, the innermost call last."""
 
     def describe(self) -> str:
         who = f"worker {self.rank} (pid {self.pid} on {self.host}) at step {self.step}, {self.doing}"

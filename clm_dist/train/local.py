@@ -60,7 +60,7 @@ def forget_accelerate() -> None:
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, preload: Sequence[str] = ()) -> list[Any]:
-    """What `function(rank, world_size, *arguments)` gives in every process of a gloo group, one thread each.
+    """The results of `function(rank, world_size, *arguments)` in the processes of a gloo group, one thread each.
 
     Args:
         preload: modules that the function needs. Processes are forked from a server that has imported them, because

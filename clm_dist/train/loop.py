@@ -245,7 +245,7 @@ class _Loop:
         return int(self.strategy.all_reduce([float(sum(own))])[0])
 
     def _train_step(self) -> Wish:
-        """One optimizer step; gives what is asked of the run. Collective."""
+        """Make one optimizer step. Return what ranks ask of the run. Collective."""
         job, strategy = self.job, self.strategy
         began = time.perf_counter()
         data_wait = 0.0
@@ -362,7 +362,7 @@ class _Loop:
                 raise RunError(f"{what}, and there is no checkpoint to go back to. {advice}")
             self._say_damages()
             self.reporter.add({"kind": "rollback", "step": left_out, "to": self.step})
-            # The weights of then, the blocks from now on: what is between is left out.
+            # The weights of then, the blocks from now on: the steps between are skipped.
             self.step = left_out
             # On disk at once, or a restart would train those blocks after all.
             self._save(regular=False)

@@ -1,4 +1,4 @@
-"""What a rank sends; every rank sends equally many messages."""
+"""The messages of ranks to the recorder."""
 
 from typing import Literal, TypedDict
 
@@ -8,7 +8,7 @@ from clm_dist.train.checkpointing.saver import Saved
 
 
 class EvalMessage(TypedDict):
-    """A rank's share of an evaluation."""
+    """The micro-batches of an evaluation that a rank ran."""
 
     kind: Literal["eval", "verify"]
     """`eval`, or `verify` for the evaluation of the written model."""
@@ -18,13 +18,13 @@ class EvalMessage(TypedDict):
 
 
 class Message(TypedDict, total=False):
-    """What a rank sends; every rank sends equally many."""
+    """A message of a rank; every rank sends equally many."""
 
     host: str
     """The host that the rank runs on."""
     records: list[Record]
     evaluation: EvalMessage
     saved: Saved
-    """How this rank's part of a save ended."""
+    """How this rank's file of a save ended."""
     state: TrainerState
-    """Of the checkpoint in `saved`; rank 0's message has it."""
+    """State of the checkpoint in `saved`; only rank 0's message has it."""

@@ -14,7 +14,7 @@ from clm_dist.train.model import next_token_loss, why_no_positions
 _MOVED = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 # Nats. A masked token has weight 0 and changes no bit; a mixture of experts rounds by how many tokens an expert gets.
 _LEAKED = 1e-4
-# Of the leak without a mask, because such rounding is no longer small in half precision.
+# As a share of the leak without a mask, because such rounding is not small in half precision.
 _LEAKED_SHARE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.02}
 _TRIED_TOKENS = 128
 
@@ -29,7 +29,7 @@ def find_mixing(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     any_rank: Callable[[bool], bool] = lambda found: found,
 ) -> str | None:
-    """What is wrong where a model mixes the documents of a block; None where it keeps them apart. Collective.
+    """The problem of a model that mixes the documents of a block; None if it keeps them apart. Collective.
 
     Two blocks of two documents each, with random tokens: every document must have the losses that it has alone, and
     no loss of the second may change with the tokens of the first. The second holds to the last bit at every precision,

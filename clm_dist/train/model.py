@@ -112,7 +112,7 @@ def check_model(job: JobConfig) -> None:
 
 
 def why_no_positions(model: nn.Module) -> str | None:
-    """What is wrong where a model cannot be told of the documents in a block; None where it can."""
+    """The problem of a model that cannot be told about the documents in a block; None if it can."""
     if "position_ids" in inspect.signature(model.forward).parameters:
         return None
     return (
@@ -164,7 +164,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, document_end: int | None = None) -> Tensor:
-    """Nats of every predicted token, (B, T - 1) float32.
+    """Loss of every predicted token, (B, T - 1) float32, nats.
 
     Position t predicts token t + 1. A block holds no padding, and an end-of-sequence token is a token to learn like
     any other, so no label is masked but that of a document's first token, which has loss 0.

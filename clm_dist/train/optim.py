@@ -33,7 +33,7 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_schedule(train: TrainConfig, num_steps: int) -> Callable[[int], float]:
-    """The learning rate of a step (the first is 0), as transformers' schedule of that name gives it."""
+    """The learning rate of a step (the first is 0), as transformers' schedule of that name has it."""
     from transformers import get_scheduler
 
     # "constant" itself would ignore the warm-up.

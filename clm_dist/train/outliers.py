@@ -26,12 +26,12 @@ SHOWN_BLOCKS = 16
 """Blocks that records and messages name; the file of the step names all."""
 
 BlockLosses = Sequence[tuple[npt.NDArray[np.int64], Tensor]]
-"""Of each pass, the numbers of its blocks and the mean loss of each, (B,) and (B,)."""
+"""For each pass, the numbers of its blocks and the mean loss of each, (B,) and (B,)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step is, and what the job says about it."""
+    """The kind of a step, and the action that the job asks for."""
 
     kind: Literal["nonfinite", "spike"] | None
     """None for an ordinary step."""
@@ -130,14 +130,14 @@ def json_number(value: float) -> float | str:
 
 
 def describe_nonfinite(step: int, loss: float) -> str:
-    """What is not finite in a step."""
+    """The value that is not finite in a step, in words."""
     if math.isfinite(loss):
         return f"the gradient of step {step} is not finite (loss {loss:.4f})"
     return f"the loss of step {step} is {loss}"
 
 
 def advise(ordered: Sequence[int], file: Path) -> str:
-    """What a person can do about a step that is not finite."""
+    """Advice for a step that is not finite."""
     shown = ", ".join(map(str, ordered[:SHOWN_BLOCKS])) + (", ..." if len(ordered) > SHOWN_BLOCKS else "")
     return (
         f"It was computed on blocks {shown}, whose text is in {file}. Lower train.learning_rate, add "

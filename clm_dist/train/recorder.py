@@ -1,4 +1,4 @@
-"""What workers report, and how the driver turns it into the run's metrics and commits.
+"""The recorder: turns the messages of workers into the run's metrics and commits.
 
 Every rank sends a message at the same points of the run. Rank 0's has the records of the steps since; in an
 evaluation each has the micro-batches that the rank ran, and after a save how that ended. The driver's side, `Recorder`,

@@ -25,4 +25,4 @@ class Session:
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether this worker was told to save a checkpoint and end. Not collective."""
     node: str = ""
-    """Of Ray, where there is one."""
+    """Id of Ray's node, if Ray runs."""

@@ -11,7 +11,7 @@ from clm_dist.train.strategies.base import Strategy
 
 @dataclass(frozen=True)
 class Throughput:
-    """What an MFU is reckoned from."""
+    """The figures from which an MFU is computed."""
 
     flops_a_token: float
     device_name: str

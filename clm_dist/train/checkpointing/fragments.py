@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint and reads from one: fragments of parameters, whoever trained them.
+"""Fragments of parameters, which a rank writes to a checkpoint and reads from one of any strategy.
 
 Every strategy keeps, for each parameter, fp32 weights and AdamW's two moments, flat and cut somewhere else. A fragment
 is one rank's piece of a parameter. Saved, it says which elements it has; so a rank that holds other pieces, because the
@@ -41,7 +41,7 @@ class Fragment:
         return self.start + next(iter(self.tensors.values())).numel()
 
     def own_slice(self, rank: int, world_size: int) -> "Fragment":
-        """What a rank saves of it."""
+        """The slice of it that a rank saves."""
         if not self.replicated:
             return self
         size = self.stop - self.start

@@ -17,7 +17,7 @@ _STOP_INTERVAL_S = 0.5
 
 
 class Wish(NamedTuple):
-    """What a rank wants of all."""
+    """What one rank asks of all."""
 
     stop: bool = False
     """A checkpoint, and the end of the run."""
@@ -34,7 +34,7 @@ class Reporter:
     saver: Saver
     heart: Heart
     state: TrainerState | None = None
-    """Of the save that was begun last."""
+    """State of the save that was begun last."""
     saved: Saved | None = None
     """The save that ended last and that the loop does not know of yet."""
     records: list[Record] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Reporter:
         self.send()
 
     def wishes(self) -> Wish:
-        """What this rank wants; one that wants it decides for all."""
+        """What this rank asks for; one rank that asks decides for all."""
         now = time.monotonic()
         stop, save = self.session.asked_to_stop(), False
         if self.session.rank == 0 and now - self.looked >= _STOP_INTERVAL_S:

@@ -128,7 +128,7 @@ class Saver:
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write tensors in host memory in the format of safetensors; gives size and sha256.
+    """Write tensors in host memory in the format of safetensors. Return size and sha256.
 
     safetensors' own writer copies all of them, and lets no other thread of the process run meanwhile.
     """

@@ -48,9 +48,9 @@ class Saves:
         self._strategy, self._saver, self._reporter, self._heart = strategy, saver, reporter, heart
         self._num_failed = 0
         self.saved_step = 0
-        """Of the save that was begun last."""
+        """Step of the save that was begun last."""
         self.damages: list[DamagedRecord] = []
-        """Of checkpoints that were not whole, for the records."""
+        """Records of checkpoints that were not whole."""
 
     def begin(self, state: TrainerState) -> None:
         """Begin to save; the copy and the writing go on while training does. Collective.
@@ -71,7 +71,7 @@ class Saves:
         self._saver.await_copy()
 
     def conclude(self) -> str | None:
-        """Wait until the save that was begun is committed; gives why it is not, where it could not be. Collective.
+        """Wait until the save that was begun is committed. Return the reason if it could not be. Collective.
 
         Raises:
             NotSavedError: the one before it failed as well.
@@ -99,7 +99,7 @@ class Saves:
         return problem
 
     def _await_commit(self, name: str) -> str | None:
-        """Wait for the driver's commit; gives why it could not make it. Not collective."""
+        """Wait for the driver's commit. Return the reason if it could not be made. Not collective."""
         # No progress: a commit that does not come is a worker that hangs, whose report is missing.
         self._heart.goes_on("waiting for the checkpoint's commit")
         while True:

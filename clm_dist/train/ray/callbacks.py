@@ -1,4 +1,4 @@
-"""What Ray Train calls: in its controller, on the driver's node, and in each worker before training."""
+"""Callbacks of Ray Train: in its controller, on the driver's node, and in each worker before training."""
 
 import logging
 import shutil
@@ -50,7 +50,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Sees groups of workers begin and end; with elastic workers it saves before a group that is well is replaced.
 
     Args:
-        max_failures: so many groups in a row may end before they train.
+        max_failures: the number of groups in a row that may end before they train.
     """
 
     def __init__(self, run: RunDir, checkpoints: Checkpoints, *, elastic: bool, max_failures: int) -> None:

@@ -38,7 +38,7 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
     """The Ray of RAY_ADDRESS, or one of this process's own that ends with it; a running one is used as it is.
 
     Raises:
-        ConfigError: nobody is at that address, or it has fewer CPUs or GPUs than the job's workers take.
+        ConfigError: no Ray is at that address, or it has fewer CPUs or GPUs than the job's workers take.
         NotReadyError: it is started beside this process (CLM_DIST_NODES), and its nodes do not come.
     """
     for name, value in {
@@ -124,11 +124,11 @@ def _check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]
 
 @dataclass(frozen=True)
 class Shortage:
-    """What a cluster has too little of for the fewest workers that a job takes."""
+    """A resource of which a cluster has too little for the fewest workers that a job takes."""
 
     kind: str
     each: float
-    """What a worker takes of it."""
+    """Amount that a worker takes."""
     workers: int
     available: float
     fitting: int
@@ -142,7 +142,7 @@ class Shortage:
 
 
 def find_shortage(cluster: ClusterConfig, gpus_each: int, nodes: Sequence[Mapping[str, float]]) -> Shortage | None:
-    """What nodes have too little of for the fewest workers."""
+    """The shortage of nodes for the fewest workers; None if there is none."""
     workers = cluster.min_workers
     for kind, each in (("GPU", gpus_each), ("CPU", cluster.cpus_per_worker)):
         # A worker lies on one node.

@@ -68,7 +68,7 @@ def train(
     overwrite: bool = False,
     on_export: Callable[[Path, int], None] = lambda path, step: None,
 ) -> Result:
-    """Train the job on the cluster's workers, from the run's last checkpoint if it has one; gives the result.
+    """Train the job on the cluster's workers, from the run's last checkpoint if it has one. Return the result.
 
     Args:
         store: the job's blocks; a node that does not have them fetches them from its URL.
@@ -171,7 +171,7 @@ def _newest(checkpoints: Checkpoints) -> tuple[str, TrainerState] | None:
 
 @contextlib.contextmanager
 def _only_driver(run: RunDir) -> Iterator[None]:
-    """Hold the run against a second driver; the system lets go of it when this process ends, however it ends."""
+    """Hold the run against a second driver; the system releases it when this process ends, however it ends."""
     lock = FileLock(make_dir(run.root.parent) / f".{run.root.name}.lock")
     try:
         # A driver on a host that a scheduler has given up may hold it until it is ended there.

@@ -14,7 +14,7 @@ class WorkersFailedError(RunError):
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What a person can act on in an error of Ray Train: the worker's own, if it is one of ours."""
+    """The error in one of Ray Train that a person can act on: the worker's own, if it is one of ours."""
     failures = dict(getattr(error, "worker_failures", {}))
     if controller_failure := getattr(error, "controller_failure", None):
         failures[-1] = controller_failure
@@ -55,7 +55,7 @@ def with_first_death(failed: WorkersFailedError, failures: list[FailureRecord]) 
 
 
 def causes_of(failures: dict[int, Exception]) -> dict[int, Exception]:
-    """What each rank itself raised, in the order of the ranks; Ray Train wraps it."""
+    """The error that each rank raised itself, in the order of the ranks; Ray Train wraps it."""
     return {rank: private.own_error(failure) for rank, failure in sorted(failures.items())}
 
 

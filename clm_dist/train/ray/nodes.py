@@ -1,4 +1,4 @@
-"""What the driver does about nodes that are drained, lost, or not there yet."""
+"""The driver's watch over nodes that are drained, lost, or not there yet."""
 
 import time
 from collections.abc import Set

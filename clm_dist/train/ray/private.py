@@ -1,4 +1,4 @@
-"""What is used of Ray that is not part of its interface; tests/test_private_interfaces.py says what has moved."""
+"""Uses of Ray beyond its interface; tests/test_private_interfaces.py says what an upgrade has moved."""
 
 import contextlib
 import logging
@@ -32,7 +32,7 @@ def keep_lost_nodes_quiet(logger: logging.Logger) -> None:
 def draining_nodes() -> dict[str, int]:
     """The nodes that Ray is about to give up, because of a preemption for example, and when.
 
-    That is in ms since the epoch, or 0 where nobody said.
+    That is in ms since the epoch, or 0 if Ray was not told.
     """
     nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
     return nodes
@@ -53,5 +53,5 @@ def session_log_dir() -> str | None:
 
 
 def own_error(failure: Exception) -> Exception:
-    """What a worker itself raised, in the error that Ray Train wraps around it."""
+    """The error that a worker raised itself, in the one that Ray Train wraps around it."""
     return getattr(failure, "_base_exc", failure)

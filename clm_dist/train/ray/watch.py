@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerWatch:
-    """What the driver looks after while workers train: those that hang, and the nodes that they are on."""
+    """Watches workers that hang, and the nodes that workers are on, while they train."""
 
     def __init__(self, job: JobConfig, run: RunDir, cluster: Cluster, progress: Progress) -> None:
         self._run, self._progress = run, progress

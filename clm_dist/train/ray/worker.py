@@ -1,4 +1,4 @@
-"""What a Ray Train worker runs."""
+"""The function that a Ray Train worker runs."""
 
 import dataclasses
 import logging
@@ -19,7 +19,7 @@ from clm_dist.train.session import Session
 
 
 class WorkerConfig(TypedDict):
-    """What the driver tells a worker; the job itself is read from the run directory."""
+    """The settings that the driver passes to a worker; the job itself is read from the run directory."""
 
     run: str
     store: str
@@ -30,7 +30,7 @@ class WorkerConfig(TypedDict):
 
 
 def train_worker(config: WorkerConfig) -> dict[str, Any]:
-    """Train as one rank of a Ray Train run; gives the fields of the loop's Outcome."""
+    """Train as one rank of a Ray Train run. Return the fields of the loop's Outcome."""
     quieten_libraries()
     run = RunDir(Path(config["run"]))
     Store(Path(config["store"]), config["store_url"]).fetch()

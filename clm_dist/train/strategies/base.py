@@ -74,7 +74,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float, *, drop: bool = False) -> float:
-        """Clip, update the weights, forget the gradient; gives the gradient's 2-norm before clipping.
+        """Clip, update the weights, forget the gradient. Return the gradient's 2-norm before clipping.
 
         Args:
             drop: update nothing. Nor is anything updated where the norm is not finite.
@@ -97,7 +97,7 @@ class Strategy(ABC):
         return ((name, buffer) for name, buffer in self.plain_model.named_buffers() if name in saved)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank holds of weights, optimizer and buffers: views, which change with the next `step`."""
+        """The pieces of weights, optimizer and buffers that this rank holds: views that change with the next `step`."""
         buffers = [Fragment(name, 0, {"buffer": b.view(-1)}, replicated=True) for name, b in self._buffers()]
         return [*self._parameter_fragments(), *buffers]
 

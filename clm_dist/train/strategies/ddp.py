@@ -22,7 +22,7 @@ class DataParallel(Strategy):
         from accelerate.utils import DistributedDataParallelKwargs
 
         return Accelerator(
-            cpu=not self._use_gpu,  # on CPU anything else silently gives no distribution
+            cpu=not self._use_gpu,  # on CPU anything else silently trains without distribution
             mixed_precision=MIXED_PRECISION[self._job.train.precision],
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
