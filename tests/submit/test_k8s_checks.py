@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 QUEUES = ("kueue.x-k8s.io/v1beta1", "localqueues")
 
 
-def refused(said: Any, kubernetes: Kubernetes, *messages: str) -> None:
+def refused(said: Any, kubernetes: Kubernetes, *messages: str, code: int = 2) -> None:
     """A submission was refused with these words, and has made nothing."""
-    assert said.code == 2, said.err
+    assert said.code == code, said.err
     for message in messages:
         assert message in said.err
     assert not [name for _, kind, _, name in kubernetes.store.history if name.startswith("tiny")]
@@ -41,7 +41,7 @@ def test_a_cluster_that_does_not_answer_is_told_with_all_that_kubectl_says(
 ) -> None:
     kubernetes.config.write_text(kubernetes.config.read_text().replace(kubernetes.server.url, "http://127.0.0.1:1"))
     said = k8s_commands.submit()
-    refused(said, kubernetes, "error: no cluster answers: kubectl: ", "127.0.0.1:1 was refused")
+    refused(said, kubernetes, "error: no cluster answers: kubectl: ", "127.0.0.1:1 was refused", code=75)
     assert "`kubectl config get-contexts` lists those that kubectl knows" in said.err
 
 

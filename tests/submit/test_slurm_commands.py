@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.slurm import PrepareJob, SlurmConfig
-from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.errors import ClusterAwayError, ConfigError, SubmitError
 from clm_dist.submit.slurm.commands import (
     cancel_job,
     check_cluster,
@@ -215,7 +215,7 @@ def test_a_job_that_slurm_has_forgotten_is_looked_up_in_the_accounts(slurm: Fake
 
 def test_a_controller_that_does_not_answer_is_no_forgotten_job(slurm: FakeSlurm) -> None:
     slurm.refuse("scontrol", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
-    with pytest.raises(SubmitError, match=r"^scontrol refused: .*Unable to contact slurm controller"):
+    with pytest.raises(ClusterAwayError, match=r"^scontrol refused: .*Unable to contact slurm controller"):
         job_states("101")
 
 

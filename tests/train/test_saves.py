@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from clm_dist.config.job import JobConfig
+from clm_dist.errors import StorageError
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.batches import BatchOrder
@@ -88,24 +89,15 @@ def test_a_save_that_is_asked_for_is_made_once(
     assert saved_steps(run) == [1, 4]
 
 
-def export_to_a_full_disk(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> str:
-    """What a rank raises where rank 0 alone cannot write the model."""
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            patch.setattr("clm_dist.train.export.replace_dir", full)
-        try:
-            train_one(job, run, store, rank, world_size)
-        except Exception as error:
-            return type(error).__name__
-    return "done"
-
-
-def full(*_: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_fault_of_one_rank_is_raised_there_and_not_taken_for_one_of_all(
-    make_job: MakeJob, prepared: Any, tmp_path: Path
+def test_a_fault_that_one_rank_alone_meets_is_raised_and_not_returned(
+    make_job: MakeJob, prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job("train.max_steps=2", "cluster.workers=1")
-    assert export_to_a_full_disk(0, 1, job, RunDir(tmp_path / "run"), prepared(job)) == "StorageError"
+    """Only rank 0 writes the model; returned as the end of all ranks, the fault would leave the others waiting."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("clm_dist.train.export.replace_dir", full)
+    job = make_job("train.max_steps=2")
+    with pytest.raises(StorageError, match=r"no space left while writing .*final.unverified"):
+        train_one(job, RunDir(tmp_path / "run"), prepared(job))

@@ -39,7 +39,7 @@ def check_cluster(kubectl: Kubectl, job: JobConfig, request: Request, objects: S
     except NoKubectlError:
         raise
     except SubmitError as error:
-        raise SubmitError(
+        raise type(error)(
             f"no cluster answers: {error}\n`kubectl config get-contexts` lists those that kubectl knows"
         ) from None
     with contextlib.suppress(ForbiddenError):
