@@ -2,14 +2,21 @@
 
 import errno
 import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from clm_dist.errors import ConfigError, HubError, StorageError
+from clm_dist.config.job import JobConfig
+from clm_dist.errors import ClmDistError, ConfigError, HubError, StorageError
 from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.files.storage import reaching
+from clm_dist.generate import generate
+from clm_dist.prepare.tokenizer import locate_tokenizer
+from clm_dist.train.evaluate import load_written
+from clm_dist.train.model import load_config
+from tests.conftest import MakeJob
 
 
 def answered(number: int, **kept: Any) -> Exception:
@@ -90,3 +97,32 @@ def test_an_error_keeps_its_field_on_its_way_from_another_process() -> None:
     assert (type(error), str(error), error.field) == (StorageError, "no space left", "checkpoint.path")
     placed = error.at("jobs/a.yaml:7")
     assert (str(placed), placed.field) == ("jobs/a.yaml:7: no space left", "checkpoint.path")
+
+
+@pytest.mark.parametrize(
+    ("asks", "library"),
+    [
+        (lambda job: load_config(job), "transformers.AutoConfig.from_pretrained"),
+        (lambda job: load_written("nobody/nothing"), "transformers.AutoModelForCausalLM.from_pretrained"),
+        (
+            lambda job: list(generate("nobody/nothing", ["The"], seed=0, sampling=None)),
+            "transformers.AutoTokenizer.from_pretrained",
+        ),
+        (lambda job: locate_tokenizer("nobody/nothing", "tokenizer.path"), "huggingface_hub.snapshot_download"),
+    ],
+    ids=["load_config", "load_written", "generate", "locate_tokenizer"],
+)
+@pytest.mark.parametrize("is_away", [True, False])
+def test_whoever_asks_the_hub_tells_whether_it_is_away(
+    asks: Callable[[JobConfig], Any], library: str, is_away: bool, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        cause: Exception = ConnectionRefusedError("refused") if is_away else ValueError("no such model")
+        raise OSError("cannot load nobody/nothing") from cause
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr(library, fail)
+    job = make_job("model.config=null", "model.path=nobody/nothing")
+    with pytest.raises(ClmDistError, match="nobody/nothing is neither ") as caught:
+        asks(job)
+    assert type(caught.value) is (HubError if is_away else ConfigError)

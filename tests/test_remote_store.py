@@ -111,3 +111,16 @@ def test_a_node_without_the_store_fetches_it_before_training(make_job: MakeJob, 
         result = driver.train(job, RunDir(tmp_path / "runs" / "tiny"), Store(store, elsewhere.url), cluster, Silent())
     assert result["status"] == "done"
     assert files_of(elsewhere.local) == files_of(store)
+
+
+def test_a_store_that_every_node_sees_is_neither_locked_nor_written_by_workers(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    store = Store(prepare(make_job(), tmp_path / "one", Silent()))
+    before = {path.name for path in store.local.parent.iterdir()}
+    with store.lock():
+        # A worker does not wait for whoever holds it.
+        assert store.fetch()
+    assert not Store(tmp_path / "two" / "0123456789abcdef").fetch()
+    assert {path.name for path in store.local.parent.iterdir()} == before
+    assert not (tmp_path / "two").exists()

@@ -139,12 +139,12 @@ def test_a_submission_is_active_while_one_of_its_jobs_is(
     assert backend_of(one).is_active(one) == active
 
 
-def test_a_controller_that_does_not_answer_ends_in_2(commands: Commands, slurm: FakeSlurm) -> None:
+def test_a_controller_that_does_not_answer_may_be_asked_again(commands: Commands, slurm: FakeSlurm) -> None:
     commands.submit()
     slurm.refuse("scontrol", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     for command in ("status", "cancel"):
         said = commands.call(command)
-        assert (said.code, said.out) == (2, "")
+        assert (said.code, said.out) == (75, "")
         assert said.err.startswith("error: scontrol refused: slurm_load_jobs error: Unable to contact slurm controller")
 
 
