@@ -236,23 +236,6 @@ def test_a_repository_may_be_public_and_named(fake_hub: FakeHub, run: RunDir) ->
     )
 
 
-def test_what_the_hub_does_not_hold_as_pushed_is_found(
-    fake_hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import HfApi
-
-    upload = HfApi.upload_folder
-
-    def upload_other_bytes(self: HfApi, **options: Any) -> Any:
-        upload(self, **options)
-        return self.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=options["repo_id"])
-
-    monkeypatch.setattr(HfApi, "upload_folder", upload_other_bytes)
-    with pytest.raises(HubError, match=r"does not hold config.json as it was pushed"):
-        push(run)
-    assert read_json(run.hub)["pending"]
-
-
 def test_a_data_set_of_the_hub_gives_the_blocks_of_its_file(fake_hub: FakeHub, corpus: Path, tmp_path: Path) -> None:
     """ELI5's nested shape as a Hub data set, read in a process of its own, beside the same records in a file."""
     from huggingface_hub import HfApi

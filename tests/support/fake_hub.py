@@ -91,6 +91,8 @@ class FakeHub:
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     """What was uploaded for LFS, by its sha256."""
+    changed: dict[str, bytes | None] = field(default_factory=dict)
+    """What commits hold in the place of what was uploaded; None where they hold nothing."""
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """`GET /api/whoami-v2`, in the order in which they came."""
@@ -250,6 +252,10 @@ class _Request(BaseHTTPRequestHandler):
                 files[value["path"]] = StoredFile(self.hub.blobs[value["oid"]], is_lfs=True)
             else:
                 raise RefusalError(400, f"the fake Hub has no {operation}")
+        for path, data in self.hub.changed.items():
+            pushed = files.pop(path)
+            if data is not None:
+                files[path] = StoredFile(data, pushed.is_lfs)
         commit = found.add(title, files)
         url = f"{self.hub.url}/{repo}/commit/{commit.oid}"
         self.answer({"success": True, "commitOid": commit.oid, "commitUrl": url})
