@@ -100,7 +100,7 @@ def _verify(store: Path) -> None:
 def _prune(stores: Stores, older_than: float, larger_than: float, *, remove: bool) -> None:
     if remove and not (older_than or larger_than):
         raise ConfigError("--prune --yes would remove every store; say which, with --older-than or --larger-than")
-    found = stores.list()
+    found = stores.stored()
     table = Table("store", "from", "blocks", "MB", "days ago", "")
     chosen = [store for store in found if store.age_days >= older_than and store.num_bytes >= larger_than * 1e6]
     for stored in found:

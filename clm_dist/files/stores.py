@@ -234,7 +234,7 @@ class Stores:
         """The memory of the files that stores were made from."""
         return HashMemory(self.local / "digests.json")
 
-    def list(self) -> list[StoredBlocks]:
+    def stored(self) -> list[StoredBlocks]:
         """The stores on this machine, the one that was asked for last first; unfinished ones too, and nothing else."""
         found = []
         for path in self.local.iterdir() if self.local.is_dir() else ():
