@@ -1,10 +1,7 @@
 """The display while a stage works: a live line on a terminal, plain lines in a log file."""
 
-import re
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -158,30 +155,6 @@ class LineProgress:
         self.note(text)
 
 
-@dataclass(frozen=True)
-class Training:
-    """How far training is, as a log says."""
-
-    step: int
-    num_steps: int
-    loss: float | None = None
-    seconds_left: float | None = None
-
-
-def read_training(lines: Iterable[str]) -> Training | None:
-    """The last that a LineProgress wrote of training, or None."""
-    found = None
-    for line in lines:
-        _, _, stage = line.rpartition(" Training · ")
-        if match := re.fullmatch(r"step (\d+)/(\d+)(?: · .*)? · (?:[\d:]+|([\d:]+) left)", stage.strip()):
-            loss = re.search(r" · loss (\S+)", stage)
-            left = _seconds(match[3]) if match[3] else None
-            found = Training(int(match[1]), int(match[2]), float(loss[1]) if loss else None, left)
-        elif found and (match := re.search(r" Step (\d+), epoch ", line)):
-            found = replace(found, step=int(match[1]))
-    return found
-
-
 def open_progress(console: Console) -> TerminalProgress | LineProgress:
     """The display that fits where the output goes; a context manager."""
     return TerminalProgress(console) if console.is_terminal else LineProgress(console)
@@ -192,9 +165,3 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def _seconds(text: str) -> int:
-    """The seconds that `clock` wrote."""
-    parts = [int(part) for part in text.split(":")]
-    return sum(part * 60**power for power, part in enumerate(reversed(parts)))

@@ -29,15 +29,17 @@ def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
         out.print(status.note, soft_wrap=True, markup=False)
     table = Table("run", "job", "state", "hosts", "attempt", "step", "loss", "training left", "time left")
     for run in status.runs:
+        training = run.training
+        left = training.seconds_left if training and run.is_training else None
         table.add_row(
             run.name,
             run.job_id,
             describe(run),
             run.job.nodes if run.job else "",
             "" if run.job is None or run.job.restarts is None else str(run.job.restarts),
-            "" if run.step is None else f"{run.step}/{run.num_steps}",
-            "" if run.loss is None else f"{run.loss:.4f}",
-            clock(run.seconds_left) if run.is_training and run.seconds_left is not None else "",
+            "" if training is None else f"{training.step}/{training.num_steps}",
+            "" if training is None or training.loss is None else f"{training.loss:.4f}",
+            "" if left is None else clock(left),
             clock(run.job.seconds_left) if run.job and run.job.seconds_left is not None else "",
         )
     out.print(table)

@@ -159,16 +159,48 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    lines = whole_lines(path.read_bytes())
-    return [parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    lines = _whole_lines(path.read_bytes())
+    return [_parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def whole_lines(content: bytes) -> list[bytes]:
+def _whole_lines(content: bytes) -> list[bytes]:
     """The lines that are whole: each ends with a newline, so what follows the last one is a fragment or nothing."""
     return content.split(b"\n")[:-1]
 
 
-def parse_record(line: bytes, where: str) -> Record:
+class RecordReader:
+    """Reads a metrics file while it grows."""
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        self._path = path
+        self._position = self._inode = 0
+        if from_end and path.exists():
+            self._inode, self._position = path.stat().st_ino, path.stat().st_size
+
+    def new(self) -> tuple[list[Record], bool]:
+        """The records since the last call, and whether they are the whole file, because it was written anew.
+
+        Raises:
+            ConfigError: a line is not a record.
+            OSError: the file cannot be read.
+        """
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return [], False
+        with file:
+            inode = os.fstat(file.fileno()).st_ino
+            is_whole = inode != self._inode
+            if is_whole:
+                self._inode, self._position = inode, 0
+            file.seek(self._position)
+            lines = _whole_lines(file.read())
+        records = [_parse_record(line, str(self._path)) for line in lines]
+        self._position += sum(len(line) + 1 for line in lines)
+        return records, is_whole
+
+
+def _parse_record(line: bytes, where: str) -> Record:
     """The record in a line. Raises ConfigError where it is none; `where` is the line, for the message."""
     try:
         record = json.loads(line)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clm_dist.submit.training import Training
+
 _ENDED = {
     # of Slurm
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -40,11 +42,8 @@ class RunState:
     job_id: str
     job: JobState | None
     """None if Slurm does not know the job any more."""
-    step: int | None = None
-    num_steps: int | None = None
-    loss: float | None = None
-    seconds_left: float | None = None
-    """Estimated from the last steps; does not include evaluations."""
+    training: Training | None = None
+    """None if no worker has begun."""
     result: dict[str, Any] | None = None
     """Its result.json, if it has ended; on Kubernetes only the `status`, because the claim is not mounted here."""
 

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from clm_dist.errors import ConfigError
-from clm_dist.files.records import Record, append_records, parse_record, read_records, replace_records
+from clm_dist.files.records import Record, RecordReader, append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
 
 TYPES = {kind: of for of in get_args(Record) for kind in get_args(get_type_hints(of)["kind"])}
@@ -34,6 +34,26 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"[]", b'{"kind": "step"}', b'{"step": 1}', b'{"kind": "st'])
-def test_a_line_that_is_no_record_is_named(line: bytes) -> None:
-    with pytest.raises(ConfigError, match=r"^here:7: not a record of a run; remove this line$"):
-        parse_record(line, "here:7")
+def test_a_line_that_is_no_record_is_named(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "phase", "step": 0, "phase": "Training"}\n' + line + b"\n")
+    with pytest.raises(ConfigError, match=f"^{path}:2: not a record of a run; remove this line$"):
+        read_records(path)
+
+
+def test_a_reader_gives_what_is_new_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    one: Record = {"kind": "phase", "step": 0, "phase": "Training"}
+    two: Record = {"kind": "rollback", "step": 7, "to": 4}
+    reader = RecordReader(path)
+    assert reader.new() == ([], False)
+    append_records(path, [one, two])
+    assert reader.new() == ([one, two], True)
+    assert RecordReader(path, from_end=True).new() == ([], False)
+    line = json.dumps(two) + "\n"
+    for part, records in ((line[:9], []), (line[9:], [two])):
+        with path.open("a") as file:
+            file.write(part)
+        assert reader.new() == (records, False)
+    replace_records(path, [two])
+    assert reader.new() == ([two], True)

@@ -4,6 +4,7 @@ import base64
 
 import pytest
 
+from clm_dist.submit.training import Training
 from tests.support.clusters import JOB, RAY_JOB, Kubernetes, KubernetesCommands
 from tests.support.command import cells
 
@@ -27,9 +28,11 @@ def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
     kubernetes.add_pod("tiny-head", "head", node="n1")
     kubernetes.add_pod("tiny-w2", node="n3")
     kubernetes.add_pod("tiny-d1", "driver", node="n1")
+    training = Training(step=50, num_steps=1200, loss=3.21, seconds_left=80.0)
     kubernetes.log(
         "tiny-d1",
-        "2026-01-01T10:00:09.000000000Z 2026-01-01 10:00:09 Training · step 50/1200 · loss 3.2100 · 1:20 left",
+        "2026-01-01T10:00:09.000000000Z 2026-01-01 10:00:09 Step 50, epoch 0.12: eval loss 2.1",
+        f"2026-01-01T10:00:10.000000000Z 2026-01-01 10:00:10 {training.as_line()}",
     )
     kubernetes.log("tiny-w2", "2026-01-01T10:00:01.000000000Z 2026-01-01 10:00:01 up")
     kubernetes.set(RAY_JOB, jobDeploymentStatus="Running", jobStatus="RUNNING", failed=1, jobId="tiny-x")
@@ -39,7 +42,7 @@ def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
     ]
     assert k8s_commands.call("logs").out.splitlines() == [
         "[tiny-w2] 2026-01-01 10:00:01 up",
-        "[driver] 2026-01-01 10:00:09 Training · step 50/1200 · loss 3.2100 · 1:20 left",
+        "[driver] 2026-01-01 10:00:09 Step 50, epoch 0.12: eval loss 2.1",
     ]
     kubernetes.set(RAY_JOB, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
     said = k8s_commands.call("status")

@@ -1,12 +1,9 @@
 """How a job on Kubernetes is, in words."""
 
-import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from clm_dist.progress import LineProgress, Training, read_training
 from clm_dist.submit.k8s.states import Found, has_ended, job_state
 from clm_dist.submit.states import JobState
 
@@ -228,29 +225,3 @@ def test_what_is_deleted_is_told() -> None:
     assert job_state(Found(ray_job(deletionTimestamp=CREATED))).state == "ENDING"
     assert job_state(Found(None)).state == "DELETED"
     assert not job_state(Found(None)).active
-
-
-def test_what_a_log_says_of_training_is_what_was_written_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("clm_dist.progress.time.monotonic", lambda: now[0])
-    log = io.StringIO()
-    progress = LineProgress(Console(file=log, width=300), interval_s=1)
-    progress.start("Tokenising", total=3, unit="step")
-    now[0] = 2
-    progress.update(2)
-    assert read_training(log.getvalue().splitlines()) is None
-    progress.start("Training", total=1200, unit="step")
-    now[0] = 4
-    progress.update(10)
-    assert read_training(log.getvalue().splitlines()) == Training(10, 1200)
-    now[0] = 64
-    progress.update(50, epoch="0.10", loss="3.2100", tokens_per_s="9,100")
-    assert read_training(log.getvalue().splitlines()) == Training(50, 1200, 3.21, 1725)
-    # Lines come every ten seconds, so what is evaluated may be further.
-    progress.note("Step 60, epoch 0.12: eval loss 2.1, perplexity 8")
-    assert read_training(log.getvalue().splitlines()) == Training(60, 1200, 3.21, 1725)
-    now[0] = 10000
-    progress.update(51, loss="nan")
-    last = read_training(f"[driver] {line}" for line in log.getvalue().splitlines())
-    assert last and (last.step, str(last.loss)) == (51, "nan")
-    assert last.seconds_left and last.seconds_left > 3600

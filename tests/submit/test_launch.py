@@ -153,6 +153,6 @@ def test_a_run_without_metrics_has_no_progress(commands: Commands, slurm: FakeSl
     slurm.job(101, running("n1", 60))
     one = Submission.read(commands.files())
     (state,) = backend_of(one).status(one).runs
-    assert (state.step, state.loss, state.seconds_left) == (None, None, None)
+    assert state.training is None
     assert state.is_training
     assert not replace(state, result={"status": "done"}).is_training

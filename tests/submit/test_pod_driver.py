@@ -13,10 +13,25 @@ from clm_dist.config.load import load_job
 from clm_dist.files.run_dir import RunDir
 from clm_dist.submit.in_pod import driver as pod_driver
 from clm_dist.submit.in_pod.pod import RAY_SETTINGS, Pod
+from clm_dist.submit.training import Training
 from tests.conftest import ROOT, WriteJob
 from tests.submit.test_pod_submitter import wait_until
 from tests.support.processes import running
 from tests.support.ray_head import Head
+
+
+def test_how_far_training_is_stands_in_the_log_while_it_goes_on(tmp_path: Path) -> None:
+    step = '{"kind": "step", "step": %d, "loss": %s, "seconds": 2.0}'
+    put = f"put() {{ printf '{step}\\n' $1 $2 >>$run/metrics.jsonl; }}"
+    wrapper = drive(
+        tmp_path, f"{put}; {_START}; put 1 5.5; while [ ! -e {tmp_path}/go ]; do sleep 0.1; done; put 2 NaN"
+    )
+    wait_until(lambda: Training.of_lines(log_of(tmp_path).splitlines()) == Training(1, 9, 5.5, 16.0))
+    (tmp_path / "go").touch()
+    wrapper.communicate(timeout=30)
+    last = Training.of_lines(log_of(tmp_path).splitlines())
+    assert last
+    assert (last.step, last.num_steps, str(last.loss), last.seconds_left) == (2, 9, "nan", 14.0)
 
 
 def a_pod(directory: Path, number: str) -> Pod:
@@ -29,7 +44,7 @@ from pathlib import Path
 from clm_dist.files.run_dir import RunDir
 from clm_dist.submit.in_pod import driver as pod_driver
 from clm_dist.submit.in_pod.pod import Pod
-pod_driver._POLL_S = pod_driver._PAUSE_S = 0.1
+pod_driver._POLL_S = pod_driver._PAUSE_S = pod_driver._TELL_S = 0.1
 pod_driver._MOST_IDLE = 3
 state, number, script, run = Path(sys.argv[1]), sys.argv[2], sys.argv[3], RunDir(Path(sys.argv[4]))
 pod = Pod("pod-1", "127.0.0.1", state, 60, number)
@@ -38,7 +53,7 @@ sys.exit(pod_driver.PodDriver(pod, run, ["bash", "-c", script], gives_up=sys.arg
 
 
 _SAVE = """echo '{"kind": "checkpoint", "step": '$(wc -l <$run/metrics.jsonl)', "name": "x"}' >>$run/metrics.jsonl"""
-_START = """echo '{"kind": "start", "step": 0}' >>$run/metrics.jsonl"""
+_START = """echo '{"kind": "start", "step": 0, "num_steps": 9}' >>$run/metrics.jsonl"""
 
 
 def drive(directory: Path, script: str, number: str = "1", *, gives_up: bool = True) -> "subprocess.Popen[str]":
@@ -66,6 +81,7 @@ def test_a_run_that_saved_because_another_pod_ends_goes_on(tmp_path: Path) -> No
     assert said == log
     assert [line for line in log.splitlines() if line in ("out", "err")] == ["out", "err"] * 6
     assert log.count("the driver has ended with 75") == 5
+    assert Training.of_lines(log.splitlines()) == Training(0, 9)
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 1", 1), ("exit 2", 2), ("kill -9 $$", 137)])

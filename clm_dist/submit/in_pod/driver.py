@@ -1,7 +1,8 @@
 """The driver of a run on Kubernetes: `python -m clm_dist.submit.in_pod.driver`, beside Ray's head.
 
 It runs `clm-dist run`, and runs it again when that saved because other pods end (75). It keeps the output of all
-attempts in the submission's log. It ends when a later attempt has begun, which happens if the cluster has lost this
+attempts in the submission's log, and adds how far training is, for `clm-dist status`, which does not see the claim. It
+ends when a later attempt has begun, which happens if the cluster has lost this
 pod's node while the node still runs.
 """
 
@@ -21,16 +22,19 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ClmDistError, MendFirstError, SubmitError, TryAgainError
 from clm_dist.files.atomic import make_dir, write_text
-from clm_dist.files.records import read_records
+from clm_dist.files.records import Record, RecordReader, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
 from clm_dist.submit.in_pod.ray_jobs import RayJobs
+from clm_dist.submit.training import Training, recent
 
 _GOES_ON = TryAgainError.exit_code
 _MEND_FIRST = MendFirstError.exit_code
 _POLL_S = 2.0
 _PAUSE_S = 5.0
+_TELL_S = 10.0
+"""Between two lines of how far training is."""
 _MOST_IDLE = 12
 """Runs in a row that end with 75 before a worker has begun; each waits up to five minutes for nodes."""
 _MOST_STUCK = 5
@@ -53,6 +57,9 @@ class PodDriver:
         self._told = self._gave_way = False
         self._over = threading.Event()
         self._seen = (0, 0)
+        self._records = RecordReader(run.metrics)
+        self._recent: list[Record] = []
+        self._training: Training | None = None
 
     @property
     def told(self) -> bool:
@@ -70,12 +77,15 @@ class PodDriver:
         make_dir(self._pod.state)
         write_text(self._pod.state / "attempt", f"{self._attempt}\n")
         threading.Thread(target=self._give_way, daemon=True).start()
+        teller = threading.Thread(target=self._tell_often)
+        teller.start()
         try:
             if overwritten:
                 self._remove_once(overwritten)
             return self._run_until_over()
         finally:
             self._over.set()
+            teller.join()
 
     def _run_until_over(self) -> int:
         """Run, again as long as that helps, and return the exit code."""
@@ -143,6 +153,21 @@ class PodDriver:
             sys.stdout.buffer.flush()
         with contextlib.suppress(OSError), self._pod.log.open("ab") as log:
             log.write(line)
+
+    def _tell_often(self) -> None:
+        while not self._over.wait(_TELL_S):
+            self._tell()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Write how far training is, if it is further."""
+        with contextlib.suppress(OSError, ClmDistError):  # the claim may be away for a moment
+            added, is_whole = self._records.new()
+            self._recent = recent(added if is_whole else [*self._recent, *added])
+        training = Training.of_records(self._recent)
+        if training and training != self._training:
+            self._training = training
+            self._say(training.as_line())
 
     def _end(self, number: int, _frame: Any) -> None:
         self._told = True

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
 from clm_dist.files.atomic import make_dir, write_text
-from clm_dist.progress import read_training
 from clm_dist.submit.k8s import made, render, states
 from clm_dist.submit.k8s.checks import check_cluster, claim_warning
 from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl
@@ -22,6 +20,7 @@ from clm_dist.submit.k8s.logs import PodLogs
 from clm_dist.submit.k8s.request import Object, Request, hosts_of, selector, token_secret
 from clm_dist.submit.states import RunState, Status
 from clm_dist.submit.submission import Place, Submission
+from clm_dist.submit.training import Training
 
 _LAST_LINES = 200
 
@@ -143,15 +142,13 @@ class K8sBackend:
         kubectl = Kubectl.of(submission)
         found = _find(kubectl, submission)
         job = states.job_state(found)
-        progress: dict[str, Any] = {}
+        training = None
         driver = states.driver_pod(found.pods)
         if driver is not None:
             with contextlib.suppress(SubmitError):  # it has not started, or is gone
-                lines = kubectl.last_lines(driver["metadata"]["name"], _LAST_LINES)
-                if training := read_training(lines):
-                    progress = vars(training)
+                training = Training.of_lines(kubectl.last_lines(driver["metadata"]["name"], _LAST_LINES))
         result = {"status": "done"} if job.state == "DONE" else None
-        return Status([RunState(submission.name, str(submission.job_id), job, result=result, **progress)])
+        return Status([RunState(submission.name, str(submission.job_id), job, training, result)])
 
     def is_active(self, submission: Submission) -> bool:
         job = made.job_of(Kubectl.of(submission), submission)

@@ -1,4 +1,4 @@
-"""The logs of a submission's pods as one, with the pod before every line."""
+"""The logs of a submission's pods as one, with the pod before every line, and without the lines for programs."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from clm_dist.submit.k8s.kubectl import Kubectl
 from clm_dist.submit.k8s.request import selector
 from clm_dist.submit.logs import TIME
 from clm_dist.submit.submission import Submission
+from clm_dist.submit.training import MARK
 
 # A line has no time if it is the server's own, about a log that it cannot read.
 _LINE = re.compile(r"\[pod/([^\]]+)\] (?:(\d{4}-\d\d-\d\dT\S+)(?: |$))?(.*)")
@@ -56,7 +57,8 @@ class PodLogs:
             if here > log.last:
                 if found := TIME.match(text):
                     log.when = found[0]
-                lines.append((log.when, f"[{log.label}] {text}"))
+                if MARK not in text:
+                    lines.append((log.when, f"[{log.label}] {text}"))
         for container, here in places.items():
             self._containers[container].last = max(here, self._containers[container].last)
         if not any(line.startswith("error:") and "waiting to start" not in line for line in said):

@@ -1,11 +1,9 @@
 """Submit to Slurm, watch and cancel."""
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
@@ -19,9 +17,9 @@ from clm_dist.submit.slurm.logs import HostLogs
 from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.states import JobState, RunState, Status
 from clm_dist.submit.submission import Submission
+from clm_dist.submit.training import Training
 
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/local", "/scratch/local", "/localscratch")
-_RECENT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ class SlurmBackend:
             # An older result is that of the run which this submission continues.
             if run.result.exists() and run.result.stat().st_mtime >= submission.submitted:
                 result = read_json(run.result)
-            runs.append(RunState(name, job_id, states.get(job_id), result=result, **_progress(run)))
+            training = Training.of_records(read_records(run.metrics))
+            runs.append(RunState(name, job_id, states.get(job_id), training, result))
         prepare = _prepare_state(submission)
         if prepare is None or prepare.state == "COMPLETED":
             return Status(runs)
@@ -154,19 +153,3 @@ def _prepare_state(submission: Submission) -> JobState | None:
     if submission.prepare_id is None:
         return None
     return commands.job_states(submission.prepare_id).get(submission.prepare_id)
-
-
-def _progress(run: RunDir) -> dict[str, Any]:
-    """The fields of a RunState that the run's metrics tell."""
-    records = read_records(run.metrics)
-    starts = [record for record in records if record["kind"] == "start"]
-    steps = [record for record in records if record["kind"] == "step"]
-    if not starts:
-        return {}
-    num_steps = starts[-1]["num_steps"]
-    if not steps:
-        return {"step": starts[-1]["step"], "num_steps": num_steps}
-    each = statistics.median(record["seconds"] for record in steps[-_RECENT_STEPS:])
-    step = steps[-1]["step"]
-    left = (num_steps - step) * each
-    return {"step": step, "num_steps": num_steps, "loss": steps[-1]["loss"], "seconds_left": left}

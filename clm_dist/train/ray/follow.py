@@ -1,10 +1,9 @@
 """The driver's eyes: reads the run's metrics as they come, and shows them."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from clm_dist.files.records import Record, parse_record, read_records, whole_lines
+from clm_dist.files.records import Record, RecordReader, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
 
@@ -18,27 +17,14 @@ class Follower:
 
     def __init__(self, run: RunDir, progress: Progress, on_export: Callable[[Path, int], None]) -> None:
         self._run, self._progress, self._on_export = run, progress, on_export
-        self._seen = 0
-        self._inode = 0
         self._num_starts = sum(record["kind"] == "start" for record in read_records(run.metrics))
-        if run.metrics.exists():
-            self._inode, self._seen = run.metrics.stat().st_ino, run.metrics.stat().st_size
+        self._reader = RecordReader(run.metrics, from_end=True)
         self._num_steps: int | None = None
 
     def look(self) -> None:
         """Show what is new."""
-        if not self._run.metrics.exists():
-            return
-        with self._run.metrics.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            is_new = inode != self._inode
-            if is_new:
-                self._inode, self._seen = inode, 0
-            file.seek(self._seen)
-            lines = whole_lines(file.read())
-        self._seen += sum(len(line) + 1 for line in lines)
-        records = [parse_record(line, str(self._run.metrics)) for line in lines]
-        if is_new:
+        records, is_whole = self._reader.new()
+        if is_whole:
             # A restart wrote the file anew; only its last start and what follows is news.
             starts = [place for place, record in enumerate(records) if record["kind"] == "start"]
             records = records[starts[-1] :] if starts else records

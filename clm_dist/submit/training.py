@@ -1,0 +1,62 @@
+"""How far a run has trained, from its records, or from a log where its records are on a disk that is not seen here."""
+
+import contextlib
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from clm_dist.files.records import Record
+
+MARK = "clm-dist training: "
+"""Begins the text of a line that is for programs."""
+_RECENT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far a run has trained."""
+
+    step: int
+    num_steps: int
+    """Steps of the whole run."""
+    loss: float | None = None
+    """Loss of the last step."""
+    seconds_left: float | None = None
+    """Estimated from the last steps; does not include evaluations."""
+
+    @classmethod
+    def of_records(cls, records: Sequence[Record]) -> "Training | None":
+        """From the records of a run, or those that `recent` keeps; None if no worker has begun."""
+        starts = [record for record in records if record["kind"] == "start"]
+        steps = [record for record in records if record["kind"] == "step"]
+        if not starts:
+            return None
+        num_steps = starts[-1]["num_steps"]
+        if not steps:
+            return cls(starts[-1]["step"], num_steps)
+        each = statistics.median(record["seconds"] for record in steps[-_RECENT_STEPS:])
+        step = steps[-1]["step"]
+        return cls(step, num_steps, steps[-1]["loss"], (num_steps - step) * each)
+
+    def as_line(self) -> str:
+        """The text of a log's line, from which `of_lines` makes this again."""
+        return f"{MARK}{json.dumps(asdict(self))}"
+
+    @classmethod
+    def of_lines(cls, lines: Iterable[str]) -> "Training | None":
+        """The last that stands in a log, or None; what another version wrote otherwise is passed over."""
+        found = None
+        for line in lines:
+            _, mark, fields = line.partition(MARK)
+            if mark:
+                with contextlib.suppress(ValueError, TypeError):
+                    found = cls(**json.loads(fields))
+        return found
+
+
+def recent(records: Sequence[Record]) -> list[Record]:
+    """The records that say how far a run is: the last start and the last steps."""
+    starts = [record for record in records if record["kind"] == "start"]
+    steps = [record for record in records if record["kind"] == "step"]
+    return [*starts[-1:], *steps[-_RECENT_STEPS:]]
