@@ -42,7 +42,7 @@ def test_a_push_runs_on_the_oldest_python_that_is_supported() -> None:
 def test_the_night_runs_the_whole_check_and_what_is_long() -> None:
     steps = steps_of("nightly.yml")
     assert ".ci/run" in steps
-    assert ".venv/bin/pytest -m long" in steps
+    assert ".venv/bin/pytest -m long -n 0" in steps
     assert re.search(r"pytest -m 'not long'", CI)
 
 

@@ -132,8 +132,13 @@ def test_a_worker_that_stands_still_is_named_and_replaced(
     check(run)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGUSR1, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_to_a_worker_saves_and_the_same_command_goes_on(
     rank: int,
     number: signal.Signals,

@@ -22,8 +22,7 @@ from tests.drills.nodes import Command, untouched
 from tests.drills.slurm import BEGIN, TWO
 from tests.support.runs import RunView, compare
 
-pytestmark = pytest.mark.k8s
-QUICK = ("drained worker",)
+pytestmark = [pytest.mark.k8s, pytest.mark.long]
 SHORT = ("train.max_steps=6", "cluster.workers=2", "cluster.k8s.max_retries=0")
 
 
@@ -45,10 +44,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Command]:
     return cache(lambda: untouched(tmp_path_factory.mktemp("local") / "run", *TWO))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long) for name in DRILLS],
-)
+@pytest.mark.parametrize("name", DRILLS)
 def test_whatever_happens_to_pods_the_weights_are_those_of_the_run_that_nobody_touched(
     name: str, directory: Path, local: Callable[[], Command]
 ) -> None:
@@ -65,7 +61,6 @@ def test_whatever_happens_to_pods_the_weights_are_those_of_the_run_that_nobody_t
         assert seen.steps_lost == 0
 
 
-@pytest.mark.long
 def test_a_fault_of_the_job_file_is_not_tried_again(directory: Path) -> None:
     with PodJob(directory, [*SHORT, "tokenizer={path: /shared/absent, train: null}"]) as job:
         (attempt,) = job.wait_ended()["attempts"]
@@ -74,7 +69,6 @@ def test_a_fault_of_the_job_file_is_not_tried_again(directory: Path) -> None:
     assert "the driver has ended with 2" in job.said()
 
 
-@pytest.mark.long
 def test_kubectl_submits_shows_and_cancels_pods_that_run(directory: Path, local: Callable[[], Command]) -> None:
     claim = directory / "claim"
     claim.mkdir()
@@ -122,7 +116,6 @@ def test_kubectl_submits_shows_and_cancels_pods_that_run(directory: Path, local:
     assert compare(run, local()).same_weights
 
 
-@pytest.mark.long
 def test_the_code_of_a_working_tree_goes_before_the_images(directory: Path) -> None:
     code = pack(ROOT)
     with PodJob(directory, SHORT, code=code) as job:
@@ -130,7 +123,6 @@ def test_the_code_of_a_working_tree_goes_before_the_images(directory: Path) -> N
     assert read_json(job.run.result)["versions"]["commit"] == code.commit
 
 
-@pytest.mark.long
 def test_an_image_that_is_not_there_loses_nothing(directory: Path) -> None:
     settings = [*SHORT, "cluster.k8s.image=clm-dist:absent", "cluster.k8s.start_deadline_s=20"]
     with PodJob(directory, settings) as job:

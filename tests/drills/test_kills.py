@@ -8,13 +8,12 @@ import pytest
 from tests.drills import kills, other_workers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("strategy", "storage", "num_kills"),
     [
-        pytest.param("ddp", "directory", 4, marks=pytest.mark.long),
-        pytest.param("zero3", "s3", 4, marks=pytest.mark.long),
-        # Of a worker alone; tests/test_command_run.py kills a driver.
-        pytest.param("zero3", "s3", 1, marks=pytest.mark.slow),
+        ("ddp", "directory", 4),
+        ("zero3", "s3", 4),
     ],
 )
 def test_kills_change_no_bit(strategy: str, storage: str, num_kills: int, capsys: pytest.CaptureFixture[str]) -> None:

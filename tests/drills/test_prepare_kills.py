@@ -116,7 +116,7 @@ def test_kills_at_random_moments_leave_the_same_store(tmp_path: Path, records: P
     assert in_between or num_kills < 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_driver_of_ray_tasks_goes_on(tmp_path: Path, records: Path, cluster: Any) -> None:
     import ray
 

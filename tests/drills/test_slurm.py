@@ -21,7 +21,6 @@ from tests.support.runs import RunView, compare
 pytestmark = pytest.mark.slurm
 Untouched = Callable[[tuple[str, ...]], Command]
 QUICK = ("head",)
-"""The sweep has a signal, too."""
 NOBODY = 65534
 SHORT = ("train.max_steps=6", "cluster.workers=2")
 
@@ -42,7 +41,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Untouched:
     return cache(lambda settings: untouched_run(tmp_path_factory.mktemp("whole") / "run", *settings))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_jobs_on_the_same_hosts_train_to_the_local_loss_one_of_them_not_roots(
     slurm: Slurm, untouched: Untouched
 ) -> None:
@@ -91,7 +90,7 @@ def test_after_a_fault_the_weights_are_those_of_the_run_that_nobody_touched(
         slurm.wait_clean()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_cancelled_leaves_nothing_and_goes_on_when_it_is_submitted_again(slurm: Slurm) -> None:
     job = SlurmJob(slurm, "cancelled", (*TWO, "train.max_steps=5000"))
     job.submit()
@@ -124,7 +123,7 @@ def test_a_job_that_fails_by_its_own_fault_is_not_requeued(slurm: Slurm) -> None
     slurm.wait_clean()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_is_an_array_whose_text_is_prepared_first_and_whose_runs_are_requeued_alone(slurm: Slurm) -> None:
     job = SlurmJob(slurm, "sweep", (*TWO, "train.max_steps=200"))
     job.submit("--prepare-first", "--set", "cluster.slurm.prepare.cpus=2", "--array", "learning_rate=1e-3,2e-3")

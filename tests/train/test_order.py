@@ -45,7 +45,7 @@ def test_every_block_comes_once_an_epoch() -> None:
     check_bijection([*SMALL_SIZES, *AROUND_POWERS, 99_999, 100_000, *OTHER_SIZES])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_block_comes_once_an_epoch_at_every_seventh_size_up_to_100_000() -> None:
     check_bijection(range(1, 100_001, 7))
 
