@@ -5,9 +5,9 @@ import time
 from types import TracebackType
 from typing import Protocol, Self
 
+import rich.progress
 from rich.console import Console
-from rich.live import Live
-from rich.spinner import Spinner
+from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 _LOG_WIDTH = 120
@@ -41,39 +41,54 @@ class Silent:
     def log(self, text: str) -> None: ...
 
 
-class _Stage:
-    """The stage that is shown, and its rate since it began."""
+class _Stages:
+    """The stage that is shown, as the one task of rich's progress, which also estimates the time left."""
 
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
-        self.began = time.monotonic()
-        self.first: tuple[int, float] | None = None
-        self.done = 0
-        self.figures: dict[str, str] = {}
+    def __init__(self, console: Console, *, live: bool) -> None:
+        self.bar = rich.progress.Progress(
+            rich.progress.SpinnerColumn(),
+            _Line(),
+            console=console,
+            disable=not live,
+            transient=True,
+            refresh_per_second=8,
+            # The time left comes from the last 1,000 updates, however long they took.
+            speed_estimate_period=float("inf"),
+            get_time=time.monotonic,
+        )
+
+    @property
+    def stage(self) -> Task | None:
+        return self.bar.tasks[-1] if self.bar.tasks else None
+
+    def start(self, name: str, total: int | None, unit: str) -> None:
+        for old in self.bar.task_ids:
+            self.bar.remove_task(old)
+        self.bar.add_task(name, total=total, unit=unit, figures={})
 
     def update(self, done: int, figures: dict[str, str]) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            # A resumed stage begins with units that this process did not do.
-            self.first = (done, now)
-        self.done, self.figures = done, figures
+        if self.stage:
+            self.bar.update(self.stage.id, completed=done, figures=figures)
 
-    def line(self) -> str:
-        parts = [self.name]
-        if self.total is not None:
-            parts.append(f"{self.unit} {self.done}/{self.total}".strip())
-        elif self.unit:
-            parts.append(f"{self.unit} {self.done}")
-        parts += [f"{name.replace('_per_', '/')} {value}" for name, value in self.figures.items()]
-        left = self._seconds_left()
-        parts.append(f"{clock(left)} left" if left is not None else clock(time.monotonic() - self.began))
-        return " · ".join(parts)
 
-    def _seconds_left(self) -> float | None:
-        if self.total is None or self.first is None or self.done <= self.first[0]:
-            return None
-        per_unit = (time.monotonic() - self.first[1]) / (self.done - self.first[0])
-        return per_unit * (self.total - self.done)
+class _Line(ProgressColumn):
+    """A stage in one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_line(task), overflow="ellipsis", no_wrap=True)
+
+
+def _line(stage: Task) -> str:
+    parts = [stage.description]
+    unit = stage.fields["unit"]
+    if stage.total is not None:
+        parts.append(f"{unit} {stage.completed:.0f}/{stage.total:.0f}".strip())
+    elif unit:
+        parts.append(f"{unit} {stage.completed:.0f}")
+    parts += [f"{name.replace('_per_', '/')} {value}" for name, value in stage.fields["figures"].items()]
+    left = None if stage.total is None else stage.time_remaining
+    parts.append(clock(stage.elapsed or 0) if left is None else f"{clock(left)} left")
+    return " · ".join(parts)
 
 
 class TerminalProgress:
@@ -81,37 +96,27 @@ class TerminalProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._stage: _Stage | None = None
-        self._spinner = Spinner("dots")
-        self._live = Live(console=console, refresh_per_second=8, transient=True, get_renderable=self._render)
+        self._stages = _Stages(console, live=True)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        self._stages.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        self._stages.bar.stop()
 
     def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
-        self._stage = _Stage(stage, total, unit)
+        self._stages.start(stage, total, unit)
 
     def update(self, done: int, **figures: str) -> None:
-        if self._stage:
-            self._stage.update(done, figures)
+        self._stages.update(done, figures)
 
     def note(self, text: str) -> None:
         self._console.print(Text(text))
 
     def log(self, text: str) -> None: ...
-
-    def _render(self) -> Spinner | Text:
-        if self._stage is None:
-            return Text("")
-        line = Text(self._stage.line(), overflow="ellipsis", no_wrap=True)
-        self._spinner.update(text=line)
-        return self._spinner
 
 
 class LineProgress:
@@ -120,7 +125,7 @@ class LineProgress:
     def __init__(self, console: Console, interval_s: float = 10) -> None:
         self._console = console
         self._interval_s = interval_s
-        self._stage: _Stage | None = None
+        self._stages = _Stages(console, live=False)
         self._said = 0.0
 
     def __enter__(self) -> Self:
@@ -132,19 +137,17 @@ class LineProgress:
         pass
 
     def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
-        again = self._stage is not None and self._stage.name == stage
-        self._stage = _Stage(stage, total, unit)
+        again = self._stages.stage is not None and self._stages.stage.description == stage
+        self._stages.start(stage, total, unit)
         self._said = time.monotonic()
         if not again:
             self.note(stage)
 
     def update(self, done: int, **figures: str) -> None:
-        if self._stage is None:
-            return
-        self._stage.update(done, figures)
-        if time.monotonic() - self._said >= self._interval_s:
+        self._stages.update(done, figures)
+        if self._stages.stage and time.monotonic() - self._said >= self._interval_s:
             self._said = time.monotonic()
-            self.note(self._stage.line())
+            self.note(_line(self._stages.stage))
 
     def note(self, text: str) -> None:
         self._console.print(
