@@ -130,7 +130,8 @@ class Saver:
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write tensors in host memory in the format of safetensors. Return size and sha256.
 
-    safetensors' own writer copies all of them, and lets no other thread of the process run meanwhile.
+    safetensors' `save_file` writes to a local path only, and its `save` holds everything twice and all other threads
+    meanwhile (0.8.0).
     """
     header: dict[str, Any] = {}
     end = 0
