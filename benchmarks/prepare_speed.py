@@ -123,7 +123,7 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     from clm_dist.files.stores import Stores
     from clm_dist.prepare import encoded, engines, pipeline, token_bytes
     from clm_dist.prepare.encoding import Encoding
-    from clm_dist.prepare.tokenizer import load_tokenizer
+    from clm_dist.pretrained.tokenizer import load_tokenizer
     from clm_dist.progress import Silent
 
     loading = [0.0]
@@ -197,7 +197,7 @@ def measure_encode_batch(job: Path) -> dict[str, float]:
     from clm_dist.prepare.engines import Gigatoken
     from clm_dist.prepare.partitions import read_partition
     from clm_dist.prepare.sources import open_source
-    from clm_dist.prepare.tokenizer import load_tokenizer
+    from clm_dist.pretrained.tokenizer import load_tokenizer
 
     config = load_job(job).config
     assert config.tokenizer.path

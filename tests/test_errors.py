@@ -13,7 +13,7 @@ from clm_dist.errors import ClmDistError, ConfigError, HubError, StorageError
 from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.files.storage import reaching
 from clm_dist.generate import generate
-from clm_dist.prepare.tokenizer import locate_tokenizer
+from clm_dist.pretrained.tokenizer import locate_tokenizer
 from clm_dist.train.evaluate import load_written
 from clm_dist.train.model import load_config
 from tests.conftest import MakeJob

@@ -16,12 +16,13 @@ LAYERS = [
     {"errors"},
     {"config", "progress"},
     {"files", "metrics"},
+    {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"run"},
     {"cli"},
     {"__main__"},
 ]
-STAGES = LAYERS[3]
+STAGES = LAYERS[4]
 
 
 def imports_of(file: Path) -> set[str]:

@@ -76,7 +76,7 @@ def test_show_prints_blocks_with_the_borders_of_documents(prepare: Prepare, writ
 
 def test_fertility_counts_tokens_of_words(prepare: Prepare, write_job: WriteJob) -> None:
     from clm_dist.prepare.show import measure_fertility
-    from clm_dist.prepare.tokenizer import load_tokenizer
+    from clm_dist.pretrained.tokenizer import load_tokenizer
 
     assert prepare(write_job()).code == 0
     tokenizer = load_tokenizer(prepare.store / "tokenizer")

@@ -35,9 +35,9 @@ from clm_dist.prepare.identity import pinned, source_identity
 from clm_dist.prepare.partitions import PROBE_BYTES, read_partition
 from clm_dist.prepare.sources import Source, open_source
 from clm_dist.prepare.splits import no_records, split_documents, split_records
-from clm_dist.prepare.tokenizer import load_tokenizer, locate_tokenizer, tokenizer_fingerprint
 from clm_dist.prepare.tokenizer_training import train_own_tokenizer
 from clm_dist.prepare.write_split import write_split
+from clm_dist.pretrained.tokenizer import load_tokenizer, locate_tokenizer, tokenizer_fingerprint
 from clm_dist.progress import Progress
 
 logger = logging.getLogger(__name__)

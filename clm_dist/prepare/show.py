@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clm_dist.files.blocks import Blocks, Manifest, Split
-from clm_dist.prepare.tokenizer import load_tokenizer
+from clm_dist.pretrained.tokenizer import load_tokenizer
 
 # Enough for figures that hold, and read in no time.
 _SAMPLE_BLOCKS = 2000

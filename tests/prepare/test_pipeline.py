@@ -25,7 +25,7 @@ from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.partitions import read_partition
 from clm_dist.prepare.sources import open_source
 from clm_dist.prepare.token_bytes import token_sizes
-from clm_dist.prepare.tokenizer import load_tokenizer, locate_tokenizer
+from clm_dist.pretrained.tokenizer import load_tokenizer, locate_tokenizer
 from clm_dist.progress import Silent
 from tests.conftest import MakeJob
 from tests.support.disks import mounted
