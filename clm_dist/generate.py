@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clm_dist.config.paths import local_path
-from clm_dist.errors import ConfigError, first_line
-from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
 
 
@@ -50,20 +49,14 @@ def generate(
     """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
+
+    from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.pretrained.weights import load_pretrained
 
     transformers.utils.logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    except (OSError, ValueError) as error:
-        message = f"{model} is neither a run, a model's directory nor reachable on the Hub: {first_line(error)}"
-        raise describe_hub_error(error, message) from None
-    except Exception as error:  # whatever the libraries raise over files that are damaged
-        raise ConfigError(
-            f"the model of {model} does not load: {first_line(error)}; if its files are damaged or do not belong "
-            "together, write or download them again"
-        ) from error
+    tokenizer = load_tokenizer(model)
+    network = load_pretrained(model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device).eval()
@@ -72,6 +65,12 @@ def generate(
     for prompt in prompts:
         set_seed(seed)
         ids = _encode(tokenizer, prompt).to(device)
+        rows = network.get_input_embeddings().num_embeddings
+        if ids.max() >= rows:
+            raise ConfigError(
+                f"the prompt {prompt[:40]!r}... has the id {int(ids.max())}, and the embedding of {model} has {rows} "
+                "rows: the tokenizer beside it is that of another model; put its own there"
+            )
         room = _room(network.config, ids.shape[1], prompt)
         if sampling is None:
             yield _pipeline(network, tokenizer, prompt, room)
@@ -101,20 +100,36 @@ def _pipeline(network: Any, tokenizer: Any, prompt: str, room: int) -> str:
     from transformers import pipeline
 
     generator = pipeline("text-generation", model=network, tokenizer=tokenizer)
+    given, options = prompt or tokenizer.eos_token, {}
+    before, _, after = _parts(tokenizer, given)
+    if after:
+        # The pipeline would go on after the end of a text.
+        given, options = tokenizer.decode(before) + given, {"add_special_tokens": False}
     # The pipeline's own 256 new tokens, where the model's context has room for them.
-    text: str = generator(prompt or tokenizer.eos_token, max_new_tokens=min(256, room))[0]["generated_text"]
-    return text
+    text: str = generator(given, max_new_tokens=min(256, room), **options)[0]["generated_text"]
+    return text.removeprefix(tokenizer.decode(before)) if after else text
 
 
 def _encode(tokenizer: Any, prompt: str) -> Any:
     import torch
 
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids.shape[1] == 0:
+    before, own, _ = _parts(tokenizer, prompt)
+    ids = [*before, *own]
+    if not ids:
         # Generation needs something to go on from.
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = torch.tensor([[first]])
-    return ids.long()
+        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return torch.tensor([ids])
+
+
+def _parts(tokenizer: Any, prompt: str) -> tuple[list[int], list[int], list[int]]:
+    """The special tokens before a prompt, its own ids, and the special tokens that would end it."""
+    own = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt)["input_ids"]
+    for start in range(len(whole) - len(own) + 1):
+        end = start + len(own)
+        if whole[start:end] == own:
+            return whole[:start], own, whole[end:]
+    return [], whole, []
 
 
 def _room(config: Any, num_tokens: int, prompt: str) -> int:

@@ -40,7 +40,8 @@ def run_job(
         progress.start("Checking the job")
         from clm_dist import hub
         from clm_dist.prepare import pipeline
-        from clm_dist.train.model import check_model
+        from clm_dist.pretrained.tokenizer import load_tokenizer
+        from clm_dist.train.model import check_model, check_tokenizer
         from clm_dist.train.ray import driver
         from clm_dist.train.ray.cluster import start_ray
 
@@ -54,6 +55,8 @@ def run_job(
             check_model(config)
             driver.check_trackers(config)
             resolved = pipeline.resolve(config, stores)
+            if resolved.tokenizer is not None:
+                check_tokenizer(config, load_tokenizer(resolved.tokenizer))
             if only_train and not resolved.store.fetch():
                 raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")

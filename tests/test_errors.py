@@ -14,7 +14,7 @@ from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.files.storage import reaching
 from clm_dist.generate import generate
 from clm_dist.pretrained.tokenizer import locate_tokenizer
-from clm_dist.train.evaluate import load_written
+from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.train.model import load_config
 from tests.conftest import MakeJob
 
@@ -103,14 +103,14 @@ def test_an_error_keeps_its_field_on_its_way_from_another_process() -> None:
     ("asks", "library"),
     [
         (lambda job: load_config(job), "transformers.AutoConfig.from_pretrained"),
-        (lambda job: load_written("nobody/nothing"), "transformers.AutoModelForCausalLM.from_pretrained"),
+        (lambda job: load_pretrained("nobody/nothing"), "transformers.AutoConfig.from_pretrained"),
         (
             lambda job: list(generate("nobody/nothing", ["The"], seed=0, sampling=None)),
             "transformers.AutoTokenizer.from_pretrained",
         ),
         (lambda job: locate_tokenizer("nobody/nothing", "tokenizer.path"), "huggingface_hub.snapshot_download"),
     ],
-    ids=["load_config", "load_written", "generate", "locate_tokenizer"],
+    ids=["load_config", "load_pretrained", "generate", "locate_tokenizer"],
 )
 @pytest.mark.parametrize("is_away", [True, False])
 def test_whoever_asks_the_hub_tells_whether_it_is_away(

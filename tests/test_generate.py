@@ -110,13 +110,16 @@ def test_a_model_that_is_damaged(
     weights.write_bytes(whole[:1000])
     said = clm_dist(capsys, monkeypatch, *command, run.root, *options)
     assert said.code == 2
-    assert f"error: the model of {run.final} does not load: Error while deserializing header" in said.err
+    assert f"error: the model {run.final}: {weights} is damaged (Error while deserializing header" in said.err
     # Weights of another configuration.
     weights.write_bytes(whole)
     config = run.final / "config.json"
     config.write_text(config.read_text().replace('"n_embd": 32', '"n_embd": 64'))
     said = clm_dist(capsys, monkeypatch, *command, run.root, *options)
-    assert (said.code, f"the model of {run.final} does not load: " in said.err) == (2, True)
+    assert (said.code, f"the model {run.final}: transformer.h.0.attn.c_attn.bias is 96 in its files" in said.err) == (
+        2,
+        True,
+    )
 
 
 def test_a_run_is_its_final_model(finished_run: RunDir, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of the Hub model."""
     config: dict[str, JsonValue] | None = None
     """Configuration of a model with random weights: `model_type` and whatever transformers' config of it takes."""
+    resize: bool = False
+    """Enlarge the embedding of `path` to the ids of the tokenizer, such as added tokens; the new rows are drawn around
+    the mean of the others."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

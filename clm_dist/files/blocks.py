@@ -133,18 +133,18 @@ class Manifest:
             raise DataError(f"{path} is no whole manifest ({error}); remove {path.parent} to prepare again") from None
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every token id: uint16 up to 65,536 tokens, else uint32.
+def token_dtype(num_ids: int) -> np.dtype[Any]:
+    """The smallest type that holds every token id: uint16 up to 65,536 ids, else uint32.
 
     Raises:
-        DataError: there are more than 2^32 tokens.
+        DataError: there are more than 2^32 ids.
     """
-    if vocab_size > 2**32:
+    if num_ids > 2**32:
         raise DataError(
-            f"the tokenizer has {vocab_size:,} tokens, and a store holds ids below 2^32; use a smaller vocabulary",
+            f"the tokenizer has {num_ids:,} ids, and a store holds ids below 2^32; use a smaller vocabulary",
             field="tokenizer.path",
         )
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    return np.dtype(np.uint16 if num_ids <= 2**16 else np.uint32)
 
 
 def write_shards(store: Path, split: str, blocks: Iterable[Ids], block_size: int, dtype: np.dtype[Any]) -> list[Shard]:
@@ -208,6 +208,10 @@ class Blocks:
             first = self._ends[shard] - len(self._arrays[shard])
             rows[here] = self._arrays[shard][indices[here] - first]
         return rows
+
+    def highest_id(self) -> int:
+        """Reads all blocks."""
+        return max(int(array.max()) for array in self._arrays if len(array))
 
 
 def _map_shard(path: Path, block_size: int) -> Ids:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.blocks import Ids, TokenBytes, token_dtype
+from clm_dist.pretrained.tokenizer import num_ids
 
 _PREFIXED = '"add_prefix_space": true'
 
@@ -53,7 +54,7 @@ class Encoding:
             suffix=suffix,
             eos=eos,
             token_bytes=_token_bytes(tokenizer, json.dumps(described.get("decoder"))),
-            dtype=token_dtype(_num_ids(tokenizer)),
+            dtype=token_dtype(num_ids(tokenizer)),
             is_byte_level=described.get("normalizer") is None and '"ByteLevel"' in before and _PREFIXED not in before,
             has_dummy_prefix=any(word in before for word in ('"Prepend"', '"always"', '"first"', _PREFIXED)),
         )
@@ -116,16 +117,11 @@ def completed(tokens: Tokens, encoding: Encoding) -> Tokens:
 def _token_bytes(tokenizer: Any, decoder: str) -> TokenBytes:
     """Bytes of text that each token of the vocabulary stands for, (vocab_size,); 0 for special tokens."""
     special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(_num_ids(tokenizer), np.uint16)
+    sizes = np.zeros(num_ids(tokenizer), np.uint16)
     for piece, index in tokenizer.get_vocab().items():
         if index not in special:
             sizes[index] = _num_bytes(piece, decoder)
     return sizes
-
-
-def _num_ids(tokenizer: Any) -> int:
-    """One more than the highest id; a vocabulary may have gaps."""
-    return 1 + int(max(tokenizer.get_vocab().values()))
 
 
 def _num_bytes(piece: str, decoder: str) -> int:

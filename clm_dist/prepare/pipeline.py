@@ -75,7 +75,8 @@ def resolve(job: JobConfig, stores: Stores) -> Resolved:
     job = job.model_copy(update={"data": pinned(job.data)})
     tokenizer = None
     if job.tokenizer_path is not None:
-        tokenizer = locate_tokenizer(job.tokenizer_path, "tokenizer.path" if job.tokenizer.path else "model.path")
+        field, revision = ("tokenizer.path", None) if job.tokenizer.path else ("model.path", job.model.revision)
+        tokenizer = locate_tokenizer(job.tokenizer_path, field, revision)
     return Resolved(job, tokenizer, _identity(job, tokenizer, stores.known_sources()), stores)
 
 

@@ -20,12 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoTokenizer
+
+from clm_dist.pretrained.tokenizer import load_tokenizer
 
 
 def document_end_of(store: Path) -> int:
     """Id of the token that ends a document in a store's blocks."""
-    return int(AutoTokenizer.from_pretrained(store / "tokenizer").eos_token_id)
+    return int(load_tokenizer(store / "tokenizer").eos_token_id)
 
 
 def num_predicted(ids: npt.NDArray[np.int64], end: int | None) -> int:

@@ -10,15 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ConfigError, DataError, first_line
+from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
-from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.metrics import Evaluation, MicroLoss, combine
+from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.progress import Progress
 from clm_dist.train.documents import block_logits, document_end_of, num_predicted
 from clm_dist.train.mixing import find_mixing
@@ -65,10 +63,17 @@ def num_eval_tokens(manifest: Manifest, *, document_mask: bool) -> int:
 def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
     """The eval split's figures of a model that is written already, in this process alone, at the job's precision."""
     transformers.utils.logging.disable_progress_bar()
-    model = load_written(path).float()
+    model = load_pretrained(path).float()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     document_end = document_end_of(store) if job.data.document_mask else None
     split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
+    rows = model.get_input_embeddings().num_embeddings
+    if (highest := split.blocks.highest_id()) >= rows:
+        raise ConfigError(
+            f"the eval blocks hold the id {highest}, and the embedding of {path} has {rows} rows; evaluate it on a job "
+            "with its own tokenizer, or leave tokenizer.path out",
+            field="tokenizer.path",
+        )
     model.to(device)
 
     def arithmetic() -> contextlib.AbstractContextManager[Any]:
@@ -88,27 +93,6 @@ def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -
     progress.start("Evaluating", total=split.num_micros, unit="batch")
     micros = evaluate_micros(model, split, device=device, autocast=arithmetic, on_micro=progress.update)
     return combine(micros, step=0, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens)
-
-
-def load_written(path: Path | str) -> nn.Module:
-    """A causal language model in the precision that it was written in.
-
-    Raises:
-        ConfigError: the model is not there, or damaged.
-        HubError: the Hub is away.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
-        message = f"{path} is neither a model's directory nor reachable on the Hub: {first_line(error)}"
-        raise describe_hub_error(error, message) from None
-    except (SafetensorError, RuntimeError) as error:
-        raise ConfigError(
-            f"the model of {path} does not load: {first_line(error)}; if its files are damaged or do not belong "
-            "together, write or download them again"
-        ) from error
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def evaluate_micros(

@@ -8,7 +8,8 @@ from typing import Any
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import replace_dir, writing
 from clm_dist.metrics import MicroLoss
-from clm_dist.train.evaluate import EvalSplit, evaluate_micros, load_written
+from clm_dist.pretrained.weights import load_pretrained
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.fsdp2 import shard
 
@@ -41,7 +42,7 @@ def evaluate_export(
     The strategy must have released the trained model. Where its weights were sharded, these are too, so that a device
     which could train the model can also read it back; every rank first loads it into host memory.
     """
-    model = load_written(directory)
+    model = load_pretrained(directory)
     bf16 = job.train.precision == "bf16" and job.cluster.strategy == "fsdp2"
     if strategy.sharded:
         offload = job.cluster.offload == "all"

@@ -22,6 +22,7 @@ from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
 from clm_dist.files.records import OutlierRecord
+from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder, MicroBatch, block_checksum, pass_seed
 from clm_dist.train.checkpointing.reporter import Reporter, Wish
 from clm_dist.train.checkpointing.saver import Saver
@@ -103,8 +104,6 @@ class _Loop:
     """The state of a run on one rank, and its story from the first step to the last."""
 
     def __init__(self, job: JobConfig, session: Session, heart: Heart) -> None:
-        from transformers import AutoTokenizer
-
         self.job, self.session = job, session
         self.heart = heart
         saver = Saver(Checkpoints.of_run(job, session.run), session.rank, session.world_size)
@@ -126,7 +125,7 @@ class _Loop:
         self.order = BatchOrder.of_job(job, len(self.blocks))
         self.learning_rate = build_schedule(job.train, self.order.num_steps)
 
-        self.tokenizer = AutoTokenizer.from_pretrained(session.store / "tokenizer")
+        self.tokenizer = load_tokenizer(session.store / "tokenizer")
         model = load_model(job, self.tokenizer)
         self.throughput = Throughput.of_model(model, self.blocks.block_size, self.strategy)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))

@@ -4,18 +4,19 @@ import contextlib
 import difflib
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.files.blocks import Blocks
+from clm_dist.pretrained.tokenizer import num_ids
+from clm_dist.pretrained.weights import check_pretrained, load_pretrained, load_pretrained_config
 
 logger = logging.getLogger(__name__)
 
@@ -31,37 +32,20 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
         HubError: the Hub is away.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    try:
-        if job.model.path:
-            config = AutoConfig.from_pretrained(job.model.path, revision=job.model.revision)
-        else:
-            assert job.model.config is not None
-            values = dict(job.model.config)
-            if tokenizer is not None:
-                values = {
-                    "vocab_size": len(tokenizer),
-                    "bos_token_id": tokenizer.bos_token_id,
-                    "eos_token_id": tokenizer.eos_token_id,
-                } | values
-            model_type = str(values.pop("model_type"))
-            if model_type not in CONFIG_MAPPING:
-                raise ValueError(f"unknown model_type {model_type}{_nearest(model_type, CONFIG_MAPPING)}")
-            config = AutoConfig.for_model(model_type, **values)
-            _check_keys(values, type(config))
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"{config.model_type} is no causal language model that transformers knows")
-    except OSError as error:
-        raise describe_hub_error(
-            error,
-            f"model.path {job.model.path} is neither a model's directory nor reachable on the Hub: "
-            f"{first_line(error)}; check the spelling, your network and, for a gated model, `hf auth login`",
-            field="model.path",
-        ) from None
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    if job.model.path:
+        config = load_pretrained_config(job.model.path, revision=job.model.revision, field="model.path")
+    else:
+        try:
+            config = _config_of(job.model.config or {}, tokenizer)
+        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise ConfigError(f"model.config: {first_line(error)}", field="model.config") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         field = "model.path" if job.model.path else "model.config"
-        raise ConfigError(f"{field}: {first_line(error)}", field=field) from None
+        raise ConfigError(
+            f"{field}: {config.model_type} is no causal language model that transformers knows", field=field
+        )
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     if context is not None and job.data.block_size > context:
@@ -70,13 +54,57 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
             f"set data.block_size to {context} or less",
             field="data.block_size",
         )
-    if tokenizer is not None and len(tokenizer) > text.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {text.vocab_size}; "
-            "use the model's own tokenizer (leave tokenizer.path out)",
-            field="tokenizer.path" if job.tokenizer.path else "model",
-        )
     return config
+
+
+def _config_of(given: dict[str, Any], tokenizer: Any | None) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = dict(given)
+    if tokenizer is not None:
+        values = {
+            "vocab_size": num_ids(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        } | values
+    model_type = str(values.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model_type {model_type}{_nearest(model_type, CONFIG_MAPPING)}")
+    config = AutoConfig.for_model(model_type, **values)
+    _check_keys(values, type(config))
+    return config
+
+
+def check_tokenizer(job: JobConfig, tokenizer: Any) -> None:
+    """Raise ConfigError where the vocabulary that a tokenizer was trained with is not that of the job's model.
+
+    Tokens that were added to it may have no row, as long as no text has them; see `check_ids`.
+    """
+    rows = load_config(job, tokenizer).get_text_config().vocab_size
+    added = tokenizer.get_added_vocab()
+    highest = max((number, token) for token, number in tokenizer.get_vocab().items() if token not in added)
+    if highest[0] >= rows and not job.model.resize:
+        raise _above(job, rows, f"the tokenizer has the id {highest[0]} ({highest[1]!r})")
+
+
+def check_ids(job: JobConfig, tokenizer: Any, store: Path, splits: Sequence[str] = ("train", "eval")) -> None:
+    """Raise ConfigError where the blocks hold an id that the job's model has no row for."""
+    rows = load_config(job, tokenizer).get_text_config().vocab_size
+    if num_ids(tokenizer) <= rows or job.model.resize:
+        return
+    highest = max(Blocks(store, split).highest_id() for split in splits)
+    if highest >= rows:
+        raise _above(job, rows, f"the blocks hold the id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r})")
+
+
+def _above(job: JobConfig, rows: int, found: str) -> ConfigError:
+    if job.model.path:
+        own = "use the model's own tokenizer (leave tokenizer.path out), or " if job.tokenizer.path else ""
+        advice = f"{own}set model.resize to true, which gives it rows for them"
+    else:
+        advice = "leave vocab_size out of model.config"
+    field = "tokenizer.path" if job.tokenizer.path else "model"
+    return ConfigError(f"{found}, and the embedding of the model has {rows} rows; {advice}", field=field)
 
 
 def check_model(job: JobConfig) -> None:
@@ -108,7 +136,7 @@ def check_model(job: JobConfig) -> None:
             field="train.gradient_checkpointing",
         )
     if job.model.path and Path(job.model.path).is_dir():
-        _check_weights(Path(job.model.path))
+        check_pretrained(Path(job.model.path), field="model.path")
 
 
 def why_no_positions(model: nn.Module) -> str | None:
@@ -121,31 +149,19 @@ def why_no_positions(model: nn.Module) -> str | None:
     )
 
 
-def _check_weights(directory: Path) -> None:
-    """Raise ConfigError where a directory has no weights, or weights that do not open."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files and not any(directory.glob("*.bin")):
-        raise ConfigError(f"model.path {directory} holds no weights (*.safetensors, *.bin)", field="model.path")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            reason = first_line(error)
-            raise ConfigError(f"model.path: {file} is damaged ({reason}); get it again", field="model.path") from None
-
-
 def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
     """The model that training starts from, in fp32, the same on every rank."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = load_config(job, tokenizer)
     config.use_cache = False
     torch.manual_seed(job.train.seed)
     if job.model.path:
-        model = AutoModelForCausalLM.from_pretrained(
-            job.model.path, config=config, revision=job.model.revision, dtype=torch.float32
+        model = load_pretrained(
+            job.model.path, field="model.path", config=config, revision=job.model.revision, dtype=torch.float32
         )
+        if job.model.resize and num_ids(tokenizer) > config.get_text_config().vocab_size:
+            model.resize_token_embeddings(num_ids(tokenizer))
     else:
         # The class itself: `from_config` would shard under ZeRO-3, and shards get other random weights.
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

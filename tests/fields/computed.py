@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config
@@ -15,6 +16,7 @@ from clm_dist.config.data import DataConfig
 from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
+from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.model import load_config, load_model
 from clm_dist.train.optim import build_optimizer
@@ -161,7 +163,7 @@ def _loaded(bench: Bench) -> SimpleNamespace:
 
     def model(path: str, **options: Any) -> Any:
         calls.append(SimpleNamespace(args=(path,), **options))
-        return nn.Linear(1, 1)
+        return nn.Linear(1, 1), {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 
     bench.monkeypatch.setattr("transformers.AutoConfig.from_pretrained", configuration)
     bench.monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", model)
@@ -169,6 +171,24 @@ def _loaded(bench: Bench) -> SimpleNamespace:
     configured, loaded = calls
     assert (configured.args, configured.revision) == (loaded.args, loaded.revision)
     return loaded
+
+
+def check_model_resize(bench: Bench) -> None:
+    path, tokenizer = trained_with_an_added_token(bench)
+    for resize, rows in (("false", 300), ("true", 301)):
+        job = bench.make_job(f"model={{path: {path}, config: null, resize: {resize}}}")
+        model, same = (load_model(job, tokenizer).get_parameter("transformer.wte.weight") for _ in range(2))
+        assert len(model) == rows
+        # Every rank draws the same rows.
+        assert torch.equal(model, same)
+
+
+def trained_with_an_added_token(bench: Bench) -> tuple[Path, Any]:
+    """A model, and a tokenizer with one id above its embedding."""
+    model = bench.train("run", "train.max_steps=1").root / "final.unverified"
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return model, tokenizer
 
 
 def check_model_config(bench: Bench) -> None:
@@ -271,6 +291,7 @@ PROBES: dict[str, Probe] = {
     "eval.micro_size": check_eval_micro_size,
     "model.config": check_model_config,
     "model.path": check_model_path,
+    "model.resize": check_model_resize,
     "model.revision": check_model_revision,
     "train.epochs": check_epochs,
     "train.gradient_checkpointing": check_gradient_checkpointing,

@@ -615,7 +615,7 @@ def test_large_vocabularies_take_four_bytes_and_gaps_do_no_harm(make: MakeJob, t
     store = prepare(job, tmp_path, Silent(), Effort(2, 20_000))
     assert Manifest.read(store / "manifest.json").dtype == "uint32"
     assert set(np.unique(blocks_of(store, "train"))) == {0, 1, 70_000}
-    with pytest.raises(DataError, match=r"4,294,967,297 tokens, and a store holds ids below 2\^32"):
+    with pytest.raises(DataError, match=r"4,294,967,297 ids, and a store holds ids below 2\^32"):
         token_dtype(2**32 + 1)
 
 

@@ -1,5 +1,6 @@
 """What Ray Train's controller calls."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clm_dist.errors import CheckpointError, RunError
+from clm_dist.errors import CheckpointError, ConfigError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
@@ -40,6 +41,18 @@ def test_workers_that_end_before_they_train_are_started_so_often_and_those_witho
     start(placed=True)
     with pytest.raises(RunError, match=r"workers end before they train, 3 times in a row; see that clm-dist is inst"):
         start(placed=True)
+
+
+@pytest.mark.parametrize(("error", "ends"), [(ConfigError("no head"), True), (RuntimeError("killed"), False)])
+def test_a_worker_that_meets_what_a_person_must_mend_is_not_started_again(
+    error: Exception, ends: bool, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    group = Group(run, checkpoints_of(run), elastic=False, max_failures=2)
+    group.after_worker_group_poll_status(SimpleNamespace(errors={}))
+    group.after_worker_group_poll_status(SimpleNamespace(errors={0: RuntimeError("Connection closed"), 1: error}))
+    with pytest.raises(ConfigError, match=r"^no head$") if ends else contextlib.nullcontext():
+        group.before_controller_execute_failure_decision("RETRY")
 
 
 class Running:

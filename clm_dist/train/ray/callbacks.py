@@ -7,12 +7,12 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from clm_dist.errors import RunError
+from clm_dist.errors import MendFirstError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.cluster import log_dir
-from clm_dist.train.ray.failures import reason_of
+from clm_dist.train.ray.failures import causes_of, reason_of
 from clm_dist.train.ray.private import ControllerCallback, WorkerCallback, WorkerGroupCallback, tell_of_other_nodes
 from clm_dist.train.recorder import Recorder
 
@@ -47,7 +47,9 @@ class Signals(WorkerCallback):  # type: ignore[misc]
 
 
 class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Sees groups of workers begin and end; with elastic workers it saves before a group that is well is replaced.
+    """Sees groups of workers begin and end, and ends the run where a person must mend something first.
+
+    With elastic workers it saves before a group that is well is replaced.
 
     Args:
         max_failures: the number of groups in a row that may end before they train.
@@ -59,6 +61,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._running: Any = None
         self._placed = False
         self._num_unborn = 0
+        self._mend_first: MendFirstError | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._forget_workers()
@@ -71,12 +74,18 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._running = worker_group
         self._placed, self._num_unborn = False, 0
 
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        causes = causes_of(worker_group_status.errors).values()
+        self._mend_first = next((cause for cause in causes if isinstance(cause, MendFirstError)), None)
+
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._running = None
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._running = None
         self._forget_workers()
+        if self._mend_first:
+            raise self._mend_first
         self._num_unborn += self._placed
         self._placed = False
         if self._num_unborn > self._max_failures:

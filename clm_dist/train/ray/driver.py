@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
@@ -30,11 +29,12 @@ from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.files.stores import Store
+from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.progress import Progress
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
-from clm_dist.train.model import load_config
+from clm_dist.train.model import check_ids, load_config
 from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
@@ -143,7 +143,9 @@ def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluste
     if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
     # What no tokenizer is needed for was checked before anything was prepared.
-    load_config(job, AutoTokenizer.from_pretrained(store.local / "tokenizer"))
+    tokenizer = load_tokenizer(store.local / "tokenizer")
+    load_config(job, tokenizer)
+    check_ids(job, tokenizer, store.local)
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
     checkpoints = Checkpoints.of_run(job, run)
     if overwrite:
