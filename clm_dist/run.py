@@ -1,5 +1,6 @@
 """A run: the stages one after the other. They are imported when they begin, since that takes seconds."""
 
+import contextlib
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,13 @@ def run_job(
         if done:
             progress.note(f"The run {directory.root} is done; --overwrite starts it again")
             result = read_result(directory.root)
+            # Data that is away by now says nothing.
+            with contextlib.suppress(ClmDistError):
+                if pipeline.resolve(config, stores).store.fingerprint != result["data"]:
+                    progress.note(
+                        "The data or the tokenizer has changed since: these are the figures of the old. --overwrite "
+                        "trains on the new in place of this run, --set name=... beside it"
+                    )
         else:
             if config.hub.push != "never":
                 hub.check_access(config)

@@ -175,6 +175,23 @@ def test_a_run_that_is_done_is_not_trained_again(
     said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent)
     assert (said.code, "is done; --overwrite starts it again" in said.err) == (0, True)
     assert "baseline" in said.out
+    assert "has changed since" not in said.err
+
+
+def test_a_run_that_is_done_says_if_its_data_has_changed_since(
+    run: RunDir, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    doubled = tmp_path / "corpus.jsonl"
+    doubled.write_text(corpus.read_text() * 2)
+    job = run.job.read_text()
+    assert str(corpus) in job
+    run.job.write_text(job.replace(str(corpus), str(doubled)))
+    said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent, "--store", tmp_path / "stores")
+    assert (said.code, "is done; --overwrite starts it again" in said.err) == (0, True)
+    assert "The data or the tokenizer has changed since: these are the figures of the old" in said.err
+    doubled.unlink()
+    said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent, "--store", tmp_path / "stores")
+    assert (said.code, "has changed since" in said.err) == (0, False)
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 """The files that `data.path` names, local or remote, and what goes wrong while they are read."""
 
+import contextlib
 import errno
+import gzip
+import lzma
+import zlib
 from dataclasses import dataclass
 from glob import iglob
 from pathlib import Path
@@ -15,11 +19,12 @@ import pyarrow.parquet
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import REFUSED, ClmDistError, ConfigError, DataError, StorageError, first_line
 from clm_dist.files.storage import describe_storage_error, reaching
+from clm_dist.prepare.directory import choose
 from clm_dist.prepare.json_lines import first_line_not_utf8, not_utf8
 
 Kind = Literal["json", "csv", "parquet", "arrow", "text"]
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _FORMATS: dict[str, Kind] = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -33,7 +38,9 @@ _FORMATS: dict[str, Kind] = {
     ".text": "text",
     ".md": "text",
 }
+_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 _SHOWN_CHARACTERS = 200
+_LFS, _LFS_BYTES = b"version https://git-lfs.github.com/spec/v1", 1024
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,15 @@ class DataFile:
 
     def stream(self) -> pa.NativeFile:
         """The content of the file, from its beginning, decompressed."""
-        opened = self.open()
+        return self.decompressed(self.open())
+
+    def decompressed(self, opened: pa.NativeFile) -> pa.NativeFile:
+        """The content of the opened file."""
+        if self.compression == "gzip":
+            # Arrow takes the zeros that tapes and some tools pad with for damage.
+            return pa.PythonFile(gzip.GzipFile(fileobj=opened), "r")
+        if self.compression == "xz":
+            return pa.PythonFile(lzma.LZMAFile(opened), "r")
         return pa.CompressedInputStream(opened, self.compression) if self.compression else opened
 
 
@@ -78,87 +93,132 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def find_files(data: DataConfig) -> list[DataFile]:
-    """The files that `data.path` names, sorted by name within each of its entries."""
+@dataclass(frozen=True)
+class Found:
+    """The files that `data.path` names."""
+
+    files: list[DataFile]
+    left_out: list[str]
+    """For each directory of which something was left out: what, in words."""
+
+
+def find_files(data: DataConfig) -> Found:
+    """The files of the job's split that `data.path` names, sorted by name within each of its entries.
+
+    Raises:
+        ConfigError, DataError: a path cannot be read, matches nothing, or has no such split; or a file is of an unknown
+            kind, or a pointer of Git LFS.
+        StorageError: a storage is away.
+    """
     paths = [data.path] if isinstance(data.path, str) else data.path or []
+    split = data.split.partition("[")[0]
     files: list[DataFile] = []
+    left_out, splits = [], set()
     for path in paths:
+        shown = path[:_SHOWN_CHARACTERS]
         if is_url(path):
-            files += _expand_url(path)
-            continue
-        try:
-            files += _expand(path)
-        except (OSError, RuntimeError) as error:
-            # A name that is too long, a directory that may not be read, the home of a user that is not there.
-            problem = error.strerror if isinstance(error, OSError) else first_line(error)
-            raise ConfigError(
-                f"data.path {path[:_SHOWN_CHARACTERS]}: {problem}; give a file, a glob or a directory",
-                field="data.path",
-            ) from None
+            with reaching(f"data.path {shown}", field="data.path"):
+                named, is_whole = _files_of_url(path)
+        else:
+            try:
+                named, is_whole = _files_of(path)
+            except (OSError, RuntimeError) as error:
+                # A name that is too long, a directory that may not be read, the home of a user that is not there.
+                problem = error.strerror if isinstance(error, OSError) else first_line(error)
+                raise ConfigError(
+                    f"data.path {shown}: {problem}; give a file, a glob or a directory", field="data.path"
+                ) from None
+        if is_whole:
+            chosen = choose(named, split, lambda file: file.kind is not None)
+            if not chosen.splits:
+                others = f", only {chosen.left_out}" if chosen.left_out else ""
+                raise DataError(
+                    f"data.path {shown} is a directory with no file of a known kind ({', '.join(_FORMATS)}, "
+                    f"and these with {', '.join(_COMPRESSIONS)}){others}",
+                    field="data.path",
+                )
+            if chosen.left_out:
+                left_out.append(f"{shown}: {chosen.left_out}")
+            splits |= set(chosen.splits)
+            files += chosen.files
+        else:
+            splits.add("train")
+            files += [file for _, file in named] if split == "train" else []
+    if not files:
+        have = "one split, train" if splits == {"train"} else f"the splits {', '.join(sorted(splits))}"
+        raise ConfigError(
+            f"data.split {data.split}: the files have {have}; a part of one is written train[:5000] or train[10%:20%]",
+            field="data.split",
+        )
     for file in files:
         if file.kind is None:
             raise DataError(f"{file.name}: unknown kind of file; known are {', '.join(_FORMATS)}", field="data.path")
-    return files
+        if not is_url(file.name) and file.size < _LFS_BYTES:
+            _check_no_pointer(file)
+    return Found(files, left_out)
 
 
-def _expand(path: str) -> list[DataFile]:
+Named = list[tuple[str, DataFile]]
+"""Files, with their paths inside the directory that was named."""
+
+
+def _files_of(path: str) -> tuple[Named, bool]:
+    """The files of a path, and whether they are a whole directory."""
     expanded = Path(path).expanduser()
     if expanded.is_dir():
-        found = [_local_file(file) for file in sorted(expanded.rglob("*")) if file.is_file()]
-        found = _known(found, path)
-    elif expanded.is_file():
-        found = [_local_file(expanded)]
-    else:
-        # Path.glob takes no absolute pattern.
-        matches = map(Path, iglob(str(expanded), recursive=True))  # noqa: PTH207
-        found = [_local_file(match) for match in sorted(matches) if match.is_file()]
-        if not found:
+        found = [file for file in sorted(expanded.rglob("*")) if file.is_file()]
+        return [(file.relative_to(expanded).as_posix(), _local_file(file)) for file in found], True
+    if expanded.is_file():
+        return [(expanded.name, _local_file(expanded))], False
+    # Path.glob takes no absolute pattern.
+    matches = map(Path, iglob(str(expanded), recursive=True))  # noqa: PTH207
+    found = [match for match in sorted(matches) if match.is_file()]
+    if not found:
+        raise DataError(
+            f"data.path {path} matches no file (looked from {Path.cwd()}); give a file, a glob or a directory",
+            field="data.path",
+        )
+    return [(file.name, _local_file(file)) for file in found], False
+
+
+def _check_no_pointer(file: DataFile) -> None:
+    with contextlib.suppress(OSError):  # who reads it says so
+        if Path(file.name).read_bytes().startswith(_LFS):
             raise DataError(
-                f"data.path {path} matches no file (looked from {Path.cwd()}); give a file, a glob or a directory",
+                f"{file.name} is a pointer of Git LFS, not the data; run `git lfs pull` in its repository",
                 field="data.path",
             )
-    return found
 
 
 def _local_file(path: Path) -> DataFile:
     return DataFile(str(path.absolute()), path.stat().st_size)
 
 
-def _expand_url(url: str) -> list[DataFile]:
-    with reaching(f"data.path {url[:_SHOWN_CHARACTERS]}", field="data.path"):
-        return _files_of_url(url)
-
-
-def _files_of_url(url: str) -> list[DataFile]:
+def _files_of_url(url: str) -> tuple[Named, bool]:
     filesystem, path = fsspec.url_to_fs(url)
     # What it listed before may have changed since.
     filesystem.invalidate_cache()
 
-    def described(names: list[str]) -> list[DataFile]:
-        return [DataFile(filesystem.unstrip_protocol(name), filesystem.info(name)["size"] or 0) for name in names]
+    def described(names: list[str], root: str = "") -> Named:
+        return [
+            (
+                name.removeprefix(root).lstrip("/"),
+                DataFile(filesystem.unstrip_protocol(name), filesystem.info(name)["size"] or 0),
+            )
+            for name in names
+        ]
 
     if any(character in path for character in "*?[") and not url.startswith("http"):
         found = described(sorted(name for name in filesystem.glob(path) if filesystem.isfile(name)))
     elif url.startswith("http") or filesystem.isfile(path):
-        found = [DataFile(url, filesystem.info(path)["size"] or 0)]
+        found = [(url, DataFile(url, filesystem.info(path)["size"] or 0))]
     elif filesystem.isdir(path):
-        return _known(described(sorted(filesystem.find(path))), url)
+        return described(sorted(filesystem.find(path)), path), True
     else:
         found = []
     if not found:
         raise DataError(f"data.path {url} matches no file; check the bucket and the name", field="data.path")
-    return found
-
-
-def _known(files: list[DataFile], path: str) -> list[DataFile]:
-    known = [file for file in files if file.kind]
-    if not known:
-        raise DataError(
-            f"data.path {path} is a directory with no file of a known kind ({', '.join(_FORMATS)}, "
-            f"and these with {', '.join(_COMPRESSIONS)})",
-            field="data.path",
-        )
-    return known
+    return found, False
 
 
 class reading:  # noqa: N801  # a context manager reads as a verb
@@ -181,7 +241,7 @@ class reading:  # noqa: N801  # a context manager reads as a verb
         problem = f"{self.file.name}: cannot be read"
         mend = "mend the file or take it out of data.path"
         # Where compressed bytes are damaged or missing, Arrow raises an OSError without a number.
-        is_short = isinstance(error, EOFError) or (type(error) is OSError and error.errno is None)
+        is_short = isinstance(error, _DAMAGE) or (type(error) is OSError and error.errno is None)
         of_format = is_short or isinstance(error, pa.ArrowException)
         if is_url(self.file.name) and is_short:
             # The connection may have ended early, so what is done so far is kept.

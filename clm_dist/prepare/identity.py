@@ -54,7 +54,7 @@ def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
     if data.source == "builtin":
         return {"builtin": "pydoc_data.topics", "topics": builtin_version(), "split": data.split}
     if data.source == "files":
-        files = find_files(data)
+        files = find_files(data).files
         local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], known)
         # The suffix says how a file is read.
         tags = [

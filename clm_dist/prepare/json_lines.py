@@ -1,5 +1,6 @@
 """Single records of JSON: the types of the fields that a job reads, and what is wrong with a record that is none."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,6 +205,21 @@ def not_utf8(where: str) -> DataError:
     return DataError(
         f"{where}: not UTF-8; save the file as UTF-8, for example with `iconv -f latin1 -t utf-8`", field="data.path"
     )
+
+
+def check_encoding(content: bytes, where: str) -> None:
+    """Raise DataError for text of an encoding that would be read as other text, or not as text at all."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{where}: UTF-16, not UTF-8; save the file as UTF-8, for example with `iconv -f utf-16 -t utf-8`",
+            field="data.path",
+        )
+    if b"\0" in content:
+        raise DataError(
+            f"{where}: holds NUL bytes, so it is no text, or is UTF-16; save it as UTF-8, for example with "
+            "`iconv -f utf-16le -t utf-8`, or take it out of data.path",
+            field="data.path",
+        )
 
 
 def first_line_not_utf8(stream: pa.NativeFile) -> int | None:

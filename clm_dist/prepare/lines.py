@@ -1,5 +1,6 @@
 """Lines of text and of JSON, read in partitions."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,7 @@ import pyarrow.parquet
 
 from clm_dist.errors import DataError, first_line
 from clm_dist.prepare.files import DataFile, is_url
-from clm_dist.prepare.json_lines import Lines, broken_record, first_line_not_utf8, not_utf8
+from clm_dist.prepare.json_lines import Lines, broken_record, check_encoding, first_line_not_utf8, not_utf8
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.tables import checked
 
@@ -48,7 +49,7 @@ def line_partitions(file: DataFile, size: int, schema: pa.Schema | None) -> Iter
     """Whole lines of a file that can only be read from its beginning."""
     first, consumed = 1, 0
     with file.open() as opened:
-        stream = pa.CompressedInputStream(opened, file.compression) if file.compression else opened
+        stream = file.decompressed(opened)
         rest = b""
         while True:
             chunk = stream.read(size)
@@ -99,7 +100,8 @@ def array_partitions(file: DataFile, size: int, schema: pa.Schema | None) -> Ite
 
 def read_text(lines: pa.Buffer, partition: Partition) -> pa.Table:
     """A record a line."""
-    text = lines.to_pybytes()
+    text = without_marks(lines.to_pybytes())
+    check_encoding(text, partition.where)
     try:
         whole = pa.array([text.decode()], pa.large_string())
     except UnicodeDecodeError:
@@ -108,6 +110,11 @@ def read_text(lines: pa.Buffer, partition: Partition) -> pa.Table:
     if not text or text.endswith(b"\n"):
         split = split[:-1]
     return pa.table({"text": pa.compute.ascii_rtrim(split, "\r").cast(pa.large_string())})
+
+
+def without_marks(lines: bytes) -> bytes:
+    """The lines without the byte order marks that stay where files with one were joined."""
+    return lines.replace(b"\n" + codecs.BOM_UTF8, b"\n").removeprefix(codecs.BOM_UTF8)
 
 
 def _place(partition: Partition, text: bytes) -> str:
@@ -134,6 +141,9 @@ def read_json_lines(lines: pa.Buffer, partition: Partition) -> pa.Table:
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         if first_line(error) == "Empty JSON file":
             return empty
+        content = lines.to_pybytes()
+        if (whole := without_marks(content)) != content:
+            return read_json_lines(pa.py_buffer(whole), partition)
         raise broken_record(numbered(lines, partition), partition.schema) or error from None
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 from clm_dist.config.data import DataConfig
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import DataFile, reading
-from clm_dist.prepare.json_lines import text_schema
+from clm_dist.prepare.json_lines import check_encoding, text_schema
 from clm_dist.prepare.lines import (
     array_partitions,
     is_array,
@@ -31,6 +31,7 @@ from clm_dist.prepare.tables import arrow_batches, checked, csv_batches, parquet
 
 PROBE_BYTES = 1 << 20
 """Size of partitions that are read to see what a source is like."""
+_SNIFFED_BYTES = 1 << 12
 
 
 def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema | None) -> Iterator[Partition]:
@@ -43,6 +44,9 @@ def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema
         DataError: the file is broken or lacks a field; the message names it and, where it can, the line.
     """
     with reading(file):
+        if file.kind in ("json", "text", "csv") and not file.is_web:
+            with file.stream() as stream:
+                check_encoding(stream.read(_SNIFFED_BYTES), file.name)
         match file.kind:
             case "json" | "text":
                 if file.kind == "json" and ".json" in file.suffixes and is_array(file):

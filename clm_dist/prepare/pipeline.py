@@ -168,6 +168,8 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
     job, tokenizer, store = resolved.job, resolved.tokenizer, resolved.store.local
     progress.start("Reading records")
     source = open_source(job.data)
+    for what in source.left_out:
+        progress.note(f"Not read, in {what}")
     if source.slice.is_relative or source.slice.start:
         source = source.narrowed(count_records(job, source, effort), effort.partition_bytes)
     sample = _sample(job, source)

@@ -33,6 +33,8 @@ class Source:
     num_bytes: int | None
     """Size of the source; None if its end is not known."""
     slice: "Slice"
+    left_out: Sequence[str] = ()
+    """Files of directories that are not read, in words."""
 
     def narrowed(self, num_records: Sequence[int], size: int) -> "Source":
         """The same rows without the partitions before them.
@@ -78,7 +80,7 @@ def _to_rows(spec: str, num_records: int) -> tuple[int, int]:
     from datasets.arrow_reader import ReadInstruction
 
     try:
-        (rows,) = ReadInstruction.from_spec(spec).to_absolute({"train": num_records})
+        (rows,) = ReadInstruction.from_spec(spec).to_absolute({spec.partition("[")[0]: num_records})
     except (ValueError, AssertionError) as error:
         problem = "parts cannot be added up" if "+" in spec else first_line(error)
         raise ConfigError(
@@ -103,14 +105,17 @@ def open_source(data: DataConfig) -> Source:
             return _streamed_source(data, where)
         # `datasets` takes the slice itself.
         return _table_source(_load_hub(data), data, where, Slice(data.split))
-    files = find_files(data)
+    found = find_files(data)
+    files = found.files
     schema = _schema_of(files, data)
 
     def partitions(size: int) -> Iterator[Partition]:
         for file in files:
             yield from partitions_of(file, data, size, schema)
 
-    return Source(f"data.path {data.path}", partitions, sum(f.size for f in files), Slice.of_split(data.split))
+    return Source(
+        f"data.path {data.path}", partitions, sum(f.size for f in files), Slice.of_split(data.split), found.left_out
+    )
 
 
 def _schema_of(files: list[DataFile], data: DataConfig) -> pa.Schema:
