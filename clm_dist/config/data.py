@@ -34,7 +34,8 @@ class DataConfig(Section):
     """Split, or a slice of it as `datasets` spells it: `train`, `train[:5000]`, `train[10%:20%]`."""
     text: str = "text"
     """Dotted path of the text inside a record; it reaches into nested records and lists: `answers.text`. Or a template
-    of such paths: `"{title}\\n\\n{answers.text}"`."""
+    of such paths: `"{title}\\n\\n{answers.text}"`; paths into one list are filled in item by item, and `join` stands
+    between the items: `"{messages.role}: {messages.content}"`."""
     join: str | None = " "
     """Text between the items of a list that become one document; null makes every item a document of its own."""
     score: str | None = None
@@ -88,6 +89,12 @@ class DataConfig(Section):
                 "data.append_eos",
             )
         return self
+
+    @property
+    def fills_items(self) -> bool:
+        """Whether paths of the template share what they are in, so that a list of it is filled in item by item."""
+        parents = [path.rpartition(".")[0] for path in dict.fromkeys(self.text_template.paths)]
+        return any(parent and parents.count(parent) > 1 for parent in parents)
 
     @property
     def text_template(self) -> Template:

@@ -70,6 +70,8 @@ def documents_of(table: pa.Table, data: DataConfig) -> Documents:
     if data.min_score is not None:
         assert data.score is not None
         fields, low = _with_scores(fields, _values(table, data.score), data, len(table))
+    if data.join is not None and _are_of_one_list(fields, paths):
+        literals, fields = ("", ""), [_by_item(literals, fields, paths)]
     fields = [_without_nulls(field) for field in fields]
     if data.join is None:
         fields = _as_documents(fields, paths)
@@ -158,6 +160,43 @@ def _with_scores(
             field="data.score",
         )
     return filtered, low
+
+
+def _are_of_one_list(fields: Sequence[_Values], paths: Sequence[str]) -> bool:
+    """Whether a template is filled item by item, because some of its fields are of the items of one list.
+
+    Raises:
+        DataError: other fields of the template are not.
+    """
+    nested = {path for path, field in zip(paths, fields, strict=True) if field.nested and _parent(path)}
+    shared = [path for path in paths if any(path != other and _parent(path) == _parent(other) for other in nested)]
+    if not nested & set(shared):
+        return False
+    if others := [path for path in paths if _parent(path) != _parent(shared[0])]:
+        raise DataError(
+            f"data.text: {shared[0]} and {shared[1]} are filled in item by item, and {others[0]} is not in their list; "
+            "leave it out, or set data.join to null, which makes each item a document",
+            field="data.text",
+        )
+    return True
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _by_item(literals: Sequence[str], fields: Sequence[_Values], paths: Sequence[str]) -> _Values:
+    """The template with the fields of every item filled in; null for an item without text."""
+    for field, path in zip(fields, paths, strict=True):
+        if not np.array_equal(field.records, fields[0].records):
+            raise DataError(
+                f"data.text: {path} and {paths[0]} have other numbers of items; name fields of one list",
+                field="data.text",
+            )
+    texts = [pc.fill_null(field.values, pa.scalar("", _STRING)) for field in fields]
+    blank = np.logical_and.reduce([_is_blank(text) for text in texts])
+    filled = pc.if_else(pa.array(blank), pa.scalar(None, _STRING), _filled(literals, texts))
+    return _Values(filled, fields[0].records, nested=True)
 
 
 def _joined(field: _Values, joint: str, num_records: int) -> _Values:

@@ -155,11 +155,14 @@ def _identity(job: JobConfig, tokenizer: Path | None, known: HashMemory) -> dict
     fields |= {"score", "min_score", "deduplicate"}
     if job.data.split_method == "hash":
         fields.add("id")
+    data = job.data.model_dump(mode="json", include=fields)
+    if job.data.join is not None and job.data.fills_items:
+        data["items"] = True
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
     return {
         "format": FORMAT_VERSION,
         "source": source_identity(job.data, known),
-        "data": job.data.model_dump(mode="json", include=fields),
+        "data": data,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else {"train": trained},
     }
 

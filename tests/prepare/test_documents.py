@@ -103,6 +103,38 @@ SCORED: list[dict[str, Any]] = [
 ]
 
 
+TURNS = [
+    {"title": "a", "messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yes"}]},
+    {"title": "b", "messages": []},
+    {"title": "c", "messages": [{"role": "user", "content": None}, {"role": None, "content": None}]},
+]
+
+
+def test_a_template_over_a_list_of_records_is_filled_item_by_item() -> None:
+    template = "<{messages.role}> {messages.content}"
+    assert documents(TURNS, text=template, join="|") == [["<user> hi|<bot> yes"], [], ["<user> "]]
+    lists = [{"messages": {"role": ["user", "bot"], "content": ["hi", "yes"]}}]
+    assert documents(lists, text=template, join="|") == [["<user> hi|<bot> yes"]]
+    # One field of a list is joined, as before.
+    assert documents(TURNS[:2], text="{title}: {messages.content}", join="|") == [["a: hi|yes"], ["b: "]]
+    assert documents(TURNS[:1], text="{title} {messages.role}: {messages.content}", join=None) == [
+        ["a user: hi", "a bot: yes"]
+    ]
+
+
+def test_items_are_scored_before_they_are_filled_in() -> None:
+    rows = [{"m": [{"q": "a", "a": "b", "s": 1}, {"q": "c", "a": "d", "s": 5}]}]
+    assert documents(rows, text="{m.q}={m.a}", score="m.s", min_score=3) == [["c=d"]]
+
+
+def test_a_template_that_is_in_and_beside_a_list_is_refused() -> None:
+    with pytest.raises(DataError, match=r"messages.role and messages.content are filled in item by item, and title is"):
+        documents(TURNS, text="{title} {messages.role}: {messages.content}")
+    uneven = [{"m": {"q": ["a", "b"], "a": ["c"]}}]
+    with pytest.raises(DataError, match=r"m.a and m.q have other numbers of items; name fields of one list"):
+        documents(uneven, text="{m.q}={m.a}")
+
+
 def test_answers_with_a_low_score_are_left_out_and_counted() -> None:
     settings: dict[str, Any] = {"text": "answers.text", "score": "answers.score", "min_score": 2}
     assert documents(SCORED, **settings) == [["good"], [], ["fine"], []]

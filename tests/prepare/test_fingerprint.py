@@ -93,6 +93,17 @@ def test_a_field_that_can_change_a_byte_changes_the_fingerprint(field: str, fing
     assert fingerprint_of(*base, change) != fingerprint_of(*base)
 
 
+def test_a_template_that_is_filled_item_by_item_is_no_longer_what_it_was(make_job: MakeJob, tmp_path: Path) -> None:
+    # Before, its stores held the items of one field after those of the other.
+    def marked(text: str, join: str = "' '") -> bool:
+        job = make_job(f"data.text='{text}'", f"data.join={join}")
+        return "items" in pipeline.resolve(job, Stores(tmp_path)).identity["data"]
+
+    assert marked("{messages.role}: {messages.content}")
+    assert not marked("{messages.role}: {messages.content}", "null")
+    assert not any(map(marked, ("messages.content", "{title}: {answers.text}", "{a}{b}", "{a.b}{a.b}")))
+
+
 @pytest.mark.parametrize("field", SAME)
 def test_a_field_that_cannot_change_a_byte_leaves_the_fingerprint(field: str, fingerprint_of: Fingerprint) -> None:
     base, change = SAME[field]
