@@ -72,6 +72,11 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
     ("line", "message"),
     [
         ("train: {epochs: three}", "train.epochs is 'three': input should be a valid integer"),
+        ("train: {warmup_ratio: 0.1, warmup_steps: 5}", "train has warmup_steps and warmup_ratio; leave one of them"),
+        (
+            "train: {schedule: wsd, warmup_ratio: 0.5, decay_ratio: 0.6}",
+            "train.warmup_ratio 0.5 and train.decay_ratio 0.6",
+        ),
         ("train: {epochs: true}", "train.epochs is True: input should not be true or false"),
         ("train: {epochs: 0}", "train.epochs is 0: input should be greater than 0"),
         ("train: {epochs: 1" + 26 * "0" + "}", f"train.epochs is {10**26}: input should be less than or equal to"),

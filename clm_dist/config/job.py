@@ -1,5 +1,6 @@
 """The job file's sections: one typed, frozen model each; unknown keys are refused."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -12,7 +13,7 @@ from clm_dist.config.slurm import SlurmConfig
 Every = Literal["epoch"] | Count
 Precision = Literal["fp32", "bf16", "fp16"]
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
+Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]
 
 
 class ModelConfig(Section):
@@ -75,9 +76,13 @@ class TrainConfig(Section):
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
     schedule: Schedule = "linear"
-    """Learning rate after the warm-up."""
+    """Learning rate after the warm-up; `wsd` holds it, and lowers it in a line at the end (`decay_ratio`)."""
     warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Steps in which the learning rate rises from 0."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the run's steps in which it rises, instead of `warmup_steps`."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of the run's steps, the last ones, in which `wsd` lowers it."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this 2-norm; null leaves it."""
     precision: Precision = "fp32"
@@ -99,6 +104,22 @@ class TrainConfig(Section):
     start_timeout_s: Annotated[float, Field(ge=30)] | None = 1800
     """Seconds within which workers begin to train, again after a failure too; the run waits so long for nodes that are
     lost to come back. Null waits for ever."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise wrong("train.warmup_ratio", "train has warmup_steps and warmup_ratio; leave one of them out")
+        if self.schedule == "wsd" and (self.warmup_ratio or 0) + self.decay_ratio > 1:
+            raise wrong(
+                "train.decay_ratio",
+                f"train.warmup_ratio {self.warmup_ratio} and train.decay_ratio {self.decay_ratio} are more than the "
+                "whole run; lower one of them",
+            )
+        return self
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warm-up of a run of `num_steps`."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * num_steps)
 
 
 class EvalConfig(Section):

@@ -69,9 +69,13 @@ def render_card(job: JobConfig, result: Result) -> str:
         ]
     lines += ["", "## Training", ""]
     batch, train = job.batch, job.train
+    falls = f" (falls in the last {train.decay_ratio:.3g} of the steps)" if train.schedule == "wsd" else ""
+    warmup = f"{train.warmup_steps} warm-up steps"
+    if train.warmup_ratio is not None:
+        warmup = f"warm-up in the first {train.warmup_ratio:.3g} of the steps"
     facts = {
         "steps": f"{result['train']['steps']} of {batch.global_size} blocks of {job.data.block_size} tokens",
-        "learning rate": f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} warm-up steps",
+        "learning rate": f"{train.learning_rate:g}, {train.schedule}{falls}, {warmup}",
         "optimizer": f"AdamW, betas {train.adam_beta1:g} and {train.adam_beta2:g}, weight decay {train.weight_decay:g}",
         "precision": train.precision,
         "seed": str(train.seed),

@@ -1,6 +1,8 @@
 """AdamW and its learning rate."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +39,18 @@ def build_schedule(train: TrainConfig, num_steps: int) -> Callable[[int], float]
     from transformers import get_scheduler
 
     # "constant" itself would ignore the warm-up.
-    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=train.learning_rate)
-    scheduler = get_scheduler(name, placeholder, num_warmup_steps=train.warmup_steps, num_training_steps=num_steps)
+    name = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}.get(train.schedule, train.schedule)
+    num_warmup = train.num_warmup_steps(num_steps)
+    options: dict[str, Any] = {}
+    if train.schedule == "wsd":
+        num_decay = min(math.ceil(train.decay_ratio * num_steps), max(0, num_steps - num_warmup))
+        options = {"num_decay_steps": num_decay, "decay_type": "linear"}
+    scheduler = get_scheduler(
+        name,
+        torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=train.learning_rate),
+        num_warmup_steps=num_warmup,
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=options,
+    )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return lambda step: train.learning_rate * factor(step)

@@ -48,6 +48,7 @@ COVERED: dict[str, str] = {
     "train.adam_beta1": _ADAM,
     "train.adam_beta2": _ADAM,
     "train.adam_epsilon": _ADAM,
+    "train.decay_ratio": "tests/train/test_optim.py::test_wsd_rises_holds_and_falls_to_nothing",
     "train.decay_bias_and_norm": (
         "tests/train/test_optim.py::test_biases_and_norms_are_decayed_unless_the_job_says_otherwise"
     ),
@@ -57,6 +58,7 @@ COVERED: dict[str, str] = {
     "train.precision": "tests/train/test_strategy.py::test_bf16_trains_close_to_fp32",
     "train.schedule": _RATE,
     "train.start_timeout_s": "tests/train/test_nodes.py::test_a_run_says_what_it_waits_for_and_for_how_long",
+    "train.warmup_ratio": "tests/train/test_optim.py::test_wsd_rises_holds_and_falls_to_nothing",
     "train.warmup_steps": _RATE,
 }
 """The test that fails where the field is ignored."""

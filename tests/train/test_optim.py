@@ -24,6 +24,37 @@ def test_the_rate_of_a_step_is_that_of_the_schedule_stepped_so_often(schedule: s
     assert rate(5) == pytest.approx(1e-3)
 
 
+def test_wsd_rises_holds_and_falls_to_nothing() -> None:
+    train = TrainConfig.model_validate(
+        {"schedule": "wsd", "warmup_ratio": 0.1, "decay_ratio": 0.25, "learning_rate": 1}
+    )
+    rate = build_schedule(train, 40)
+    assert [rate(step) for step in range(5)] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert {rate(step) for step in range(4, 31)} == {1}
+    assert [rate(step) for step in range(30, 41)] == pytest.approx([1 - step / 10 for step in range(11)])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_steps", "num_warmup"), [(0.03, 1000, 30), (0.03, 1001, 31), (0, 10, 0), (0.5, 1, 1)]
+)
+def test_the_share_of_the_warm_up_is_rounded_up_as_transformers_does(
+    ratio: float, num_steps: int, num_warmup: int
+) -> None:
+    from transformers import TrainingArguments
+
+    train = TrainConfig(warmup_ratio=ratio)
+    assert train.num_warmup_steps(num_steps) == num_warmup
+    assert TrainingArguments(output_dir="x", warmup_steps=ratio, report_to=[]).get_warmup_steps(num_steps) == num_warmup
+    whole = TrainConfig(warmup_steps=num_warmup)
+    shares, steps = (build_schedule(one, num_steps) for one in (train, whole))
+    assert [shares(step) for step in range(num_steps)] == [steps(step) for step in range(num_steps)]
+
+
+def test_a_wsd_run_that_is_shorter_than_its_warm_up_only_rises() -> None:
+    rate = build_schedule(TrainConfig(schedule="wsd", warmup_steps=20, learning_rate=1), 10)
+    assert [rate(step) for step in range(10)] == pytest.approx([step / 20 for step in range(10)])
+
+
 def test_the_guides_rate_falls_from_its_peak_to_nothing() -> None:
     rate = build_schedule(TrainConfig(), 100)
     assert [rate(0), rate(50)] == pytest.approx([2e-5, 1e-5])
