@@ -55,7 +55,7 @@ def generate(
     from clm_dist.pretrained.weights import load_pretrained
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, slow=True)
     network = load_pretrained(model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,11 +113,12 @@ def _pipeline(network: Any, tokenizer: Any, prompt: str, room: int) -> str:
 def _encode(tokenizer: Any, prompt: str) -> Any:
     import torch
 
-    before, own, _ = _parts(tokenizer, prompt)
+    before, own, after = _parts(tokenizer, prompt)
     ids = [*before, *own]
     if not ids:
         # Generation needs something to go on from.
-        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+        firsts = (tokenizer.bos_token_id, tokenizer.eos_token_id, *after)
+        ids = [first for first in firsts if first is not None][:1]
     return torch.tensor([ids])
 
 

@@ -54,8 +54,8 @@ def run_job(
             with contextlib.suppress(ClmDistError):
                 if pipeline.resolve(config, stores).store.fingerprint != result["data"]:
                     progress.note(
-                        "The data or the tokenizer has changed since: these are the figures of the old. --overwrite "
-                        "trains on the new in place of this run, --set name=... beside it"
+                        "The data or the tokenizer has changed since, or how clm-dist reads them: these are the "
+                        "figures of the old. --overwrite trains on the new in place of this run, --set name=... apart"
                     )
         else:
             if config.hub.push != "never":

@@ -188,7 +188,7 @@ def test_a_run_that_is_done_says_if_its_data_has_changed_since(
     run.job.write_text(job.replace(str(corpus), str(doubled)))
     said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent, "--store", tmp_path / "stores")
     assert (said.code, "is done; --overwrite starts it again" in said.err) == (0, True)
-    assert "The data or the tokenizer has changed since: these are the figures of the old" in said.err
+    assert "The data or the tokenizer has changed since, or how clm-dist reads them: these are the figures" in said.err
     doubled.unlink()
     said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent, "--store", tmp_path / "stores")
     assert (said.code, "has changed since" in said.err) == (0, False)

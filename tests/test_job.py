@@ -71,6 +71,10 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (
+            "model: {path: null, resize: true, config: {model_type: gpt2}}",
+            "model.resize is for model.path; a model.config",
+        ),
         ("train: {epochs: three}", "train.epochs is 'three': input should be a valid integer"),
         ("train: {warmup_ratio: 0.1, warmup_steps: 5}", "train has warmup_steps and warmup_ratio; leave one of them"),
         (

@@ -92,9 +92,9 @@ class DataConfig(Section):
 
     @property
     def fills_items(self) -> bool:
-        """Whether paths of the template share what they are in, so that a list of it is filled in item by item."""
-        parents = [path.rpartition(".")[0] for path in dict.fromkeys(self.text_template.paths)]
-        return any(parent and parents.count(parent) > 1 for parent in parents)
+        """Whether paths of the template begin alike, so that a list there is filled in item by item."""
+        roots = [path.partition(".")[0] for path in dict.fromkeys(self.text_template.paths) if "." in path]
+        return len(set(roots)) < len(roots)
 
     @property
     def text_template(self) -> Template:

@@ -33,6 +33,10 @@ class ModelConfig(Section):
     def _one_of_two(self) -> Self:
         if bool(self.path) == bool(self.config):
             raise wrong("model", "model needs either path (a checkpoint) or config (random weights), and not both")
+        if self.resize and not self.path:
+            raise wrong(
+                "model.resize", "model.resize is for model.path; a model.config has the rows of its vocab_size, or all"
+            )
         if self.config and "model_type" not in self.config:
             raise wrong("model.config", "model.config needs model_type, for example gpt2 or llama")
         return self

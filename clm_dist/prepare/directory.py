@@ -17,7 +17,7 @@ _WORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SHARD = re.compile(r"(?:^|/)(?!data-)(\w+)-\d{5}-of-\d{5}[^/]*$")
+_SHARD = re.compile(r"(?:^|/)data/(\w+)-\d{5}-of-\d{5}[^/]*$")
 _NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 
 
@@ -50,7 +50,7 @@ def choose(named: Iterable[tuple[str, _File]], split: str, is_known: Callable[[_
     known = [(rest if name is None else name, file) for name, file in found]
     others = Counter(f"of the split {name}" if name else "of no split" for name, _ in known if name != split)
     unread = (name for name, file in visible if not is_known(file))
-    others.update(f"{name.name}, which is not text" for name in no_data if name.suffix == ".md")
+    others.update(f"{name.name}, the card of a data set" for name in no_data if name.suffix == ".md")
     others.update(f"*{''.join(name.suffixes[-2:]) or name.name}, which is not read" for name in unread)
     said = [f"{count} file{'s' if count > 1 else ''} {what}" for what, count in sorted(others.items())]
     splits = sorted({name for name, _ in known if name})

@@ -10,7 +10,7 @@ record that each value is of:
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -56,6 +56,8 @@ class _Values:
     records: npt.NDArray[np.int64]
     nested: bool
     """Whether a record may have several."""
+    items: str = ""
+    """Path of the list whose items have this field, or of the lists that it is one of; empty for a list of its own."""
 
 
 def documents_of(table: pa.Table, data: DataConfig) -> Documents:
@@ -111,23 +113,27 @@ def _values(table: pa.Table, path: str) -> _Values:
     chunks = table.column(column).chunks
     values = pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(column).type)
     records = np.arange(len(values))
-    nested = False
+    above, items, nested = [column], [column], False
     while True:
         if is_list(values.type):
             records = records[pc.list_parent_indices(values).to_numpy()]
-            values, nested = pc.list_flatten(values), True
+            values, items, nested = pc.list_flatten(values), list(above), True
         elif inner and pa.types.is_struct(values.type):
-            values = pc.struct_field(values, inner.pop(0))
+            above.append(inner.pop(0))
+            values = pc.struct_field(values, above[-1])
         else:
             break
-    return _Values(values.cast(_STRING) if pa.types.is_null(values.type) else values, records, nested)
+    # A list of texts is one of the lists beside it.
+    shared = ".".join(above[:-1] if items == above else items)
+    return _Values(values.cast(_STRING) if pa.types.is_null(values.type) else values, records, nested, shared)
 
 
 def _without_nulls(field: _Values) -> _Values:
     if field.values.null_count == 0:
         return field
     valid = field.values.is_valid()
-    return _Values(field.values.filter(valid), field.records[valid.to_numpy(zero_copy_only=False)], field.nested)
+    records = field.records[valid.to_numpy(zero_copy_only=False)]
+    return replace(field, values=field.values.filter(valid), records=records)
 
 
 def _with_scores(
@@ -150,7 +156,7 @@ def _with_scores(
                 field="data.score",
             )
         found = True
-        filtered.append(_Values(field.values.filter(enough), field.records[kept], field.nested))
+        filtered.append(replace(field, values=field.values.filter(enough), records=field.records[kept]))
         had, has = (np.bincount(records, minlength=num_records) > 0 for records in (field.records, field.records[kept]))
         low |= had & ~has
     if not found:
@@ -168,21 +174,17 @@ def _are_of_one_list(fields: Sequence[_Values], paths: Sequence[str]) -> bool:
     Raises:
         DataError: other fields of the template are not.
     """
-    nested = {path for path, field in zip(paths, fields, strict=True) if field.nested and _parent(path)}
-    shared = [path for path in paths if any(path != other and _parent(path) == _parent(other) for other in nested)]
-    if not nested & set(shared):
+    items = {path: field.items for path, field in zip(paths, fields, strict=True) if field.nested and field.items}
+    shared = [path for path in items if list(items.values()).count(items[path]) > 1]
+    if not shared:
         return False
-    if others := [path for path in paths if _parent(path) != _parent(shared[0])]:
+    if others := [path for path in paths if items.get(path) != items[shared[0]]]:
         raise DataError(
             f"data.text: {shared[0]} and {shared[1]} are filled in item by item, and {others[0]} is not in their list; "
             "leave it out, or set data.join to null, which makes each item a document",
             field="data.text",
         )
     return True
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
 
 
 def _by_item(literals: Sequence[str], fields: Sequence[_Values], paths: Sequence[str]) -> _Values:

@@ -143,7 +143,10 @@ def find_files(data: DataConfig) -> Found:
             files += chosen.files
         else:
             splits.add("train")
-            files += [file for _, file in named] if split == "train" else []
+            if split == "train":
+                files += [file for _, file in named]
+            else:
+                left_out.append(f"{shown}: what is named itself is of the split train")
     if not files:
         have = "one split, train" if splits == {"train"} else f"the splits {', '.join(sorted(splits))}"
         raise ConfigError(

@@ -63,7 +63,7 @@ class Slice:
 
     @classmethod
     def of_split(cls, spec: str) -> "Slice":
-        """Raises ConfigError where files, which have one split, `train`, have no such split."""
+        """Raises ConfigError where it is no slice of one split."""
         one, other = (_to_rows(spec, total) for total in (2**40, 2**41))
         start, stop = one
         end = stop == 2**40 and other[1] == 2**41
@@ -84,7 +84,7 @@ def _to_rows(spec: str, num_records: int) -> tuple[int, int]:
     except (ValueError, AssertionError) as error:
         problem = "parts cannot be added up" if "+" in spec else first_line(error)
         raise ConfigError(
-            f"data.split {spec}: {problem}; files have one split, train: train, train[:5000] or train[10%:20%]",
+            f"data.split {spec}: {problem}; write one split or a slice of it: train, train[:5000] or train[10%:20%]",
             field="data.split",
         ) from None
     return rows.from_ or 0, num_records if rows.to is None else rows.to
@@ -98,6 +98,8 @@ def open_source(data: DataConfig) -> Source:
         DataError: a path matches nothing, a file is broken, or a field is not there.
     """
     if data.source == "builtin":
+        if data.split.partition("[")[0] != "train":
+            raise ConfigError(f"data.split {data.split}: the built-in corpus has one split, train", field="data.split")
         return _table_source(_load_builtin(), data, "the built-in corpus", Slice.of_split(data.split))
     if data.source == "hub":
         where = f"the data set {data.dataset}"

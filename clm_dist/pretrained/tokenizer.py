@@ -14,6 +14,7 @@ from typing import Any
 
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.pretrained.passing import raise_if_passing
 
 # What most tokenizers have. A loader may read others, which is seen when it does; see `tokenizer_fingerprint`.
 _FILES = (
@@ -63,10 +64,18 @@ def tokenizer_fingerprint(directory: Path) -> str:
         if (directory / name).is_file():
             digest.update(name.encode() + b"\0" + (directory / name).read_bytes() + b"\0")
     described, config = (_json_of(directory / name) for name in ("tokenizer_config.json", "config.json"))
-    if "tokenizer_class" not in described and "model_type" in config:
-        # Then the type of the model decides which class it is.
-        digest.update(str(config["model_type"]).encode())
+    kind, model_type = described.get("tokenizer_class"), config.get("model_type")
+    if model_type and (kind is None or not _is_class_of(str(kind), str(model_type))):
+        # Then the type of the model has a say in which class it is.
+        digest.update(str(model_type).encode())
     return digest.hexdigest()[:16]
+
+
+def _is_class_of(kind: str, model_type: str) -> bool:
+    """Whether transformers takes this class of tokenizers for models of a type."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    return str(TOKENIZER_MAPPING_NAMES.get(model_type, kind)).removesuffix("Fast") == kind.removesuffix("Fast")
 
 
 def _json_of(file: Path) -> dict[str, Any]:
@@ -89,7 +98,8 @@ def _read_by_loader(directory: Path) -> set[str]:
         tokenizer = load_tokenizer(directory)
     # Libraries that are not Python are given the names.
     opened |= {value for value in tokenizer.init_kwargs.values() if isinstance(value, str)}
-    return {name for name in _others(directory) if str(directory / name) in opened}
+    read = {os.path.abspath(name) for name in opened}  # noqa: PTH100  # resolves no link, as the loader does not
+    return {name for name in _others(directory) if str(directory.absolute() / name) in read}
 
 
 _watched: ContextVar[set[str] | None] = ContextVar("_watched", default=None)
@@ -118,11 +128,17 @@ def _hook() -> None:
     sys.addaudithook(_see)  # for ever: Python removes none
 
 
-def load_tokenizer(path: Path | str, *, revision: str | None = None, field: str | None = None) -> Any:
-    """The fast tokenizer of a directory or of a Hub model.
+def load_tokenizer(
+    path: Path | str, *, revision: str | None = None, field: str | None = None, slow: bool = False
+) -> Any:
+    """The tokenizer of a directory or of a Hub model.
+
+    Args:
+        slow: also one without a fast version, which can write text but prepares none.
 
     Raises:
         ConfigError: there is none, it does not load, or it needs a package that is not installed.
+        StorageError: its files cannot be read now.
         HubError: the Hub is away.
     """
     from transformers import AutoTokenizer
@@ -130,18 +146,29 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None, field: str 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever its class raises over its files
+        raise_if_passing(error, f"the tokenizer of {path}")
         problem = f"{path} holds no tokenizer that loads: {first_line(error)}"
-        if "tiktoken" in str(error) and not find_spec("sentencepiece"):
+        if "tiktoken" in str(error) and not find_spec("sentencepiece") and _is_sentencepiece(path):
             # What transformers tries last is not what is missing.
             problem = f"the tokenizer of {path} is a SentencePiece model; pip install sentencepiece protobuf to read it"
         elif isinstance(error, OSError) and not Path(path).is_dir():
             raise _not_reachable(error, path, field) from None
         raise ConfigError(problem, field=field) from None
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        # What transformers makes of a directory without a vocabulary.
+        raise ConfigError(
+            f"{field or 'the model'} {path} holds no tokenizer: it has no vocabulary; set tokenizer.path", field=field
+        )
+    if getattr(tokenizer, "backend_tokenizer", None) is None and not slow:
         raise ConfigError(
             f"the tokenizer of {path} has no fast version; name one that has a tokenizer.json", field=field
         )
     return tokenizer
+
+
+def _is_sentencepiece(path: Path | str) -> bool:
+    """Whether there is a file of SentencePiece; of a Hub model that is not known here."""
+    return not Path(path).is_dir() or any(Path(path).glob("*.model"))
 
 
 def _not_reachable(error: Exception, path: Path | str, field: str | None) -> Exception:

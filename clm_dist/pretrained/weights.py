@@ -6,6 +6,8 @@ number of such a model is wrong.
 
 import contextlib
 import logging
+import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.pretrained.passing import raise_if_passing
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ _ADAPTER = (
 )
 _LFS = b"version https://git-lfs"
 _SHOWN_KEYS = 3
+_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_bias|bias)$|^cls\.seq_relationship\.")
+"""Masks that older versions of transformers saved as if they were weights, and BERT's head for pairs of sentences."""
 
 
 def load_pretrained(path: Path | str, *, field: str | None = None, **options: Any) -> Any:
@@ -106,6 +111,7 @@ def _load(path: Path | str, field: str | None, options: dict[str, Any]) -> Any:
             **options,
         )
     except (SafetensorError, RuntimeError, EOFError) as error:
+        raise_if_passing(error, f"the model {path}")
         raise _wrong(path, f"{_unread(path, error)}; get the model again", field) from error
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise _not_loaded(path, error, field) from None
@@ -114,6 +120,7 @@ def _load(path: Path | str, field: str | None, options: dict[str, Any]) -> Any:
 
 
 def _not_loaded(path: Path | str, error: Exception, field: str | None) -> Exception:
+    raise_if_passing(error, f"the model {path}")
     directory = Path(path)
     with contextlib.suppress(OSError):
         if directory.is_dir():
@@ -166,6 +173,7 @@ def _check_tensors(path: Path | str, model: nn.Module, info: dict[str, Any], fie
         raise _wrong(path, first_line(errors[0] if isinstance(errors, list) else next(iter(errors.values()))), field)
     if missing:
         raise _wrong(path, f"its files lack {_listed(missing)}; {_mend(path, missing, unexpected)}", field)
+    unexpected = [key for key in unexpected if not _BUFFERS.search(key)]
     inner = [key for key in unexpected if _is_inner(model, key)]
     if inner:
         raise _wrong(
@@ -196,7 +204,9 @@ def _mend(path: Path | str, missing: list[str], unexpected: list[str]) -> str:
                 f"save_file({{k.removeprefix('{prefix}'): v for k, v in t.items()}}, 'model.safetensors', "
                 "{'format': 'pt'})"
             )
-            return f'{begin}. Write the file again without: cd {path} && python -c "{code}"'
+            return f'{begin}. Write the file again without: cd {shlex.quote(str(path))} && python -c "{code}"'
+    if "model.shared.weight" in unexpected:
+        return "it is an encoder with a decoder, whose embedding is model.shared.weight; take a decoder such as gpt2"
     if missing == ["lm_head.weight"]:
         return (
             "if the model was trained with the embedding as its head, set tie_word_embeddings to true in its "

@@ -63,7 +63,8 @@ def test_the_split_of_a_downloaded_data_set(put: Put, tmp_path: Path) -> None:
     assert texts(tmp_path, "test") == ["t3"]
     assert texts(tmp_path, "unsupervised[:1]") == ["t4"]
     assert find_files(data(tmp_path)).left_out == [
-        f"{tmp_path}: 1 file README.md, which is not text, 1 file of the split test, 1 file of the split unsupervised"
+        f"{tmp_path}: 1 file README.md, the card of a data set, 1 file of the split test, 1 file of the split "
+        "unsupervised"
     ]
     with pytest.raises(ConfigError, match="the files have the splits test, train, unsupervised; a part of one is wr"):
         texts(tmp_path, "validation")
@@ -89,6 +90,8 @@ def test_the_splits_are_those_of_datasets(put: Put, tmp_path: Path) -> None:
         ("latest/a.jsonl", None),
         ("trains.jsonl", None),
         ("data-00000-of-00001.arrow", None),
+        ("part-00000-of-00002.jsonl", None),
+        ("data/part-00000-of-00002.jsonl", "part"),
         ("valid.jsonl.gz", "validation"),
         ("a.test.jsonl", "test"),
     ],
@@ -215,6 +218,20 @@ def test_a_list_of_files_has_the_split_train_alone(put: Put) -> None:
     assert texts(path) == ["t0"]
     with pytest.raises(ConfigError, match="the files have one split, train"):
         texts(path, "test")
+
+
+def test_what_is_named_itself_is_said_where_another_split_is_taken(put: Put, tmp_path: Path) -> None:
+    put("dir/test.jsonl", rows(0))
+    extra = put("extra.jsonl", rows(1))
+    both = DataConfig(source="files", path=[str(tmp_path / "dir"), str(extra)], split="test")
+    found = find_files(both)
+    assert [Path(file.name).name for file in found.files] == ["test.jsonl"]
+    assert found.left_out == [f"{extra}: what is named itself is of the split train"]
+
+
+def test_the_built_in_corpus_has_one_split() -> None:
+    with pytest.raises(ConfigError, match=r"data.split test: the built-in corpus has one split, train"):
+        open_source(DataConfig(source="builtin", split="test"))
 
 
 def test_choosing_asks_no_disk() -> None:

@@ -115,6 +115,8 @@ def test_a_template_over_a_list_of_records_is_filled_item_by_item() -> None:
     assert documents(TURNS, text=template, join="|") == [["<user> hi|<bot> yes"], [], ["<user> "]]
     lists = [{"messages": {"role": ["user", "bot"], "content": ["hi", "yes"]}}]
     assert documents(lists, text=template, join="|") == [["<user> hi|<bot> yes"]]
+    deeper = [{"m": [{"who": {"role": "user"}, "content": "hi"}, {"who": {"role": "bot"}, "content": "yes"}]}]
+    assert documents(deeper, text="<{m.who.role}> {m.content}", join="|") == [["<user> hi|<bot> yes"]]
     # One field of a list is joined, as before.
     assert documents(TURNS[:2], text="{title}: {messages.content}", join="|") == [["a: hi|yes"], ["b: "]]
     assert documents(TURNS[:1], text="{title} {messages.role}: {messages.content}", join=None) == [

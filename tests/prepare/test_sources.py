@@ -394,4 +394,4 @@ def test_a_flattened_column_of_parquet_is_cut_like_any_other(tmp_path: Path) -> 
 
 def test_parts_of_a_split_cannot_be_added_up(tmp_path: Path) -> None:
     error = error_of(files(write_jsonl(tmp_path / "a.jsonl"), split="train[:2]+train[4:]"))
-    assert "data.split train[:2]+train[4:]: parts cannot be added up; files have one split" in str(error)
+    assert "data.split train[:2]+train[4:]: parts cannot be added up; write one split or a slice of it" in str(error)

@@ -1,5 +1,6 @@
 """The tokenizer's files: all that its loader reads is fetched, fingerprinted and handed on, and nothing else is."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import BertTokenizer
 
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, StorageError
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Stores
@@ -133,6 +134,41 @@ def test_a_sentencepiece_model_names_the_package_that_reads_it(tmp_path: Path) -
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(ConfigError, match="is a SentencePiece model; pip install sentencepiece protobuf to read it"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+def test_a_directory_without_a_vocabulary_is_no_tokenizer(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds no tokenizer(: it has no vocabulary; set tokenizer| that loads: )"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_current_directory_is_a_directory_like_others(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(words)
+    assert tokenizer_fingerprint(Path()) == tokenizer_fingerprint(words)
+    (words / "vocab.txt").write_text("\n".join([*WORDS[:5], *reversed(WORDS[5:])]))
+    assert tokenizer_fingerprint(Path()) == tokenizer_fingerprint(words)
+
+
+def test_a_class_that_is_not_that_of_the_models_type_is_told_apart(own: Path) -> None:
+    (own / "config.json").unlink()
+    (own / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
+    plain, found = tokenizer_fingerprint(own), []
+    for model_type in ("llama", "qwen2", "mamba"):
+        (own / "config.json").write_text(json.dumps({"model_type": model_type}))
+        found.append(tokenizer_fingerprint(own))
+    assert len(set(found)) == 3
+    assert found[0] == plain
+
+
+def test_a_disk_that_does_not_answer_is_no_fault_of_the_tokenizer(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(StorageError, match=r"words cannot be read: .*; run the same command again"):
+        load_tokenizer(words)
 
 
 def test_code_of_a_tokenizer_is_never_run(words: Path) -> None:

@@ -1,5 +1,6 @@
 """Weights are loaded whole, or refused: nothing that a library would only warn of is trained or measured."""
 
+import errno
 import json
 import logging
 import re
@@ -11,9 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTBigCodeConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+)
 
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, StorageError
 from clm_dist.pretrained.weights import check_pretrained, load_pretrained
 from tests.conftest import MakeJob
 
@@ -135,6 +143,47 @@ def test_parts_beside_the_language_model_are_left_out_and_said(
         f"{directory}: its files also hold model.vision_tower.layers.0.weight, value_head.weight, which the language "
         "model does not have; they are not used"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "old"),
+    [
+        (
+            GPTNeoConfig(num_layers=1, attention_types=[[["global"], 1]], hidden_size=8, num_heads=1, vocab_size=9),
+            ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"),
+        ),
+        (OpenAIGPTConfig(n_layer=1, n_embd=8, n_head=1, vocab_size=9), ("transformer.h.0.attn.bias",)),
+        (GPTBigCodeConfig(n_layer=1, n_embd=8, n_head=1, vocab_size=9), ("transformer.h.0.attn.bias",)),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_masks_that_older_versions_saved_are_no_weights(config: Any, old: tuple[str, ...], tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        weights | {name: torch.ones(1, 1, 4, 4) for name in old}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    check_pretrained(tmp_path)
+    load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.EIO, "Input/output error"), StorageError),
+        (OSError(errno.ESTALE, "Stale file handle"), StorageError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+    ],
+)
+def test_faults_of_a_machine_are_no_faults_of_a_model(
+    error: Exception, raised: type[Exception], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(raised):
+        load_pretrained(whole)
 
 
 def test_a_shard_that_is_missing_is_named(whole: Path, tmp_path: Path) -> None:

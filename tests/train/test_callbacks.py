@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clm_dist.errors import CheckpointError, ConfigError, RunError
+from clm_dist.errors import CheckpointError, ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
@@ -43,7 +43,9 @@ def test_workers_that_end_before_they_train_are_started_so_often_and_those_witho
         start(placed=True)
 
 
-@pytest.mark.parametrize(("error", "ends"), [(ConfigError("no head"), True), (RuntimeError("killed"), False)])
+@pytest.mark.parametrize(
+    ("error", "ends"), [(ConfigError("no head"), True), (DataError("a shard"), False), (RuntimeError("killed"), False)]
+)
 def test_a_worker_that_meets_what_a_person_must_mend_is_not_started_again(
     error: Exception, ends: bool, tmp_path: Path
 ) -> None:

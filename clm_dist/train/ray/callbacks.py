@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from clm_dist.errors import MendFirstError, RunError
+from clm_dist.errors import ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
@@ -61,7 +61,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._running: Any = None
         self._placed = False
         self._num_unborn = 0
-        self._mend_first: MendFirstError | None = None
+        self._mend_first: ConfigError | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._forget_workers()
@@ -76,7 +76,9 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         causes = causes_of(worker_group_status.errors).values()
-        self._mend_first = next((cause for cause in causes if isinstance(cause, MendFirstError)), None)
+        # A store or a checkpoint may be damaged on one node alone, and other workers do without it.
+        ours = (cause for cause in causes if isinstance(cause, ConfigError) and not isinstance(cause, DataError))
+        self._mend_first = next(ours, None)
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._running = None
