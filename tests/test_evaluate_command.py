@@ -94,3 +94,13 @@ def test_a_job_s_document_mask_holds_for_its_model(
     said = evaluate(finished_run.root, "--set", "data.document_mask=true", "--set", "data.append_eos=false")
     assert said.code == 2
     assert "data.document_mask is true, but with data.append_eos false no document has an end" in said.err
+
+
+def test_ids_above_the_embedding_are_named(evaluate: Evaluate, run: RunDir, write_job: WriteJob) -> None:
+    file = run.final / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] |= {"e": 600}
+    file.write_text(json.dumps(content))
+    said = evaluate(run.final, "--job", write_job())
+    assert said.code == 2
+    assert f"the eval blocks hold the id 600, and the embedding of {run.final} has 300 rows" in said.err

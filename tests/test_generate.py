@@ -1,13 +1,15 @@
 """Text from a model, in the guide's two ways."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
-from clm_dist.generate import Sampling, find_model, generate
+from clm_dist.generate import Sampling, _encode, find_model, generate
 from tests.support.command import clm_dist
 
 
@@ -21,7 +23,7 @@ def test_the_same_seed_gives_the_same_text_whatever_prompts_are_beside_it(finish
 
 
 def test_generate_is_transformers_with_the_guides_values(finished_run: RunDir) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     tokenizer = AutoTokenizer.from_pretrained(finished_run.final)
     model = AutoModelForCausalLM.from_pretrained(finished_run.final)
@@ -133,3 +135,37 @@ def test_a_real_model_tells_its_story(shared: Path) -> None:
         str(shared / "models" / "stories260K"), ["Once upon a time"], seed=0, sampling=Sampling(30, greedy=True)
     )
     assert text.startswith("Once upon a time, there was a little girl named Lily.")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(greedy=True, max_new_tokens=8), None], ids=["own", "pipeline"])
+def test_a_prompt_goes_on_where_the_tokenizer_ends_texts(run: RunDir, sampling: Sampling | None) -> None:
+    def written() -> str:
+        (text,) = generate(str(run.final), ["The rule"], seed=0, sampling=sampling, device="cpu")
+        return text
+
+    before = written()
+    file = run.final / "tokenizer.json"
+    content = json.loads(file.read_text())
+    end = {"id": "<|endoftext|>", "type_id": 0}
+    ids = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": end}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": ids},
+    }
+    file.write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(run.final)
+    ids = tokenizer("The rule")["input_ids"]
+    assert ids[-1] == 0
+    assert _encode(tokenizer, "The rule").tolist() == [ids[:-1]]
+    assert written() == before
+
+
+def test_an_id_above_the_embedding_names_the_tokenizer(run: RunDir) -> None:
+    file = run.final / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] |= dict.fromkeys(["T"], 600)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"the prompt 'T'... has the id 600, and the embedding of .* has 300 rows"):
+        list(generate(str(run.final), ["T"], seed=0, sampling=None, device="cpu"))

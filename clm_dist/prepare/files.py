@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import REFUSED, ClmDistError, ConfigError, DataError, StorageError, first_line
+from clm_dist.files.lfs import is_lfs_pointer
 from clm_dist.files.storage import describe_storage_error, reaching
 from clm_dist.prepare.directory import choose
 from clm_dist.prepare.json_lines import first_line_not_utf8, not_utf8
@@ -40,7 +41,6 @@ _FORMATS: dict[str, Kind] = {
 }
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 _SHOWN_CHARACTERS = 200
-_LFS, _LFS_BYTES = b"version https://git-lfs.github.com/spec/v1", 1024
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def find_files(data: DataConfig) -> Found:
     for file in files:
         if file.kind is None:
             raise DataError(f"{file.name}: unknown kind of file; known are {', '.join(_FORMATS)}", field="data.path")
-        if not is_url(file.name) and file.size < _LFS_BYTES:
+        if not is_url(file.name):
             _check_no_pointer(file)
     return Found(files, left_out)
 
@@ -186,7 +186,7 @@ def _files_of(path: str) -> tuple[Named, bool]:
 
 def _check_no_pointer(file: DataFile) -> None:
     with contextlib.suppress(OSError):  # who reads it says so
-        if Path(file.name).read_bytes().startswith(_LFS):
+        if is_lfs_pointer(Path(file.name)):
             raise DataError(
                 f"{file.name} is a pointer of Git LFS, not the data; run `git lfs pull` in its repository",
                 field="data.path",

@@ -16,6 +16,7 @@ from torch import nn
 
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.files.lfs import is_lfs_pointer
 from clm_dist.pretrained.passing import raise_if_passing
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ _ADAPTER = (
     "it is an adapter of PEFT, not a model; merge it first, with `AutoPeftModelForCausalLM.from_pretrained(...)"
     ".merge_and_unload().save_pretrained(...)` of the package peft, and name what that writes"
 )
-_LFS = b"version https://git-lfs"
 _SHOWN_KEYS = 3
 _BUFFERS = re.compile(r"\.(attn|attention)\.(masked_bias|bias)$|^cls\.seq_relationship\.")
 """Masks that older versions of transformers saved as if they were weights, and BERT's head for pairs of sentences."""
@@ -239,9 +239,8 @@ def _unread(path: Path | str, error: Exception) -> str:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as damage:
-            with file.open("rb") as opened:
-                if opened.read(len(_LFS)) == _LFS:
-                    return f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull`"
+            if is_lfs_pointer(file):
+                return f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull`"
             return f"{file} is damaged ({first_line(damage)})"
     pickled = [] if files else sorted(Path(path).glob("*.bin"))
     return f"{', '.join(map(str, pickled))} cannot be read ({first_line(error)})" if pickled else first_line(error)

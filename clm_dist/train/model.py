@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,12 @@ def check_tokenizer(job: JobConfig, tokenizer: Any) -> None:
         raise _above(job, rows, f"the tokenizer has the id {highest[0]} ({highest[1]!r})")
 
 
-def check_ids(job: JobConfig, tokenizer: Any, store: Path, splits: Sequence[str] = ("train", "eval")) -> None:
-    """Raise ConfigError where the blocks hold an id that the job's model has no row for."""
+def check_ids(job: JobConfig, tokenizer: Any, store: Path) -> None:
+    """Raise ConfigError where the blocks hold an id that the job's model has no row for; see also `load_config`."""
     rows = load_config(job, tokenizer).get_text_config().vocab_size
     if num_ids(tokenizer) <= rows or job.model.resize:
         return
-    highest = max(Blocks(store, split).highest_id() for split in splits)
+    highest = max(Blocks(store, split).highest_id() for split in ("train", "eval"))
     if highest >= rows:
         raise _above(job, rows, f"the blocks hold the id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r})")
 

@@ -243,7 +243,10 @@ def test_code_of_a_model_is_never_run(change: Change) -> None:
 
 
 def test_a_model_whose_type_is_known_is_loaded_without_the_code_beside_it(change: Change) -> None:
-    load_pretrained(change(auto_map={"AutoModelForCausalLM": "own.M"}))
+    directory = change(auto_map={"AutoModelForCausalLM": "own.M"})
+    (directory / "own.py").write_text(f"open({str(directory / 'ran')!r}, 'w')\n")
+    assert type(load_pretrained(directory)) is LlamaForCausalLM
+    assert not (directory / "ran").exists()
 
 
 def test_a_run_begins_with_this_check(change: Change, make_job: MakeJob) -> None:

@@ -1,15 +1,38 @@
 """How far a run has trained: from its records, and through a log."""
 
-from clm_dist.files.records import Record
+from clm_dist.files.records import Record, StartRecord, StepRecord
 from clm_dist.submit.training import Training, recent
 
 
 def start(step: int, num_steps: int) -> Record:
-    return {"kind": "start", "step": step, "num_steps": num_steps}  # type: ignore
+    return StartRecord(
+        kind="start",
+        step=step,
+        num_steps=num_steps,
+        time=0.0,
+        pid=1,
+        workers=1,
+        strategy="ddp",
+        device="cpu",
+        owes_evaluation=False,
+    )
 
 
 def step(number: int, loss: float, seconds: float = 1.0) -> Record:
-    return {"kind": "step", "step": number, "loss": loss, "seconds": seconds}  # type: ignore
+    return StepRecord(
+        kind="step",
+        step=number,
+        epoch=0.1,
+        loss=loss,
+        lr=1e-3,
+        grad_norm=1.0,
+        tokens=9,
+        seconds=seconds,
+        tokens_per_s=9.0,
+        mfu=None,
+        data_wait=0.0,
+        blocks=7,
+    )
 
 
 def test_nothing_is_known_before_a_worker_begins() -> None:

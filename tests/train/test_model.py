@@ -1,5 +1,6 @@
 """What is wrong with a model is said before workers start."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,11 @@ import pytest
 
 from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
-from clm_dist.train.model import check_model
+from clm_dist.files.stores import Stores
+from clm_dist.prepare.pipeline import prepare
+from clm_dist.pretrained.tokenizer import load_tokenizer
+from clm_dist.progress import Silent
+from clm_dist.train.model import check_ids, check_model, check_tokenizer
 from tests.conftest import MakeJob
 
 
@@ -50,3 +55,43 @@ def test_weights_that_are_not_there_or_damaged(make_job: MakeJob, finished_run: 
     weights.unlink()
     with pytest.raises(ConfigError, match=r"model\.path .*model: it holds no weights"):
         check_model(job)
+
+
+@pytest.fixture
+def model(finished_run: RunDir, tmp_path: Path) -> Path:
+    """A copy of a model with 300 rows, beside its tokenizer of 300 ids."""
+    return Path(shutil.copytree(finished_run.final, tmp_path / "model"))
+
+
+def test_a_token_that_was_added_needs_a_row_only_where_a_text_has_it(
+    model: Path, make_job: MakeJob, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    settings = ("model.config=null", f"model.path={model}", "tokenizer.train=null")
+    job = make_job(*settings)
+    check_tokenizer(job, tokenizer)
+    check_ids(job, tokenizer, prepare(job, Stores(tmp_path / "stores"), Silent()).local)
+
+    spelled = tmp_path / "spelled.jsonl"
+    spelled.write_text('{"topic": "t", "text": "a text with [PAD] in it, and more so that it fills a block"}\n' * 40)
+    job = make_job(*settings, f"data.path={spelled}")
+    store = prepare(job, Stores(tmp_path / "stores"), Silent()).local
+    with pytest.raises(ConfigError, match=r"the blocks hold the id 300 \('\[PAD\]'\), and the embedding .* 300 rows"):
+        check_ids(job, tokenizer, store)
+    check_ids(make_job(*settings, "model.resize=true", f"data.path={spelled}"), tokenizer, store)
+
+
+def test_a_vocabulary_above_the_embedding_is_refused_before_there_are_blocks(model: Path, make_job: MakeJob) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = 600
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(model)
+    assert len(tokenizer) == 300
+    settings = ("model.config=null", f"model.path={model}", "tokenizer.train=null")
+    with pytest.raises(ConfigError, match=r"the tokenizer has the id 600 .*, and the embedding .* 300 rows"):
+        check_tokenizer(make_job(*settings), tokenizer)
+    check_tokenizer(make_job(*settings, "model.resize=true"), tokenizer)

@@ -34,7 +34,7 @@ from clm_dist.progress import Progress
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
-from clm_dist.train.model import check_ids, load_config
+from clm_dist.train.model import check_ids
 from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
@@ -144,7 +144,6 @@ def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluste
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
     # What no tokenizer is needed for was checked before anything was prepared.
     tokenizer = load_tokenizer(store.local / "tokenizer")
-    load_config(job, tokenizer)
     check_ids(job, tokenizer, store.local)
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
     checkpoints = Checkpoints.of_run(job, run)
