@@ -42,9 +42,10 @@ def run_job(
         from clm_dist import hub
         from clm_dist.prepare import pipeline
         from clm_dist.pretrained.tokenizer import load_tokenizer
-        from clm_dist.train.model import check_model, check_tokenizer
+        from clm_dist.train.model import check_model, check_tokenizer, load_config
         from clm_dist.train.ray import driver
         from clm_dist.train.ray.cluster import start_ray
+        from clm_dist.train.unused import describe_unused, find_unused
 
         directory, done = find_run(config, runs, resume=resume, overwrite=overwrite)
         if done:
@@ -65,6 +66,8 @@ def run_job(
             resolved = pipeline.resolve(config, stores)
             if resolved.tokenizer is not None:
                 check_tokenizer(config, load_tokenizer(resolved.tokenizer))
+            if unused := find_unused(load_config(config), config.data.block_size):
+                progress.note(describe_unused(unused))
             if only_train and not resolved.store.fetch():
                 raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")

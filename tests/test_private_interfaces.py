@@ -17,8 +17,9 @@ USES = {
         "train/strategies/zero.py"
     ),
     r"AcceleratorState": "train/local.py",
-    r"_attn_implementation": "train/documents.py",
+    r"_attn_implementation": "train/forward.py",
     r"_no_split_modules": "train/strategies/fsdp2.py",
+    r"torch\._subclasses": "train/unused.py",
 }
 
 
@@ -85,6 +86,12 @@ def test_deepspeed_has_what_is_used_of_it() -> None:
     for optimizer, names in ((DeepSpeedZeroOptimizer_Stage3, third), (DeepSpeedZeroOptimizer, ("update_lp_params",))):
         for name in names:
             assert hasattr(optimizer, name), f"{optimizer.__name__}.{name} has moved; {where}"
+
+
+def test_torch_has_tensors_without_values() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert "allow_non_fake_inputs" in inspect.signature(FakeTensorMode).parameters, "see clm_dist/train/unused.py"
 
 
 def test_accelerate_forgets_its_state() -> None:

@@ -43,6 +43,8 @@ class StepRecord(TypedDict):
     epoch: float
     loss: float
     """Mean over the predicted tokens of the global batch, nats."""
+    router_loss: NotRequired[float]
+    """What a mixture of experts adds to that for its router, with `output_router_logits`; `loss` is without it."""
     lr: float
     grad_norm: float | None
     """2-norm before clipping; None where it is not finite, as fp16 may have it."""

@@ -18,7 +18,8 @@ from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
 from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.progress import Progress
-from clm_dist.train.documents import block_logits, document_end_of, num_predicted
+from clm_dist.train.documents import document_end_of, num_predicted
+from clm_dist.train.forward import block_logits
 from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import autocast, next_token_loss
 

@@ -17,22 +17,23 @@ import numpy.typing as npt
 import torch
 
 from clm_dist.config.job import Every, JobConfig
-from clm_dist.errors import ClmDistError, RunError
+from clm_dist.errors import ClmDistError, ConfigError, RunError
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
-from clm_dist.files.records import OutlierRecord
+from clm_dist.files.records import OutlierRecord, StepRecord
 from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder, MicroBatch, block_checksum, pass_seed
 from clm_dist.train.checkpointing.reporter import Reporter, Wish
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import NotSavedError, Saves
-from clm_dist.train.documents import block_logits, document_end_of, num_predicted
+from clm_dist.train.documents import document_end_of, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
+from clm_dist.train.forward import check_router_loss, first_pass, predict
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.mixing import find_mixing
-from clm_dist.train.model import load_model, next_token_loss
+from clm_dist.train.mixing import find_future, find_mixing
+from clm_dist.train.model import load_config, load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
     MOST_LEFT_OUT,
@@ -52,6 +53,7 @@ from clm_dist.train.strategies.base import REPORT_FAULT
 from clm_dist.train.strategies.build import build_strategy
 from clm_dist.train.strategies.environment import set_up_worker
 from clm_dist.train.throughput import Throughput
+from clm_dist.train.unused import find_unused, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,9 @@ class _Loop:
     def __init__(self, job: JobConfig, session: Session, heart: Heart) -> None:
         self.job, self.session = job, session
         self.heart = heart
+        self.tokenizer = load_tokenizer(session.store / "tokenizer")
+        # Before DeepSpeed is set up: then transformers shards the parts of a model while they are built.
+        unused = find_unused(load_config(job, self.tokenizer), job.data.block_size)
         saver = Saver(Checkpoints.of_run(job, session.run), session.rank, session.world_size)
         self.reporter = Reporter(session, saver, heart)
         self.strategy = build_strategy(job, rank=session.rank, world_size=session.world_size, use_gpu=session.use_gpu)
@@ -125,9 +130,11 @@ class _Loop:
         self.order = BatchOrder.of_job(job, len(self.blocks))
         self.learning_rate = build_schedule(job.train, self.order.num_steps)
 
-        self.tokenizer = load_tokenizer(session.store / "tokenizer")
-        model = load_model(job, self.tokenizer)
+        # Random weights that are drawn shard by shard are others.
+        with self.strategy.whole_models() if job.model.config else contextlib.nullcontext():
+            model = load_model(job, self.tokenizer)
         self.throughput = Throughput.of_model(model, self.blocks.block_size, self.strategy)
+        freeze(model, unused)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
         self.step = 0
         self.outliers = Outliers(job.train)
@@ -135,7 +142,8 @@ class _Loop:
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
-        strategy.check_gradients_are_shared(self._first_loss)
+        self._check_sees_the_past_alone()
+        strategy.check_gradients(self._first_loss)
         self._check_documents_are_apart()
         resumed = self._resume()
         self.reporter.add(
@@ -217,7 +225,27 @@ class _Loop:
         model.train()
         torch.manual_seed(self.job.train.seed)
         ids_BT = torch.from_numpy(self.blocks[np.arange(1)]).to(self.strategy.device)
-        return next_token_loss(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean()
+        with first_pass(model):
+            prediction = predict(model, ids_BT, None)
+        check_router_loss(model, prediction.router_loss)
+        loss = next_token_loss(prediction.logits, ids_BT).mean()
+        return loss if prediction.router_loss is None else loss + prediction.router_loss
+
+    def _check_sees_the_past_alone(self) -> None:
+        """Raise ConfigError where a prediction depends on tokens after it. Collective."""
+        strategy = self.strategy
+        model = strategy.model if strategy.sharded else strategy.plain_model
+        with first_pass(model):
+            problem = find_future(
+                model,
+                block_size=self.blocks.block_size,
+                device=strategy.device,
+                precision=self.job.train.precision,
+                autocast=strategy.autocast,
+                any_rank=lambda found: strategy.all_reduce([float(found)])[0] > 0,
+            )
+        if problem:
+            raise ConfigError(problem, field="model")
 
     def _check_documents_are_apart(self) -> None:
         """Raise RunError where the model does not see what `data.document_mask` tells it. Collective."""
@@ -257,6 +285,8 @@ class _Loop:
         loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
         block_losses: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
         checksum = num_computed = 0
+        router_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
+        has_router_loss = False
         for number, micro in enumerate(micros):
             reading = time.perf_counter()
             ids = self.blocks[micro.blocks]
@@ -265,16 +295,23 @@ class _Loop:
             self.heart.at(self.step, f"pass {number + 1} of {len(micros)}")
             torch.manual_seed(pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
-                losses = next_token_loss(block_logits(model, ids_BT, self.document_end), ids_BT, self.document_end)
-                strategy.backward(losses.sum() * (scale if micro.counts else 0.0))
+                prediction = predict(model, ids_BT, self.document_end)
+                losses = next_token_loss(prediction.logits, ids_BT, self.document_end)
+                objective = losses.sum()
+                if prediction.router_loss is not None:
+                    weighted = prediction.router_loss * num_predicted(ids, self.document_end)
+                    objective = objective + weighted
+                    has_router_loss = True
+                    router_sum += weighted.detach().double() if micro.counts else 0.0
+                strategy.backward(objective * (scale if micro.counts else 0.0))
             if micro.counts:
                 checksum += block_checksum(micro.blocks, ids)
                 num_computed += len(ids)
                 loss_sum += losses.detach().double().sum()
                 block_losses.append((micro.blocks, losses.detach().mean(dim=-1)))
 
-        total, all_computed, all_checksums, *wishes = strategy.all_reduce(
-            [loss_sum.item(), num_computed, checksum, *self.reporter.wishes()]
+        total, router_total, all_computed, all_checksums, *wishes = strategy.all_reduce(
+            [loss_sum.item(), router_sum.item(), num_computed, checksum, *self.reporter.wishes()]
         )
         if all_computed != len(batch):
             raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {len(batch)}. {REPORT_FAULT}")
@@ -295,22 +332,23 @@ class _Loop:
             return wish
         seconds = time.perf_counter() - began
         tokens = len(batch) * self.blocks.block_size
-        self.reporter.add(
-            {
-                "kind": "step",
-                "step": self.step,
-                "epoch": self.order.epoch(self.step),
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
-                "tokens": tokens,
-                "seconds": seconds,
-                "tokens_per_s": tokens / seconds,
-                "mfu": self.throughput.utilization(tokens / seconds),
-                "data_wait": data_wait,
-                "blocks": int(all_checksums),
-            }
-        )
+        record: StepRecord = {
+            "kind": "step",
+            "step": self.step,
+            "epoch": self.order.epoch(self.step),
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "mfu": self.throughput.utilization(tokens / seconds),
+            "data_wait": data_wait,
+            "blocks": int(all_checksums),
+        }
+        if has_router_loss:
+            record["router_loss"] = router_total / num_targets
+        self.reporter.add(record)
         if wish.report:
             self.reporter.send()
         return wish

@@ -1,4 +1,7 @@
-"""Whether a model sees the documents of a block apart: tried, because it may take positions and not look at them."""
+"""What a model sees: nothing after a token, and, where documents are masked, nothing of other documents.
+
+It is tried, because a model may take positions and not look at them, or see the whole text, as encoders do.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clm_dist.train.documents import attention_of, block_logits, unwrapped
+from clm_dist.train.forward import attention_of, block_logits, name_of, unwrapped
 from clm_dist.train.model import next_token_loss, why_no_positions
 
 # Of the largest loss of a token: documents alone have other shapes, so other sums are rounded.
@@ -91,17 +94,54 @@ def find_mixing(
     if not any_rank(not apart and not broken):
         return None
     return (
-        f"data.document_mask does not work with {_name(model)} ({attention_of(model)} attention): in a block of two "
+        f"data.document_mask does not work with {name_of(model)} ({attention_of(model)} attention): in a block of two "
         f"documents a token's loss differs by {moved:.2g} nats from that of the document alone, and by {leaked:.2g} "
         "when the other document changes; set data.document_mask to false, or use a model such as gpt2 or llama"
+    )
+
+
+def find_future(
+    model: nn.Module,
+    *,
+    block_size: int,
+    device: torch.device,
+    precision: str,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    any_rank: Callable[[bool], bool] = lambda found: found,
+) -> str | None:
+    """The problem of a model that sees the tokens which it is to predict; None of one that does not. Collective.
+
+    A block of random tokens, and the same with other tokens in its second half: no loss before them may change.
+
+    Args:
+        any_rank: whether something is so on any rank, the same answer on every rank.
+    """
+    size = min(block_size, _TRIED_TOKENS)
+    first_changed = size // 2
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = unwrapped(model).config.get_text_config().vocab_size
+    ids_BT, changed_BT = (torch.randint(vocab_size, (1, size), generator=generator) for _ in range(2))
+    changed_BT[:, :first_changed] = ids_BT[:, :first_changed]
+
+    def losses(ids_BT: Tensor) -> Tensor:
+        with torch.no_grad(), autocast():
+            logits_BTV = block_logits(model, ids_BT, None)
+        return next_token_loss(logits_BTV, ids_BT)
+
+    was_training = model.training
+    model.eval()
+    moved_BT = losses(changed_BT.to(device)) - losses(ids_BT.to(device))
+    model.train(was_training)
+    # The last loss before them predicts the first of them.
+    before, after = _largest(moved_BT[:, : first_changed - 1]), _largest(moved_BT[:, first_changed:])
+    if not any_rank(before > max(_LEAKED, _LEAKED_SHARE[precision] * after)):
+        return None
+    return (
+        f"model: {name_of(model)} sees the tokens that it is to predict: a token's loss changes by {before:.2g} nats "
+        "with tokens after it; use a decoder such as gpt2 or llama"
     )
 
 
 def _largest(values: Tensor) -> float:
     """The largest magnitude; 0 of nothing, NaN where one is NaN."""
     return float(values.abs().max()) if values.numel() else 0.0
-
-
-def _name(model: nn.Module) -> str:
-    # FSDP2 puts a class of its own over the model's.
-    return type(unwrapped(model)).__name__.removeprefix("FSDP")

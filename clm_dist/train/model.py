@@ -39,8 +39,8 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
     else:
         try:
             config = _config_of(job.model.config or {}, tokenizer)
-        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.config: {first_line(error)}", field="model.config") from None
+        except (ValueError, KeyError, TypeError, NotImplementedError, StrictDataclassError) as error:
+            raise ConfigError(f"model.config: {_cause(error)}", field="model.config") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         field = "model.path" if job.model.path else "model.config"
         raise ConfigError(
@@ -48,7 +48,8 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
         )
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and job.data.block_size > context:
+    # XLNet says -1, which is no limit.
+    if context is not None and 0 < context < job.data.block_size:
         raise ConfigError(
             f"data.block_size is {job.data.block_size}, above the model's context of {context}; "
             f"set data.block_size to {context} or less",
@@ -61,26 +62,40 @@ def _config_of(given: dict[str, Any], tokenizer: Any | None) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     values = dict(given)
-    if tokenizer is not None:
-        values = {
-            "vocab_size": num_ids(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        } | values
     model_type = str(values.pop("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"unknown model_type {model_type}{_nearest(model_type, CONFIG_MAPPING)}")
-    config = AutoConfig.for_model(model_type, **values)
-    _check_keys(values, type(config))
-    return config
+    kind = CONFIG_MAPPING[model_type]
+    _check_keys(values, kind)
+    if tokenizer is not None:
+        of_tokenizer = {
+            "vocab_size": num_ids(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        # Where the language model is a part of a model that also sees, its configuration has them.
+        text = kind().get_text_config()
+        pad_may_be_none = "None" in str(type(text).__annotations__.get("pad_token_id", ""))
+        if pad_may_be_none and (text.pad_token_id or 0) >= of_tokenizer["vocab_size"]:
+            # It is of the vocabulary that the type is known for, and nothing is padded here.
+            of_tokenizer["pad_token_id"] = None
+        if "text_config" in kind.sub_configs:
+            values["text_config"] = of_tokenizer | (values.get("text_config") or {})
+        else:
+            values = of_tokenizer | values
+    return AutoConfig.for_model(model_type, **values)
 
 
 def check_tokenizer(job: JobConfig, tokenizer: Any) -> None:
     """Raise ConfigError where the vocabulary that a tokenizer was trained with is not that of the job's model.
 
-    Tokens that were added to it may have no row, as long as no text has them; see `check_ids`.
+    Of a model with random weights, whose vocabulary it is, also where none of that size can be built. Tokens that were
+    added to it may have no row, as long as no text has them; see `check_ids`.
     """
-    rows = load_config(job, tokenizer).get_text_config().vocab_size
+    config = load_config(job, tokenizer)
+    if job.model.config:
+        _check_builds(config, "model.config")
+    rows = config.get_text_config().vocab_size
     added = tokenizer.get_added_vocab()
     highest = max((number, token) for token, number in tokenizer.get_vocab().items() if token not in added)
     if highest[0] >= rows and not job.model.resize:
@@ -109,7 +124,7 @@ def _above(job: JobConfig, rows: int, found: str) -> ConfigError:
 
 def check_model(job: JobConfig) -> None:
     """Raise ConfigError for what would fail in every worker; see `load_config`. Loads no weights."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     config = load_config(job)
     field = "model.path" if job.model.path else "model.config"
@@ -121,11 +136,7 @@ def check_model(job: JobConfig) -> None:
             "such as gpt2",
             field=field,
         )
-    try:
-        with torch.device("meta"):
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except Exception as error:  # whatever a model's constructor raises, its configuration is at fault
-        raise ConfigError(f"{field}: no {config.model_type} can be built: {first_line(error)}", field=field) from error
+    model = _check_builds(config, field)
     if config.get_text_config().num_hidden_layers < 1:
         raise ConfigError(f"{field}: a model without layers learns nothing; give it one or more", field=field)
     if job.data.document_mask and (problem := why_no_positions(model)):
@@ -137,6 +148,15 @@ def check_model(job: JobConfig) -> None:
         )
     if job.model.path and Path(job.model.path).is_dir():
         check_pretrained(Path(job.model.path), field="model.path")
+
+
+def _check_builds(config: Any, field: str) -> Any:
+    """The model of a configuration, without weights. Raise ConfigError where there can be none."""
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except Exception as error:  # whatever a model's constructor raises, its configuration is at fault
+        raise ConfigError(f"{field}: no {config.model_type} can be built: {_cause(error)}", field=field) from error
 
 
 def why_no_positions(model: nn.Module) -> str | None:
@@ -151,8 +171,6 @@ def why_no_positions(model: nn.Module) -> str | None:
 
 def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
     """The model that training starts from, in fp32, the same on every rank."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = load_config(job, tokenizer)
     config.use_cache = False
     torch.manual_seed(job.train.seed)
@@ -164,12 +182,23 @@ def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
             model.resize_token_embeddings(num_ids(tokenizer))
     else:
         # The class itself: `from_config` would shard under ZeRO-3, and shards get other random weights.
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = build_model(config)
     if job.train.gradient_checkpointing:
         # transformers renamed it; 5.17 has the old name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     assert isinstance(model, nn.Module)
+    return model
+
+
+def build_model(config: Any) -> nn.Module:
+    """A causal language model with random weights."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Of some models that also see there is a class of the language part alone; AutoModel takes it the same way.
+    part = config.sub_configs.get("text_config")
+    model: nn.Module = kind(config.get_text_config() if kind.config_class is part else config)
     return model
 
 
@@ -196,12 +225,29 @@ def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, document_end: int | None
     return losses.view_as(ids_BT)[:, :-1]
 
 
-def _check_keys(values: dict[str, Any], kind: type) -> None:
-    """Refuse keys that transformers would take and never read."""
-    known = {name for name in dir(kind()) if not name.startswith("_")}
+def _check_keys(values: dict[str, Any], kind: Any, where: str = "model.config") -> None:
+    """Refuse keys that transformers would take and never read, in the configurations of a model's parts too."""
+    from transformers import CONFIG_MAPPING
+
+    default = kind()
+    known = {name for name in dir(default) if not name.startswith("_")}
+    text = getattr(default, "text_config", None)
     for key in values.keys() - known:
-        message = f"unknown key model.config.{key} of {kind.__name__}{_nearest(key, known)}"
-        raise ConfigError(message, field=f"model.config.{key}")
+        is_of_text = hasattr(text, key)
+        advice = f"; it belongs into text_config: {{{key}: ...}}" if is_of_text else _nearest(key, known)
+        raise ConfigError(f"unknown key {where}.{key} of {kind.__name__}{advice}", field=f"{where}.{key}")
+    for key in kind.sub_configs.keys() & values.keys():
+        if isinstance(values[key], dict):
+            part = CONFIG_MAPPING.get(values[key].get("model_type"), type(getattr(default, key)))
+            _check_keys(values[key], part, f"{where}.{key}")
+
+
+def _cause(error: BaseException) -> str:
+    """The line of an error of transformers that says the cause; a check of a whole configuration says it last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith(("Class validation error", "Validation error")):
+        return lines[1].removeprefix("ValueError: ") if len(lines) > 1 else lines[0]
+    return first_line(error)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -21,8 +21,9 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import combine
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
-from clm_dist.train.documents import block_logits, document_end_of, document_positions
+from clm_dist.train.documents import document_end_of, document_positions
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros, evaluate_model
+from clm_dist.train.forward import block_logits
 from clm_dist.train.loop import Outcome
 from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import check_model, load_model, next_token_loss

@@ -3,7 +3,7 @@
 All that differs between strategies is in this folder. Three promises hold for each: the gradient of a step is the mean
 over the ranks of what each of them passed to `backward`; the norm that `step` returns is that of the whole gradient,
 the same on every rank; and `fragments` are all that changes in training, so that a checkpoint of one strategy and
-number of workers loads into any other. `check_gradients_are_shared` tries the first before any step is trained.
+number of workers loads into any other. `check_gradients` tries the first before any step is trained.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import RunError
+from clm_dist.errors import ConfigError, RunError
 from clm_dist.train.checkpointing.fragments import Fragment
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
+_SAME = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+"""The share of a loss by which it may differ: on a GPU not every sum is rounded the same each time."""
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 REPORT_FAULT = (
     "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
@@ -62,6 +64,10 @@ class Strategy(ABC):
 
         The model must have been loaded after this object was made, because ZeRO-3 shards on loading.
         """
+
+    def whole_models(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, models are built whole on every rank, whatever `prepare` makes of them. Not collective."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def one_pass(self, *, last: bool) -> Iterator[nn.Module]:
@@ -178,27 +184,40 @@ class Strategy(ABC):
     def gradient_norm(self) -> float:
         """The 2-norm of the gradient as the optimizer would see it, which is forgotten."""
 
-    def check_gradients_are_shared(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
-        """Raise RunError unless the mean over the ranks is taken of what each passes to `backward`.
+    def check_gradients(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
+        """Try a step before any is trained: every trainable parameter has a gradient, and the ranks share it.
 
-        Called before weights or optimizer are loaded. A gradient that only rank 0 has, times the number of ranks, must
+        Called before a checkpoint is loaded. A gradient that only rank 0 has, times the number of ranks, must
         come out as the one that all have: without the mean, what a rank's optimizer sees is either too much or nothing.
 
         Args:
             loss_of: the loss of the same block, on every rank.
+
+        Raises:
+            ConfigError: the model has trainable parameters that no gradient reaches, or its loss is another each time.
+            RunError: the ranks do not share their gradients.
         """
-        if self.world_size == 1:
-            return
         passes = min(2, self._job.batch.passes_per_step(self.world_size))
+
+        losses: list[float] = []
+
+        def backward(model: nn.Module, scale: float) -> None:
+            loss = loss_of(model)
+            losses.append(loss.item())
+            self.backward(loss * scale)
 
         def norm(scale: float) -> float:
             for number in range(passes):
                 with self.one_pass(last=number == passes - 1) as model:
                     # An accumulated pass must not be lost, nor one that adds nothing change it.
-                    self.backward(loss_of(model) * (scale if number == 0 else 0.0))
+                    backward(model, scale if number == 0 else 0.0)
             return self.gradient_norm()
 
+        with self._every_parameter_is_reached(), self.one_pass(last=True) as model:
+            backward(model, 1.0)
+        self.gradient_norm()
         of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
+        self._check_same_each_time(losses)
         finite = math.isfinite(of_one + of_all)
         # Rounding is all that may differ; bf16 keeps 8 bits.
         shared = finite and math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
@@ -216,6 +235,37 @@ class Strategy(ABC):
                 "are broken; get them again, or name another model"
             )
         logger.warning("whether the ranks share their gradients could not be seen: they overflow in fp16")
+
+    @contextlib.contextmanager
+    def _every_parameter_is_reached(self) -> Iterator[None]:
+        """Raise ConfigError where a backward pass inside leaves out a trainable parameter."""
+        waiting = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda _, name=name: waiting.pop(name, None))  # type: ignore[no-untyped-call]
+            for name, p in list(waiting.items())
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+        if waiting:
+            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+            raise ConfigError(
+                f"model: {type(self.plain_model).__name__} has trainable parameters that no gradient reaches, "
+                f"{min(waiting)}{more}, and they could not be found before; this model is not supported",
+                field="model",
+            )
+
+    def _check_same_each_time(self, losses: list[float]) -> None:
+        """Raise ConfigError where the losses of one block with one seed differ. Collective."""
+        spread = max(losses) - min(losses)
+        differs = spread > _SAME[self._job.train.precision] * abs(losses[0])
+        if self.all_reduce([float(differs)])[0]:
+            raise ConfigError(
+                f"model: {type(self.plain_model).__name__} computes another loss of the same block each time, with the "
+                "same seed (Reformer, for example, seeds its own dropout by the clock), so a run that is resumed would "
+                "be another; set its dropout to 0, or take another model",
+                field="model",
+            )
 
     def _check_world(self) -> None:
         """Accelerate falls back to a single process without a word; then every rank would train alone."""

@@ -1,6 +1,7 @@
 """torch's own fully_shard (FSDP2)."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,8 +89,17 @@ def shard(
     if offload and device.type != "cpu":  # on a CPU they are in host memory already
         settings["offload_policy"] = CPUOffloadPolicy()
     block_names = set(getattr(model, "_no_split_modules", None) or ())
-    for module in list(model.modules()):
-        if type(module).__name__ in block_names:
+    uses = _num_uses(model)
+    # From the inside out: some models name modules that lie in each other.
+    for module in reversed(list(model.modules())):
+        # What is used elsewhere too, such as a tied embedding, must be gathered with all that use it: with the model.
+        alone = all(uses[p] == num for p, num in _num_uses(module).items())
+        if type(module).__name__ in block_names and alone:
             fully_shard(module, **settings)
     fully_shard(model, **settings)
     return model
+
+
+def _num_uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """How often each parameter stands in a module."""
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))

@@ -72,6 +72,14 @@ class Zero(Strategy):
         self.model, _ = self.accelerator.prepare(model, self.optimizer)
 
     @contextlib.contextmanager
+    def whole_models(self) -> Iterator[None]:
+        from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+        yield
+        set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
+
+    @contextlib.contextmanager
     def one_pass(self, *, last: bool) -> Iterator[nn.Module]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield self.model
