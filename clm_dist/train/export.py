@@ -8,6 +8,7 @@ from typing import Any
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import replace_dir, writing
 from clm_dist.metrics import MicroLoss
+from clm_dist.pretrained.portable import make_portable
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.strategies.base import Strategy
@@ -30,6 +31,7 @@ def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
             model.config.use_cache = True
             model.save_pretrained(unfinished, state_dict=weights)
             model.config.use_cache = False
+            make_portable(unfinished)
             replace_dir(unfinished, target)
     strategy.barrier()
 
