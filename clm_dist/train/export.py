@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.job import JobConfig
+from clm_dist.errors import RunError, first_line
 from clm_dist.files.atomic import replace_dir, writing
 from clm_dist.metrics import MicroLoss
 from clm_dist.pretrained.portable import make_portable
@@ -43,21 +44,31 @@ def evaluate_export(
 
     The strategy must have released the trained model. Where its weights were sharded, these are too, so that a device
     which could train the model can also read it back; every rank first loads it into host memory.
+
+    Raises:
+        RunError: it cannot be evaluated as it is sharded.
     """
     model = load_pretrained(directory)
     bf16 = job.train.precision == "bf16" and job.cluster.strategy == "fsdp2"
-    if strategy.sharded:
-        offload = job.cluster.offload == "all"
-        model = shard(model, strategy.device, strategy.world_size, bf16=bf16, offload=offload)
-    else:
-        model.to(strategy.device)
-    return evaluate_micros(
-        model,
-        split,
-        device=strategy.device,
-        rank=strategy.rank,
-        world_size=strategy.world_size,
-        in_step=strategy.sharded,
-        autocast=strategy.autocast,
-        on_micro=on_micro,
-    )
+    try:
+        if strategy.sharded:
+            offload = job.cluster.offload == "all"
+            model = shard(model, strategy.device, strategy.world_size, bf16=bf16, offload=offload)
+        else:
+            model.to(strategy.device)
+        return evaluate_micros(
+            model,
+            split,
+            device=strategy.device,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            in_step=strategy.sharded,
+            autocast=strategy.autocast,
+            on_micro=on_micro,
+        )
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError) as error:
+        # On every rank: under ZeRO-3 it is FSDP2 that shards it here, which may not know how.
+        raise RunError(
+            f"the model is trained and written to {directory}, and cannot be evaluated there: {first_line(error)}; "
+            f"evaluate it with `clm-dist evaluate {directory} --job ...`, or train with cluster.strategy zero2"
+        ) from error

@@ -207,3 +207,17 @@ def test_the_tokenizer_decides_the_vocabulary_of_every_type(model_type: str, mak
     text = config.get_text_config()
     assert (text.vocab_size, text.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
     load_model(job, tokenizer)
+
+
+def test_a_written_model_that_cannot_be_sharded_is_kept(
+    make_job: MakeJob, prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shard(*arguments: Any, **options: Any) -> nn.Module:
+        raise ValueError("no such group")
+
+    monkeypatch.setattr("clm_dist.train.export.shard", shard)
+    job = make_job("cluster.strategy=fsdp2", "train.max_steps=1")
+    outcome = train_one(job, RunDir(tmp_path / "run"), prepared(job))
+    assert outcome.status == "failed"
+    assert re.search("is trained and written to .*final.unverified, and cannot be evaluated there", str(outcome.error))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final.unverified")
