@@ -14,8 +14,8 @@
         └── NotReadyError         nodes that the run needs are not there yet
 
 Each boundary to a library has one translator: `files.atomic.writing` for local disks, `files.storage.reaching` for
-what fsspec reaches, `files.hub_errors` for the clients of the Hub, `prepare.files.reading` for the formats of data
-files, `train.ray.failures` for Ray.
+what fsspec reaches, `files.hub_errors` for the clients of the Hub, `prepare.data_file.reading` for the formats of
+data files, `train.ray.failures` for Ray.
 """
 
 import errno

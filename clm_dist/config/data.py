@@ -28,6 +28,9 @@ class DataConfig(Section):
     """Branch, tag or commit of the Hub data set."""
     path: str | list[str] | None = None
     """File, glob, directory or URL (s3://, gs://, https://), or a list of them, for `source: files`."""
+    records: Literal["line", "paragraph", "file"] | None = None
+    """Read the named files as text, whatever their suffixes, with a record for each line, paragraph (blank lines are
+    between them) or file; its field is `text`. Null goes by the suffix, and text has a record a line."""
     streaming: bool = False
     """Read a Hub data set as it arrives, with no copy on this machine's disk."""
     split: str = "train"
@@ -71,6 +74,8 @@ class DataConfig(Section):
             raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
         if self.streaming and self.source != "hub":
             raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
+        if self.records is not None and self.source != "files":
+            raise wrong("data.records", "data.records is for data.source files; set it to null", "data.source")
         if (self.score is None) != (self.min_score is None):
             problem = "data.score and data.min_score go together; set both or neither"
             raise wrong("data.min_score", problem, "data.score")

@@ -1,96 +1,21 @@
-"""The files that `data.path` names, local or remote, and what goes wrong while they are read."""
+"""The files that `data.path` names, local or remote."""
 
 import contextlib
-import errno
-import gzip
-import lzma
-import zlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from glob import iglob
 from pathlib import Path
-from typing import Any, Literal
 
 import fsspec
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import REFUSED, ClmDistError, ConfigError, DataError, StorageError, first_line
+from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.files.lfs import is_lfs_pointer
-from clm_dist.files.storage import describe_storage_error, reaching
+from clm_dist.files.storage import reaching
+from clm_dist.prepare.data_file import COMPRESSIONS, FORMATS, DataFile, Kind, is_url
 from clm_dist.prepare.directory import choose
-from clm_dist.prepare.json_lines import first_line_not_utf8, not_utf8
 
-Kind = Literal["json", "csv", "parquet", "arrow", "text"]
-
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_FORMATS: dict[str, Kind] = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 _SHOWN_CHARACTERS = 200
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One file, by its path or URL."""
-
-    name: str
-    size: int
-    """Bytes as it lies there, compressed or not."""
-
-    @property
-    def suffixes(self) -> list[str]:
-        return [suffix.lower() for suffix in Path(self.name.partition("?")[0]).suffixes]
-
-    @property
-    def compression(self) -> str | None:
-        return _COMPRESSIONS.get(self.suffixes[-1]) if self.suffixes else None
-
-    @property
-    def kind(self) -> Kind | None:
-        suffixes = [suffix for suffix in self.suffixes if suffix not in _COMPRESSIONS]
-        return _FORMATS.get(suffixes[-1]) if suffixes else None
-
-    @property
-    def is_web(self) -> bool:
-        return self.name.startswith(("http://", "https://"))
-
-    def open(self) -> pa.NativeFile:
-        """The file, which can seek; but web servers give most files from the beginning only."""
-        if not is_url(self.name):
-            return pa.OSFile(self.name)
-        options = {"block_size": 0} if self.is_web and self.kind != "parquet" else {}
-        return pa.PythonFile(fsspec.open(self.name, **options).open(), "r")
-
-    def stream(self) -> pa.NativeFile:
-        """The content of the file, from its beginning, decompressed."""
-        return self.decompressed(self.open())
-
-    def decompressed(self, opened: pa.NativeFile) -> pa.NativeFile:
-        """The content of the opened file."""
-        if self.compression == "gzip":
-            # Arrow takes the zeros that tapes and some tools pad with for damage.
-            return pa.PythonFile(gzip.GzipFile(fileobj=opened), "r")
-        if self.compression == "xz":
-            return pa.PythonFile(lzma.LZMAFile(opened), "r")
-        return pa.CompressedInputStream(opened, self.compression) if self.compression else opened
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 @dataclass(frozen=True)
@@ -129,14 +54,9 @@ def find_files(data: DataConfig) -> Found:
                     f"data.path {shown}: {problem}; give a file, a glob or a directory", field="data.path"
                 ) from None
         if is_whole:
-            chosen = choose(named, split, lambda file: file.kind is not None)
+            chosen = choose(named, split, lambda file: file.kind in _kinds_of_directory(data))
             if not chosen.splits:
-                others = f", only {chosen.left_out}" if chosen.left_out else ""
-                raise DataError(
-                    f"data.path {shown} is a directory with no file of a known kind ({', '.join(_FORMATS)}, "
-                    f"and these with {', '.join(_COMPRESSIONS)}){others}",
-                    field="data.path",
-                )
+                raise _nothing_known(shown, chosen.left_out, data)
             if chosen.left_out:
                 left_out.append(f"{shown}: {chosen.left_out}")
             splits |= set(chosen.splits)
@@ -153,12 +73,45 @@ def find_files(data: DataConfig) -> Found:
             f"data.split {data.split}: the files have {have}; a part of one is written train[:5000] or train[10%:20%]",
             field="data.split",
         )
+    files = [replace(file, is_text=data.records is not None) for file in files]
     for file in files:
-        if file.kind is None:
-            raise DataError(f"{file.name}: unknown kind of file; known are {', '.join(_FORMATS)}", field="data.path")
+        _check_kind(file, data)
         if not is_url(file.name):
             _check_no_pointer(file)
     return Found(files, left_out)
+
+
+def _kinds_of_directory(data: DataConfig) -> Collection[Kind]:
+    """The kinds of file that are read of a directory, where no person named each file."""
+    return {"text"} if data.records else set(FORMATS.values())
+
+
+def _nothing_known(shown: str, left_out: str, data: DataConfig) -> DataError:
+    kinds = ", ".join(suffix for suffix, kind in FORMATS.items() if kind in _kinds_of_directory(data))
+    only = f", only {left_out}" if left_out else ""
+    # How far below them files lie is not known here.
+    advice = "" if "://" in shown else f"; name other files of text by a glob, such as {shown.rstrip('/')}/**/*.py"
+    return DataError(
+        f"data.path {shown} is a directory with no file of a known kind ({kinds}, and these with "
+        f"{', '.join(COMPRESSIONS)}){only}{advice if data.records else ''}",
+        field="data.path",
+    )
+
+
+def _check_kind(file: DataFile, data: DataConfig) -> None:
+    """Raise an error for a file that cannot be read as the job says."""
+    if file.kind is None:
+        raise DataError(
+            f"{file.name}: unknown kind of file; known are {', '.join(FORMATS)}; if it is text, set data.records to "
+            "file, paragraph or line",
+            field="data.path",
+        )
+    if data.records and file.kind_by_suffix in ("parquet", "arrow"):
+        raise ConfigError(
+            f"data.records {data.records} is for text, and {file.name} is {file.kind_by_suffix.capitalize()}; set "
+            "data.records to null, or take the file out of data.path",
+            field="data.records",
+        )
 
 
 Named = list[tuple[str, DataFile]]
@@ -222,38 +175,3 @@ def _files_of_url(url: str) -> tuple[Named, bool]:
     if not found:
         raise DataError(f"data.path {url} matches no file; check the bucket and the name", field="data.path")
     return found, False
-
-
-class reading:  # noqa: N801  # a context manager reads as a verb
-    """Turns what goes wrong while a file is read into an error that names the file."""
-
-    def __init__(self, file: DataFile) -> None:
-        self.file = file
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UnicodeDecodeError) or (isinstance(error, pa.ArrowException) and "UTF8" in str(error)):
-            number = None
-            if self.file.kind in ("csv", "text"):
-                with self.file.stream() as stream:
-                    number = first_line_not_utf8(stream)
-            raise not_utf8(f"{self.file.name}:{number}" if number else self.file.name) from None
-        if not isinstance(error, Exception) or isinstance(error, ClmDistError):
-            return
-        problem = f"{self.file.name}: cannot be read"
-        mend = "mend the file or take it out of data.path"
-        # Where compressed bytes are damaged or missing, Arrow raises an OSError without a number.
-        is_short = isinstance(error, _DAMAGE) or (type(error) is OSError and error.errno is None)
-        of_format = is_short or isinstance(error, pa.ArrowException)
-        if is_url(self.file.name) and is_short:
-            # The connection may have ended early, so what is done so far is kept.
-            problem = f"{problem}: {first_line(error)}; run the same command again, or {mend}"
-            raise StorageError(problem, field="data.path") from None
-        if is_url(self.file.name) and not of_format:
-            raise describe_storage_error(error, problem, field="data.path") from None
-        if of_format or (isinstance(error, OSError) and error.errno in (errno.ENOENT, *REFUSED)):
-            raise DataError(f"{problem}: {first_line(error)}; {mend}", field="data.path") from None
-        if isinstance(error, OSError):
-            problem = f"{problem}: {first_line(error)}; {mend}, or run the same command again"
-            raise StorageError(problem, field="data.path") from None

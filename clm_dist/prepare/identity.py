@@ -13,7 +13,8 @@ from clm_dist.config.data import DataConfig
 from clm_dist.errors import REFUSED, DataError, StorageError
 from clm_dist.files.hashes import HashMemory
 from clm_dist.files.storage import reaching
-from clm_dist.prepare.files import find_files, is_url
+from clm_dist.prepare.data_file import is_url
+from clm_dist.prepare.files import find_files
 
 _PIECE_BYTES = 1 << 22
 
@@ -60,7 +61,9 @@ def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
         tags = [
             ["".join(file.suffixes), _tag_of(file.name) if is_url(file.name) else local[file.name]] for file in files
         ]
-        return {"files": tags, "split": data.split}
+        # A field that is not set leaves the stores of before as they are.
+        ways = {"records": data.records}
+        return {"files": tags, "split": data.split} | {name: way for name, way in ways.items() if way is not None}
     identity: dict[str, Any] = {"config": data.config, "split": data.split}
     if is_directory(data):
         directory = Path(str(data.dataset))

@@ -8,7 +8,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from clm_dist.prepare.files import DataFile
+from clm_dist.prepare.data_file import DataFile
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Partition:
     """How much of the source it stands for, for progress."""
     file: DataFile | None = None
     start: int = 0
-    """Bytes of lines that the task reads, of which those count that begin here; or row groups of a Parquet file."""
+    """Bytes of which the task reads the lines or paragraphs that count for them; or row groups of a Parquet file."""
     stop: int = 0
     content: pa.Table | pa.Buffer | None = None
     """Records, or whole lines, that are read already."""
@@ -30,3 +30,5 @@ class Partition:
     unit: Literal["line", "record"] = "line"
     schema: pa.Schema | None = None
     """Types of the fields that the job reads in records of JSON."""
+    files: tuple[DataFile, ...] = ()
+    """Files of which each is a record."""

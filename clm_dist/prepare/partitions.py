@@ -2,11 +2,11 @@
 
 A partition is what one task holds in memory. Lines of a file that is not compressed and the row groups of a Parquet
 file are read by the tasks themselves; everything else can only be read from its beginning, so the process that hands
-out the tasks reads it once and gives each task its content. How files are cut depends on their bytes alone, not on
-how many tasks there are.
+out the tasks reads it once and gives each task its content. Where each file is a record, a task reads several. How
+files are cut depends on their bytes alone, not on how many tasks there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.csv
@@ -14,8 +14,9 @@ import pyarrow.json
 import pyarrow.parquet
 
 from clm_dist.config.data import DataConfig
+from clm_dist.prepare.cuts import Unit
+from clm_dist.prepare.data_file import DataFile, reading
 from clm_dist.prepare.fields import check_fields, select_fields
-from clm_dist.prepare.files import DataFile, reading
 from clm_dist.prepare.json_lines import check_encoding, text_schema
 from clm_dist.prepare.lines import (
     array_partitions,
@@ -23,15 +24,31 @@ from clm_dist.prepare.lines import (
     line_partitions,
     lines_between,
     numbered,
+    numbered_line,
     read_json_lines,
-    read_text,
 )
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.tables import arrow_batches, checked, csv_batches, parquet_partitions, table_partitions
+from clm_dist.prepare.text import file_partitions, read_files, read_text
 
 PROBE_BYTES = 1 << 20
 """Size of partitions that are read to see what a source is like."""
 _SNIFFED_BYTES = 1 << 12
+
+
+def all_partitions(
+    files: Sequence[DataFile], data: DataConfig, size: int, schema: pa.Schema | None
+) -> Iterator[Partition]:
+    """The partitions of all files, see `partitions_of`."""
+    if data.records == "file":
+        yield from file_partitions(files, size)
+        return
+    for file in files:
+        yield from partitions_of(file, data, size, schema)
+
+
+def _unit_of(data: DataConfig) -> Unit:
+    return "paragraph" if data.records == "paragraph" else "line"
 
 
 def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema | None) -> Iterator[Partition]:
@@ -52,7 +69,7 @@ def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema
                 if file.kind == "json" and ".json" in file.suffixes and is_array(file):
                     yield from array_partitions(file, size, schema)
                 elif file.compression or file.is_web:
-                    yield from line_partitions(file, size, schema)
+                    yield from line_partitions(file, size, schema, _unit_of(data))
                 else:
                     for start in range(0, file.size, size):
                         stop = min(start + size, file.size)
@@ -73,6 +90,8 @@ def read_partition(partition: Partition, data: DataConfig) -> pa.Table:
     """
     if isinstance(partition.content, pa.Table):
         return checked(partition.content)
+    if partition.files:
+        return select_fields(read_files(partition.files), data, partition.where)
     file = partition.file
     assert file is not None
     with reading(file):
@@ -81,11 +100,13 @@ def read_partition(partition: Partition, data: DataConfig) -> pa.Table:
                 columns = check_fields(opened.schema_arrow, data, file.name)
                 groups = list(range(partition.start, partition.stop))
                 return checked(select_fields(opened.read_row_groups(groups, columns), data, file.name))
-        lines = partition.content if partition.content is not None else lines_between(file, partition)
+        unit = _unit_of(data)
+        lines = partition.content if partition.content is not None else lines_between(file, partition, unit)
         if partition.start == 0 and partition.first == 1 and lines[:3].to_pybytes() == b"\xef\xbb\xbf":
             lines = lines[3:]
         if file.kind == "text":
-            return select_fields(read_text(lines, partition), data, file.name)
+            table = read_text(lines, file.name, unit, lambda number: numbered_line(partition, number, unit))
+            return select_fields(table, data, file.name)
         if partition.start == 0 and partition.first == 1:
             # Parsing takes a field that is not there for null, record by record.
             text_schema(numbered(lines, partition), data)

@@ -13,11 +13,12 @@ import pyarrow as pa
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.prepare.data_file import DataFile
 from clm_dist.prepare.fields import check_fields, select_fields
-from clm_dist.prepare.files import DataFile, find_files
+from clm_dist.prepare.files import find_files
 from clm_dist.prepare.identity import is_directory
 from clm_dist.prepare.partition import Partition
-from clm_dist.prepare.partitions import infer_schema, partitions_of
+from clm_dist.prepare.partitions import all_partitions, infer_schema
 from clm_dist.prepare.tables import table_partitions
 
 _STREAMED_RECORDS = 1000
@@ -111,12 +112,12 @@ def open_source(data: DataConfig) -> Source:
     files = found.files
     schema = _schema_of(files, data)
 
-    def partitions(size: int) -> Iterator[Partition]:
-        for file in files:
-            yield from partitions_of(file, data, size, schema)
-
     return Source(
-        f"data.path {data.path}", partitions, sum(f.size for f in files), Slice.of_split(data.split), found.left_out
+        f"data.path {data.path}",
+        lambda size: all_partitions(files, data, size, schema),
+        sum(file.size for file in files),
+        Slice.of_split(data.split),
+        found.left_out,
     )
 
 

@@ -10,8 +10,8 @@ import pyarrow.parquet
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import first_line
+from clm_dist.prepare.data_file import DataFile, is_url
 from clm_dist.prepare.fields import check_fields, select_fields
-from clm_dist.prepare.files import DataFile, is_url
 from clm_dist.prepare.partition import Partition
 
 # pyarrow refuses a record of a CSV file that is larger.

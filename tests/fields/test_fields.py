@@ -30,6 +30,7 @@ COVERED: dict[str, str] = {
     "data.join": _BLOCKS,
     "data.min_score": _BLOCKS,
     "data.path": _BLOCKS,
+    "data.records": "tests/prepare/test_records.py::test_a_file_is_one_record_with_its_line_breaks",
     "data.score": _BLOCKS,
     "data.seed": _BLOCKS,
     "data.source": "tests/prepare/test_sources.py::test_the_built_in_corpus_is_python_s_reference",

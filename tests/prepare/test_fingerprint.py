@@ -23,6 +23,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.config": (HUB, "data.config=en"),
     "data.revision": (HUB, "data.revision=abc"),
     "data.path": ((), "data.path=OTHER_CORPUS"),
+    "data.records": ((), "data.records=line"),
     "data.split": ((), "data.split='train[:40]'"),
     "data.text": ((), "data.text=topic"),
     "data.join": ((), "data.join=null"),

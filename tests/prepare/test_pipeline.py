@@ -16,7 +16,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.blocks import Blocks, Manifest, token_dtype
 from clm_dist.files.stores import Stores
-from clm_dist.prepare import files, pipeline
+from clm_dist.prepare import data_file, pipeline
 from clm_dist.prepare.encode import Effort
 from clm_dist.prepare.encoded import Encoded, Recipe, encode_partition, write_encoded
 from clm_dist.prepare.encoding import Encoding, completed
@@ -512,7 +512,7 @@ def test_a_fault_that_may_pass_keeps_what_is_done(
     def fails_later(partition: Partition, data: DataConfig) -> pa.Table:
         calls.append(1)
         if len(calls) == 6:
-            with files.reading(files.DataFile("records.jsonl", 0)):
+            with data_file.reading(data_file.DataFile("records.jsonl", 0)):
                 raise OSError(5, "Input/output error")
         return read(partition, data)
 
