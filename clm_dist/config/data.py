@@ -1,9 +1,10 @@
 """The sections `data` and `tokenizer`: which text, and which tokens it becomes."""
 
+import codecs
 import re
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from clm_dist.config.section import MOST, Section, Seed, wrong
 
@@ -31,6 +32,8 @@ class DataConfig(Section):
     records: Literal["line", "paragraph", "file"] | None = None
     """Read the named files as text, whatever their suffixes, with a record for each line, paragraph (blank lines are
     between them) or file; its field is `text`. Null goes by the suffix, and text has a record a line."""
+    encoding: str | None = None
+    """Encoding of files of text, JSON or CSV, by its name in Python, such as utf-16, latin-1, cp1252; null is UTF-8."""
     streaming: bool = False
     """Read a Hub data set as it arrives, with no copy on this machine's disk."""
     split: str = "train"
@@ -64,6 +67,17 @@ class DataConfig(Section):
     document_mask: bool = False
     """Stop attention and the loss at the documents inside a block; positions restart at each of them."""
 
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, name: str | None) -> str | None:
+        if name is not None and not _is_text_encoding(name):
+            raise wrong(
+                "data.encoding",
+                f"data.encoding {name!r} is not an encoding of text that Python knows; name one, such as utf-16, "
+                "latin-1 or cp1252, or null for UTF-8",
+            )
+        return name
+
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
         if self.source == "hub" and not self.dataset:
@@ -74,8 +88,12 @@ class DataConfig(Section):
             raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
         if self.streaming and self.source != "hub":
             raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
-        if self.records is not None and self.source != "files":
-            raise wrong("data.records", "data.records is for data.source files; set it to null", "data.source")
+        for name in ("records", "encoding"):
+            if getattr(self, name) is not None and self.source != "files":
+                field = f"data.{name}"
+                raise wrong(
+                    field, f"{field} is for data.source files, not {self.source}; set it to null", "data.source"
+                )
         if (self.score is None) != (self.min_score is None):
             problem = "data.score and data.min_score go together; set both or neither"
             raise wrong("data.min_score", problem, "data.score")
@@ -96,6 +114,12 @@ class DataConfig(Section):
         return self
 
     @property
+    def codec(self) -> str | None:
+        """The one name that an encoding has among its names in Python; None for UTF-8."""
+        name = codecs.lookup(self.encoding).name if self.encoding is not None else "utf-8"
+        return None if name == "utf-8" else name
+
+    @property
     def fills_items(self) -> bool:
         """Whether paths of the template begin alike, so that a list there is filled in item by item."""
         roots = [path.partition(".")[0] for path in dict.fromkeys(self.text_template.paths) if "." in path]
@@ -108,6 +132,15 @@ class DataConfig(Section):
             return Template(("", ""), (self.text,))
         parts = re.split(r"\{([^{}]*)\}", self.text)
         return Template(tuple(parts[::2]), tuple(parts[1::2]))
+
+
+def _is_text_encoding(name: str) -> bool:
+    """Whether files may be in an encoding: the codecs for parts of URLs and of programs are not for that."""
+    try:
+        "a".encode(name)
+        return codecs.lookup(name).name not in ("idna", "punycode", "unicode-escape", "raw-unicode-escape")
+    except (LookupError, ValueError):
+        return False
 
 
 class TokenizerTraining(Section):

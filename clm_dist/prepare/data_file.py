@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from clm_dist.errors import REFUSED, ClmDistError, DataError, StorageError, first_line
 from clm_dist.files.storage import describe_storage_error
+from clm_dist.prepare.decoding import decoded
 from clm_dist.prepare.json_lines import first_line_not_utf8, not_utf8
 
 Kind = Literal["json", "csv", "parquet", "arrow", "text"]
@@ -34,6 +35,7 @@ FORMATS: dict[str, Kind] = {
     ".text": "text",
     ".md": "text",
 }
+_READ_BYTES = 1 << 24
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 
 
@@ -46,6 +48,8 @@ class DataFile:
     """Bytes as it lies there, compressed or not."""
     is_text: bool = False
     """Whether it is read as text, whatever its suffix."""
+    encoding: str | None = None
+    """Of its text; None is UTF-8."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -68,6 +72,11 @@ class DataFile:
     def is_web(self) -> bool:
         return self.name.startswith(("http://", "https://"))
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether its text can only be read from its beginning."""
+        return self.compression is not None or self.is_web or self.encoding is not None
+
     def open(self) -> pa.NativeFile:
         """The file, which can seek; but web servers give most files from the beginning only."""
         if not is_url(self.name):
@@ -76,11 +85,21 @@ class DataFile:
         return pa.PythonFile(fsspec.open(self.name, **options).open(), "r")
 
     def stream(self) -> pa.NativeFile:
-        """The content of the file, from its beginning, decompressed."""
-        return self.decompressed(self.open())
+        """The content of the file, from its beginning, decompressed and as UTF-8."""
+        return self.content_of(self.open())
 
-    def decompressed(self, opened: pa.NativeFile) -> pa.NativeFile:
+    def content(self) -> bytes:
+        """The whole content of the file, decompressed and as UTF-8."""
+        with self.stream() as stream:
+            # Reading all at once asks a stream for its size, which some have to be read twice for.
+            return b"".join(iter(lambda: stream.read(_READ_BYTES), b""))
+
+    def content_of(self, opened: pa.NativeFile) -> pa.NativeFile:
         """The content of the opened file."""
+        content = self._decompressed(opened)
+        return decoded(content, self.encoding, self.name) if self.encoding else content
+
+    def _decompressed(self, opened: pa.NativeFile) -> pa.NativeFile:
         if self.compression == "gzip":
             # Arrow takes the zeros that tapes and some tools pad with for damage.
             return pa.PythonFile(gzip.GzipFile(fileobj=opened), "r")
@@ -107,7 +126,8 @@ class reading:  # noqa: N801  # a context manager reads as a verb
             if self.file.kind in ("csv", "text"):
                 with self.file.stream() as stream:
                     number = first_line_not_utf8(stream)
-            raise not_utf8(f"{self.file.name}:{number}" if number else self.file.name) from None
+            where = f"{self.file.name}:{number}" if number else self.file.name
+            raise not_utf8(where, is_text=self.file.kind not in ("parquet", "arrow")) from None
         if not isinstance(error, Exception) or isinstance(error, ClmDistError):
             return
         problem = f"{self.file.name}: cannot be read"

@@ -73,7 +73,7 @@ def find_files(data: DataConfig) -> Found:
             f"data.split {data.split}: the files have {have}; a part of one is written train[:5000] or train[10%:20%]",
             field="data.split",
         )
-    files = [replace(file, is_text=data.records is not None) for file in files]
+    files = [replace(file, is_text=data.records is not None, encoding=data.codec) for file in files]
     for file in files:
         _check_kind(file, data)
         if not is_url(file.name):
@@ -89,11 +89,13 @@ def _kinds_of_directory(data: DataConfig) -> Collection[Kind]:
 def _nothing_known(shown: str, left_out: str, data: DataConfig) -> DataError:
     kinds = ", ".join(suffix for suffix, kind in FORMATS.items() if kind in _kinds_of_directory(data))
     only = f", only {left_out}" if left_out else ""
-    # How far below them files lie is not known here.
-    advice = "" if "://" in shown else f"; name other files of text by a glob, such as {shown.rstrip('/')}/**/*.py"
+    glob = f"{shown.rstrip('/')}/**/*.py"
+    advice = f"; name other files of text by a glob, such as {glob}"
+    if not data.records:
+        advice = f"; if that is text, name it by a glob, such as {glob}, and set data.records to file" if only else ""
     return DataError(
         f"data.path {shown} is a directory with no file of a known kind ({kinds}, and these with "
-        f"{', '.join(COMPRESSIONS)}){only}{advice if data.records else ''}",
+        f"{', '.join(COMPRESSIONS)}){only}{advice}",
         field="data.path",
     )
 
@@ -106,12 +108,13 @@ def _check_kind(file: DataFile, data: DataConfig) -> None:
             "file, paragraph or line",
             field="data.path",
         )
-    if data.records and file.kind_by_suffix in ("parquet", "arrow"):
-        raise ConfigError(
-            f"data.records {data.records} is for text, and {file.name} is {file.kind_by_suffix.capitalize()}; set "
-            "data.records to null, or take the file out of data.path",
-            field="data.records",
-        )
+    for option, value in (("data.records", data.records), ("data.encoding", data.encoding)):
+        if value is not None and file.kind_by_suffix in ("parquet", "arrow"):
+            raise ConfigError(
+                f"{option} {value} is for text, and {file.name} is {file.kind_by_suffix.capitalize()}; set {option} to "
+                "null, or take the file out of data.path",
+                field=option,
+            )
 
 
 Named = list[tuple[str, DataFile]]

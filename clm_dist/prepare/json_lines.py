@@ -201,23 +201,38 @@ def _kinds_of_schema(fields: Iterable[Any], prefix: str = "") -> Iterator[tuple[
             yield path, _KINDS[int if number else bool if pa.types.is_boolean(kind) else str]
 
 
-def not_utf8(where: str) -> DataError:
-    return DataError(
-        f"{where}: not UTF-8; save the file as UTF-8, for example with `iconv -f latin1 -t utf-8`", field="data.path"
-    )
+def not_utf8(where: str, *, is_text: bool = True) -> DataError:
+    """The error of a place that is not UTF-8.
+
+    Args:
+        is_text: whether `data.encoding` says what the file is; Parquet and Arrow have UTF-8 alone.
+    """
+    advice = "set data.encoding to its encoding, such as latin-1 or cp1252, or save" if is_text else "save"
+    return DataError(f"{where}: not UTF-8; {advice} the file as UTF-8", field="data.path")
 
 
-def check_encoding(content: bytes, where: str) -> None:
-    """Raise DataError for text of an encoding that would be read as other text, or not as text at all."""
+def check_encoding(content: bytes, where: str, encoding: str | None = None) -> None:
+    """Raise DataError for text of an encoding that would be read as other text, or not as text at all.
+
+    Args:
+        encoding: that of the file, from which the content was decoded; None is UTF-8.
+    """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(
-            f"{where}: UTF-16, not UTF-8; save the file as UTF-8, for example with `iconv -f utf-16 -t utf-8`",
-            field="data.path",
+            f"{where}: UTF-16, not UTF-8; set data.encoding to utf-16, or save the file as UTF-8", field="data.path"
+        )
+    if b"\0" in content and encoding:
+        raise DataError(
+            f"{where}: holds NUL bytes as {encoding}, so it is not text of this encoding; set data.encoding to its "
+            "encoding, such as utf-16, or take it out of data.path",
+            field="data.encoding",
         )
     if b"\0" in content:
+        # Of a character below 256 the low byte comes first, or last.
+        order = "le" if content[1::2].count(0) >= content[::2].count(0) else "be"
         raise DataError(
-            f"{where}: holds NUL bytes, so it is no text, or is UTF-16; save it as UTF-8, for example with "
-            "`iconv -f utf-16le -t utf-8`, or take it out of data.path",
+            f"{where}: holds NUL bytes, so it is not text, or is UTF-16; set data.encoding to utf-16-{order}, or take "
+            "the file out of data.path",
             field="data.path",
         )
 

@@ -34,7 +34,7 @@ def line_partitions(file: DataFile, size: int, schema: pa.Schema | None, unit: U
     """Whole lines or paragraphs of a file that can only be read from its beginning."""
     first, consumed = 1, 0
     with file.open() as opened:
-        stream = file.decompressed(opened)
+        stream = file.content_of(opened)
         rest = b""
         while True:
             chunk = stream.read(size)
@@ -61,8 +61,7 @@ def is_array(file: DataFile) -> bool:
 
 def array_partitions(file: DataFile, size: int, schema: pa.Schema | None) -> Iterator[Partition]:
     """The records of a file that is one JSON array, which is held whole."""
-    with file.stream() as stream:
-        content = stream.read()
+    content = file.content()
     try:
         records = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError:

@@ -63,12 +63,12 @@ def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema
     with reading(file):
         if file.kind in ("json", "text", "csv") and not file.is_web:
             with file.stream() as stream:
-                check_encoding(stream.read(_SNIFFED_BYTES), file.name)
+                check_encoding(stream.read(_SNIFFED_BYTES), file.name, file.encoding)
         match file.kind:
             case "json" | "text":
                 if file.kind == "json" and ".json" in file.suffixes and is_array(file):
                     yield from array_partitions(file, size, schema)
-                elif file.compression or file.is_web:
+                elif file.is_stream:
                     yield from line_partitions(file, size, schema, _unit_of(data))
                 else:
                     for start in range(0, file.size, size):
@@ -105,7 +105,7 @@ def read_partition(partition: Partition, data: DataConfig) -> pa.Table:
         if partition.start == 0 and partition.first == 1 and lines[:3].to_pybytes() == b"\xef\xbb\xbf":
             lines = lines[3:]
         if file.kind == "text":
-            table = read_text(lines, file.name, unit, lambda number: numbered_line(partition, number, unit))
+            table = read_text(lines, file, unit, lambda number: numbered_line(partition, number, unit))
             return select_fields(table, data, file.name)
         if partition.start == 0 and partition.first == 1:
             # Parsing takes a field that is not there for null, record by record.

@@ -18,7 +18,7 @@ _LINE_ENDS = re.compile(rb"\r+(?=\n|\Z)")
 _MAX_BYTES = 2**31 - 1
 
 
-def read_text(content: pa.Buffer, where: str, unit: Unit, place: Callable[[int], str]) -> pa.Table:
+def read_text(content: pa.Buffer, file: DataFile, unit: Unit, place: Callable[[int], str]) -> pa.Table:
     """A record for each line or paragraph of a content.
 
     Lines end with a line feed, and carriage returns before it are part of the end. A paragraph is its lines with a
@@ -27,14 +27,14 @@ def read_text(content: pa.Buffer, where: str, unit: Unit, place: Callable[[int],
     Args:
         place: a line of the content, by its number from 1, as messages name it.
     """
-    text = _checked_text(content.to_pybytes(), where, place)
+    text = _checked_text(content.to_pybytes(), file, place)
     if unit == "paragraph":
-        return _table(pa.array(paragraphs_of(_LINE_ENDS.sub(b"", text)), pa.large_binary()), where)
+        return _table(pa.array(paragraphs_of(_LINE_ENDS.sub(b"", text)), pa.large_binary()), file.name)
     whole = pa.array([text], pa.large_binary()).cast(pa.large_string())
     split = pa.compute.list_flatten(pa.compute.split_pattern(whole, "\n"))
     if not text or text.endswith(b"\n"):
         split = split[:-1]
-    return _table(pa.compute.ascii_rtrim(split, "\r"), where)
+    return _table(pa.compute.ascii_rtrim(split, "\r"), file.name)
 
 
 def file_partitions(files: Sequence[DataFile], size: int) -> Iterator[Partition]:
@@ -57,9 +57,7 @@ def read_files(files: Sequence[DataFile]) -> pa.Table:
 
 def _read_file(file: DataFile) -> pa.Table:
     with reading(file):
-        with file.stream() as stream:
-            content = stream.read()
-        text = _checked_text(content, file.name, lambda number: f"{file.name}:{number}")
+        text = _checked_text(file.content(), file, lambda number: f"{file.name}:{number}")
         return _table(pa.array([text], pa.large_binary()), file.name)
 
 
@@ -68,10 +66,10 @@ def without_marks(content: bytes) -> bytes:
     return content.replace(b"\n" + codecs.BOM_UTF8, b"\n").removeprefix(codecs.BOM_UTF8)
 
 
-def _checked_text(content: bytes, where: str, place: Callable[[int], str]) -> bytes:
+def _checked_text(content: bytes, file: DataFile, place: Callable[[int], str]) -> bytes:
     """A content that is UTF-8, without byte order marks."""
     text = without_marks(content)
-    check_encoding(text, where)
+    check_encoding(text, file.name, file.encoding)
     try:
         text.decode()
     except UnicodeDecodeError:

@@ -24,6 +24,7 @@ COVERED: dict[str, str] = {
     "data.append_eos": _BLOCKS,
     "data.block_size": _BLOCKS,
     "data.deduplicate": _BLOCKS,
+    "data.encoding": "tests/prepare/test_decoding.py::test_every_kind_of_text_is_read_in_its_encoding",
     "data.eval_fraction": _BLOCKS,
     "data.grouping": _BLOCKS,
     "data.id": _BLOCKS,

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from clm_dist.prepare.directory import choose, split_of
 from clm_dist.prepare.files import find_files
 from clm_dist.prepare.partitions import read_partition
 from clm_dist.prepare.sources import open_source
+from tests.support.reading import load_records
 
 Put = Callable[[str, bytes | str], Path]
 
@@ -145,8 +147,12 @@ def test_files_of_unknown_kinds_are_counted(put: Put, tmp_path: Path) -> None:
 
 def test_a_directory_of_other_files_alone_says_which(put: Put, tmp_path: Path) -> None:
     put("src/a.py", "x = 1\n")
-    with pytest.raises(DataError, match=r"no file of a known kind .*, only 1 file \*.py, which is not read$"):
+    with pytest.raises(
+        DataError, match=r"no file of a known kind .*, only 1 file \*.py, which is not read; "
+    ) as caught:
         find_files(data(tmp_path))
+    advice = f"if that is text, name it by a glob, such as {tmp_path}/**/*.py, and set data.records to file"
+    assert str(caught.value).endswith(advice)
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
@@ -195,8 +201,12 @@ def test_a_pointer_of_git_lfs_is_no_data(put: Put, name: str) -> None:
 def test_utf_16_is_said_and_never_read_as_something_else(put: Put, name: str, encoding: str) -> None:
     content = {"a.txt": "one\r\ntwo\r\n", "a.csv": "text,id\r\none,1\r\n", "a.jsonl": rows(0)}[name]
     path = put(name, content.encode(encoding))
-    with pytest.raises(DataError, match=r"a.\w+: (UTF-16, not UTF-8; .*-f utf-16 |holds NUL bytes, .* UTF-16; )"):
+    with pytest.raises(DataError, match=rf"a.\w+: .* UTF-?(16|8); set data.encoding to {encoding}, or ") as caught:
         texts(path)
+    # What it says is right.
+    assert re.search(r"(UTF-16, not UTF-8|holds NUL bytes, so it is not text, or is UTF-16);", str(caught.value))
+    read = load_records(DataConfig(source="files", path=str(path), encoding=encoding)).column("text").to_pylist()
+    assert read == {"a.txt": ["one", "two"], "a.csv": ["one"], "a.jsonl": ["t0"]}[name]
 
 
 def test_nul_bytes_far_in_a_text_are_refused(put: Put) -> None:

@@ -24,6 +24,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.revision": (HUB, "data.revision=abc"),
     "data.path": ((), "data.path=OTHER_CORPUS"),
     "data.records": ((), "data.records=line"),
+    "data.encoding": (("data.encoding=latin-1",), "data.encoding=cp1252"),
     "data.split": ((), "data.split='train[:40]'"),
     "data.text": ((), "data.text=topic"),
     "data.join": ((), "data.join=null"),
@@ -103,6 +104,11 @@ def test_a_template_that_is_filled_item_by_item_is_no_longer_what_it_was(make_jo
     assert marked("{messages.role}: {messages.content}")
     assert not marked("{messages.role}: {messages.content}", "null")
     assert not any(map(marked, ("messages.content", "{title}: {answers.text}", "{a}{b}", "{a.b}{a.b}")))
+
+
+def test_other_names_of_an_encoding_are_the_same(fingerprint_of: Fingerprint) -> None:
+    assert fingerprint_of("data.encoding=UTF8") == fingerprint_of()
+    assert fingerprint_of("data.encoding=latin-1") == fingerprint_of("data.encoding=ISO-8859-1") != fingerprint_of()
 
 
 @pytest.mark.parametrize("field", SAME)

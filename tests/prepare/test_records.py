@@ -163,7 +163,7 @@ def test_a_record_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_records_are_for_files() -> None:
-    with pytest.raises(ValueError, match=r"data.records is for data.source files; set it to null"):
+    with pytest.raises(ValueError, match=r"data.records is for data.source files, not builtin; set it to null"):
         DataConfig(source="builtin", records="file")
 
 

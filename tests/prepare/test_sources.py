@@ -215,14 +215,14 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content.encode("latin1"))
         for size in (LARGE, 5):
             error = error_of(text_of(tmp_path / name), size)
-            assert str(error).startswith(f"{tmp_path / name}:2: not UTF-8; save the file as UTF-8"), name
+            assert str(error).startswith(f"{tmp_path / name}:2: not UTF-8; set data.encoding to "), name
     (tmp_path / "head.csv").write_bytes("id\xe9,text\n1,a\n".encode("latin1"))
     assert f"{tmp_path / 'head.csv'}:1: not UTF-8" in str(error_of(text_of(tmp_path / "head.csv")))
     (tmp_path / "utf16.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
     assert f"{tmp_path / 'utf16.jsonl'}: UTF-16, not UTF-8" in str(error_of(text_of(tmp_path / "utf16.jsonl")))
     broken = pa.array([b"caf\xe9"]).view(pa.string())
     pa.parquet.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
-    assert str(error_of(text_of(tmp_path / "a.parquet"))).startswith(f"{tmp_path / 'a.parquet'}: not UTF-8")
+    assert str(error_of(text_of(tmp_path / "a.parquet"))).startswith(f"{tmp_path / 'a.parquet'}: not UTF-8; save")
 
 
 @pytest.mark.parametrize(
