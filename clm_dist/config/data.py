@@ -34,6 +34,10 @@ class DataConfig(Section):
     between them) or file; its field is `text`. Null goes by the suffix, and text has a record a line."""
     encoding: str | None = None
     """Encoding of files of text, JSON or CSV, by its name in Python, such as utf-16, latin-1, cp1252; null is UTF-8."""
+    delimiter: str | None = None
+    """Character between the fields of CSV files; null is a comma, or a tab for .tsv."""
+    field: str | None = None
+    """Dotted path of the list of records in JSON files that are one object, such as `{"data": [...]}`."""
     streaming: bool = False
     """Read a Hub data set as it arrives, with no copy on this machine's disk."""
     split: str = "train"
@@ -78,6 +82,14 @@ class DataConfig(Section):
             )
         return name
 
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_one_character(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 1 or not value.isascii() or value in '"\r\n\0'):
+            problem = f"data.delimiter {value!r} is not one ASCII character that can be between fields"
+            raise wrong("data.delimiter", f'{problem}; write one, such as ";", "|" or, in double quotes, "\\t"')
+        return value
+
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
         if self.source == "hub" and not self.dataset:
@@ -88,12 +100,18 @@ class DataConfig(Section):
             raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
         if self.streaming and self.source != "hub":
             raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
-        for name in ("records", "encoding"):
+        for name in ("records", "encoding", "delimiter", "field"):
             if getattr(self, name) is not None and self.source != "files":
                 field = f"data.{name}"
                 raise wrong(
                     field, f"{field} is for data.source files, not {self.source}; set it to null", "data.source"
                 )
+        for name in ("delimiter", "field"):
+            if getattr(self, name) is not None and self.records is not None:
+                problem = (
+                    f"data.{name} is not for text, as which data.records reads every file; set one of them to null"
+                )
+                raise wrong(f"data.{name}", problem, "data.records")
         if (self.score is None) != (self.min_score is None):
             problem = "data.score and data.min_score go together; set both or neither"
             raise wrong("data.min_score", problem, "data.score")

@@ -108,12 +108,20 @@ def _check_kind(file: DataFile, data: DataConfig) -> None:
             "file, paragraph or line",
             field="data.path",
         )
-    for option, value in (("data.records", data.records), ("data.encoding", data.encoding)):
-        if value is not None and file.kind_by_suffix in ("parquet", "arrow"):
+    is_text = file.kind_by_suffix not in ("parquet", "arrow")
+    of_options = {
+        "records": ("text", is_text),
+        "encoding": ("text", is_text),
+        "delimiter": ("CSV", file.kind == "csv"),
+        "field": (".json files that are one object", file.kind == "json" and ".json" in file.suffixes),
+    }
+    for name, (what, applies) in of_options.items():
+        value = getattr(data, name)
+        if value is not None and not applies:
             raise ConfigError(
-                f"{option} {value} is for text, and {file.name} is {file.kind_by_suffix.capitalize()}; set {option} to "
-                "null, or take the file out of data.path",
-                field=option,
+                f"data.{name} {value!r} is for {what}, and {file.name} is not; set data.{name} to null, or take the "
+                "file out of data.path",
+                field=f"data.{name}",
             )
 
 

@@ -62,7 +62,7 @@ def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
             ["".join(file.suffixes), _tag_of(file.name) if is_url(file.name) else local[file.name]] for file in files
         ]
         # A field that is not set leaves the stores of before as they are.
-        ways = {"records": data.records, "encoding": data.codec}
+        ways = {"records": data.records, "encoding": data.codec, "delimiter": data.delimiter, "field": data.field}
         return {"files": tags, "split": data.split} | {name: way for name, way in ways.items() if way is not None}
     identity: dict[str, Any] = {"config": data.config, "split": data.split}
     if is_directory(data):

@@ -1,6 +1,5 @@
 """Lines of text and of JSON, read in partitions."""
 
-import json
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,14 +11,13 @@ import pyarrow.parquet
 from clm_dist.errors import DataError, first_line
 from clm_dist.prepare.cuts import Unit, last_cut, stretch_of
 from clm_dist.prepare.data_file import DataFile, is_url
-from clm_dist.prepare.json_lines import Lines, broken_record, not_utf8
+from clm_dist.prepare.json_lines import Lines, broken_record
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.tables import checked
 from clm_dist.prepare.text import without_marks
 
 # pyarrow parses a piece as one block, and its blocks end below 2 GiB.
 _MAX_JSON_BLOCK = 2**31 - 1
-_SNIFFED_BYTES = 1 << 16
 
 
 def lines_between(file: DataFile, partition: Partition, unit: Unit = "line") -> pa.Buffer:
@@ -52,34 +50,6 @@ def line_partitions(file: DataFile, size: int, schema: pa.Schema | None, unit: U
                 first += content.count(b"\n")
             if not chunk:
                 return
-
-
-def is_array(file: DataFile) -> bool:
-    with file.stream() as stream:
-        return bool(stream.read(_SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["))
-
-
-def array_partitions(file: DataFile, size: int, schema: pa.Schema | None) -> Iterator[Partition]:
-    """The records of a file that is one JSON array, which is held whole."""
-    content = file.content()
-    try:
-        records = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise not_utf8(file.name) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file.name}:{error.lineno}: not a JSON array: {error.msg}; mend the file", field="data.path"
-        ) from None
-    lines: list[bytes] = []
-    held, first = 0, 1
-    for number, record in enumerate(records, 1):
-        lines.append(json.dumps(record).encode() + b"\n")
-        held += len(lines[-1])
-        if held >= size or number == len(records):
-            share = file.size * len(lines) // len(records)
-            content = pa.py_buffer(b"".join(lines))
-            yield Partition(file.name, share, file, content=content, first=first, unit="record", schema=schema)
-            lines, held, first = [], 0, number + 1
 
 
 def numbered_line(partition: Partition, number: int, unit: Unit) -> str:

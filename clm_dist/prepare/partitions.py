@@ -17,10 +17,9 @@ from clm_dist.config.data import DataConfig
 from clm_dist.prepare.cuts import Unit
 from clm_dist.prepare.data_file import DataFile, reading
 from clm_dist.prepare.fields import check_fields, select_fields
+from clm_dist.prepare.json_files import advising, is_one_value, list_partitions
 from clm_dist.prepare.json_lines import check_encoding, text_schema
 from clm_dist.prepare.lines import (
-    array_partitions,
-    is_array,
     line_partitions,
     lines_between,
     numbered,
@@ -66,8 +65,8 @@ def partitions_of(file: DataFile, data: DataConfig, size: int, schema: pa.Schema
                 check_encoding(stream.read(_SNIFFED_BYTES), file.name, file.encoding)
         match file.kind:
             case "json" | "text":
-                if file.kind == "json" and ".json" in file.suffixes and is_array(file):
-                    yield from array_partitions(file, size, schema)
+                if is_one_value(file, data):
+                    yield from list_partitions(file, data, size, schema)
                 elif file.is_stream:
                     yield from line_partitions(file, size, schema, _unit_of(data))
                 else:
@@ -107,10 +106,12 @@ def read_partition(partition: Partition, data: DataConfig) -> pa.Table:
         if file.kind == "text":
             table = read_text(lines, file, unit, lambda number: numbered_line(partition, number, unit))
             return select_fields(table, data, file.name)
-        if partition.start == 0 and partition.first == 1:
+        if partition.start or partition.first > 1:
+            return select_fields(read_json_lines(lines, partition), data, file.name)
+        with advising(file, data):
             # Parsing takes a field that is not there for null, record by record.
             text_schema(numbered(lines, partition), data)
-        return select_fields(read_json_lines(lines, partition), data, file.name)
+            return select_fields(read_json_lines(lines, partition), data, file.name)
 
 
 def infer_schema(file: DataFile, data: DataConfig) -> pa.Schema | None:
@@ -122,7 +123,8 @@ def infer_schema(file: DataFile, data: DataConfig) -> pa.Schema | None:
     for partition in partitions_of(file, data, PROBE_BYTES, pa.schema([])):
         with reading(file):
             lines = partition.content if partition.content is not None else lines_between(file, partition)
-        schema = text_schema(numbered(lines, partition), data)
+        with advising(file, data):
+            schema = text_schema(numbered(lines, partition), data)
         if schema is not None:
             return schema
     return None

@@ -9,13 +9,14 @@ import pyarrow.json
 import pyarrow.parquet
 
 from clm_dist.config.data import DataConfig
-from clm_dist.errors import first_line
+from clm_dist.errors import DataError, first_line
 from clm_dist.prepare.data_file import DataFile, is_url
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.partition import Partition
 
 # pyarrow refuses a record of a CSV file that is larger.
 _CSV_BLOCK = 1 << 26
+_DELIMITERS = ";|\t,"
 
 
 def parquet_partitions(file: DataFile, data: DataConfig, size: int) -> Iterator[Partition]:
@@ -50,7 +51,8 @@ def _bytes_of(row_group: Any, columns: list[str]) -> int:
 
 
 def csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
-    parse = pa.csv.ParseOptions(delimiter="\t" if ".tsv" in file.suffixes else ",", newlines_in_values=True)
+    delimiter = data.delimiter or ("\t" if ".tsv" in file.suffixes else ",")
+    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     read = pa.csv.ReadOptions(block_size=_CSV_BLOCK)
     try:
         with file.stream() as stream, pa.csv.open_csv(stream, read, parse) as opened:
@@ -61,7 +63,14 @@ def csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
         raise
     # A CSV file knows no types: what is text is what the job reads as text, and the rest is not read at all.
     types = pa.schema([(name, pa.float64() if name == data.score else pa.large_string()) for name in names])
-    columns = check_fields(types, data, file.name)
+    try:
+        columns = check_fields(types, data, file.name)
+    except DataError as error:
+        others = [other for other in _DELIMITERS if other != delimiter and other in names[0]]
+        if len(names) > 1 or not others:
+            raise
+        advice = f"if {others[0]!r} is between the fields, set data.delimiter to it"
+        raise DataError(f"{error}; {advice}", field=error.field) from None
     convert = pa.csv.ConvertOptions(
         include_columns=columns,
         column_types={column: types.field(column).type for column in columns},

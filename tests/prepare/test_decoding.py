@@ -103,7 +103,7 @@ def test_files_that_have_an_encoding_of_their_own_are_refused(tmp_path: Path) ->
     (tmp_path / "a.parquet").write_bytes(b"")
     (tmp_path / "b.txt").write_text("b")
     error = error_of(data(tmp_path, "latin-1"))
-    assert "data.encoding latin-1 is for text, and " in str(error)
+    assert "data.encoding 'latin-1' is for text, and " in str(error)
     assert error.field == "data.encoding"
 
 

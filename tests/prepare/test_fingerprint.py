@@ -17,6 +17,7 @@ from tests.conftest import MakeJob
 HUB = ("data.source=hub", "data.path=null", "data.dataset=alice/texts")
 HASH = ("data.split_method=hash",)
 SCORED = ("data.score=answers.score", "data.min_score=1")
+CSV, JSON = ("data.path=A.csv",), ("data.path=A.json",)
 CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.source": ((), "data.source=builtin"),
     "data.dataset": (HUB, "data.dataset=alice/others"),
@@ -24,6 +25,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.revision": (HUB, "data.revision=abc"),
     "data.path": ((), "data.path=OTHER_CORPUS"),
     "data.records": ((), "data.records=line"),
+    "data.delimiter": ((*CSV, "data.delimiter=';'"), "data.delimiter='|'"),
+    "data.field": ((*JSON, "data.field=data"), "data.field=rows"),
     "data.encoding": (("data.encoding=latin-1",), "data.encoding=cp1252"),
     "data.split": ((), "data.split='train[:40]'"),
     "data.text": ((), "data.text=topic"),
@@ -64,7 +67,10 @@ def files(make_job: MakeJob, corpus: Path, prepared: Callable[[JobConfig], Path]
     other = Path(shutil.copytree(tokenizer, tmp_path / "tokenizer"))
     values = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(values | {"add_prefix_space": True}))
-    return {"OTHER_CORPUS": other_corpus, "OTHER_TOKENIZER": other, "TOKENIZER": tokenizer}
+    shaped = {f"A.{suffix}": tmp_path / f"A.{suffix}" for suffix in ("csv", "json")}
+    for path in shaped.values():
+        path.write_text("")
+    return shaped | {"OTHER_CORPUS": other_corpus, "OTHER_TOKENIZER": other, "TOKENIZER": tokenizer}
 
 
 @pytest.fixture
