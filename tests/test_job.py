@@ -159,7 +159,7 @@ def test_a_job_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPa
         load_job(path)
 
 
-@pytest.mark.parametrize("field", ["model.path", "tokenizer.path", "data.path"])
+@pytest.mark.parametrize("field", ["model.path", "tokenizer.path", "data.path", "data.eval_path"])
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -171,6 +171,7 @@ def test_a_job_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_path_that_cannot_be(path: Path, field: str, value: str, reason: str) -> None:
     section, _, name = field.partition(".")
     job = yaml.safe_load(GOOD)
+    job["data"] = {"source": "files", "path": "a"}
     job.setdefault(section, {})[name] = value
     said = error_of(path, yaml.safe_dump(job, sort_keys=False, width=9999))
     assert re.fullmatch(rf"{path}:\d: {field} .* cannot be used as a path: {reason}; name another", said)
@@ -243,9 +244,12 @@ def test_saved_job_reads_back_as_the_same_job(path: Path) -> None:
 def test_local_directories_become_absolute_and_hub_ids_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    Path("job.yaml").write_text("name: a\ndata: {source: files, path: '*.txt'}\nmodel: {path: model}\n")
+    Path("job.yaml").write_text(
+        "name: a\ndata: {source: files, path: '*.txt', eval_path: [b, 's3://c/d']}\nmodel: {path: model}\n"
+    )
     job = load_job(Path("job.yaml")).config
     assert (job.model.path, job.data.path) == (str(tmp_path / "model"), str(tmp_path / "*.txt"))
+    assert job.data.eval_path == [str(tmp_path / "b"), "s3://c/d"]
     assert load_job(Path("job.yaml"), ["model.path=distilbert/distilgpt2"]).config.model.path == (
         "distilbert/distilgpt2"
     )

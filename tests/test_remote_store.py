@@ -29,7 +29,7 @@ def test_a_store_is_prepared_once_for_all_machines(
     names = [name.removeprefix(f"texts/stores/{first.name}/") for name in bucket.find("texts/stores")]
     assert sorted(names) == sorted(files_of(first))
     # Another machine has an empty cache and reads no text.
-    monkeypatch.setattr(pipeline, "open_source", None)
+    monkeypatch.setattr(pipeline, "open_sources", None)
     second = prepare(job, tmp_path / "two", Silent(), url=URL)
     assert files_of(second) == files_of(first)
     assert find_store(job, tmp_path / "three", URL) == tmp_path / "three" / first.name

@@ -55,13 +55,21 @@ class DataConfig(Section):
     deduplicate: bool = False
     """Remove documents from the train split that the eval split has, to the letter, as well."""
     id: str | None = None
-    """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text."""
+    """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text. Not used with
+    `eval_path` or `eval_split`."""
+    eval_path: str | list[str] | None = None
+    """Files of the eval split, as `path` names those of the train split, for `source: files`. With this or `eval_split`
+    all records of `split` are train, and `eval_fraction`, `split_method`, `seed` and `id` are not used."""
+    eval_split: str | None = None
+    """Split of the eval records, or a slice of it, as `split` spells it: `validation`, `train[90%:]`. It is a split of
+    `eval_path`, where that is set (null takes its `train`), or else of what `split` is of."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the records that is held out for evaluation."""
+    """Share of the records that is held out for evaluation; not used with `eval_path` or `eval_split`."""
     split_method: Literal["random", "hash"] = "random"
-    """`random` is the rows of datasets' train_test_split; `hash` keeps a record on its side at every subset size."""
+    """`random` is the rows of datasets' train_test_split; `hash` keeps a record on its side at every subset size. Not
+    used with `eval_path` or `eval_split`."""
     seed: Seed = 42
-    """Seed of the random split."""
+    """Seed of the random split; not used with `eval_path` or `eval_split`."""
     block_size: Annotated[int, Field(ge=2, le=MOST)] = 128
     """Tokens in a block."""
     grouping: Literal["carry", "guide"] = "carry"
@@ -100,12 +108,14 @@ class DataConfig(Section):
             raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
         if self.streaming and self.source != "hub":
             raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
-        for name in ("records", "encoding", "delimiter", "field"):
+        for name in ("records", "encoding", "delimiter", "field", "eval_path"):
             if getattr(self, name) is not None and self.source != "files":
                 field = f"data.{name}"
                 raise wrong(
                     field, f"{field} is for data.source files, not {self.source}; set it to null", "data.source"
                 )
+        if self.eval_path in ("", []):
+            raise wrong("data.eval_path", "data.eval_path is empty; name files, or null for a share of the records")
         for name in ("delimiter", "field"):
             if getattr(self, name) is not None and self.records is not None:
                 problem = (
@@ -130,6 +140,16 @@ class DataConfig(Section):
                 "data.append_eos",
             )
         return self
+
+    @property
+    def has_own_eval(self) -> bool:
+        """Whether the eval split has records of its own, and all of `split` is train."""
+        return self.eval_path is not None or self.eval_split is not None
+
+    @property
+    def splits_by_hash(self) -> bool:
+        """Whether the hash of a record says on which side it is."""
+        return self.split_method == "hash" and not self.has_own_eval
 
     @property
     def codec(self) -> str | None:

@@ -216,10 +216,13 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
     def directory(path: str | None, field: str) -> str | None:
         return absolute(path, field, only_directories=True) if path else path
 
-    data, given = config.data, config.data.path
-    if given is not None:
-        paths = [absolute(path, "data.path") for path in ([given] if isinstance(given, str) else given)]
-        data = data.model_copy(update={"path": paths[0] if isinstance(given, str) else paths})
+    def each(given: str | list[str] | None, field: str) -> str | list[str] | None:
+        if isinstance(given, list):
+            return [absolute(path, field) for path in given]
+        return given if given is None else absolute(given, field)
+
+    paths = {name: each(getattr(config.data, name), f"data.{name}") for name in ("path", "eval_path")}
+    data = config.data.model_copy(update=paths)
     tokenizer = config.tokenizer.model_copy(update={"path": directory(config.tokenizer.path, "tokenizer.path")})
     model = config.model.model_copy(update={"path": directory(config.model.path, "model.path")})
     checkpoint = config.checkpoint

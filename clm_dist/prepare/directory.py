@@ -32,12 +32,15 @@ class Chosen(Generic[_File]):
     """What was left out, in words; empty where nothing was that a person could miss."""
 
 
-def choose(named: Iterable[tuple[str, _File]], split: str, is_known: Callable[[_File], bool]) -> Chosen[_File]:
+def choose(
+    named: Iterable[tuple[str, _File]], split: str, is_known: Callable[[_File], bool], elsewhere: str | None = None
+) -> Chosen[_File]:
     """The files that belong to a split.
 
     Args:
         named: files with their paths inside the directory, with slashes.
         is_known: whether a file is of a kind that can be read.
+        elsewhere: another split that is read, so that its files are not left out.
     """
     seen = [(path, file) for name, file in named if not _is_hidden(path := PurePosixPath(name))]
     # Beside the records that `save_to_disk` writes.
@@ -48,7 +51,9 @@ def choose(named: Iterable[tuple[str, _File]], split: str, is_known: Callable[[_
     # Files beside those of a train split belong to none; where there is no such split, they are it.
     rest = "" if any(name == "train" for name, _ in found) else "train"
     known = [(rest if name is None else name, file) for name, file in found]
-    others = Counter(f"of the split {name}" if name else "of no split" for name, _ in known if name != split)
+    others = Counter(
+        f"of the split {name}" if name else "of no split" for name, _ in known if name not in (split, elsewhere)
+    )
     unread = (name for name, file in visible if not is_known(file))
     others.update(f"{name.name}, the card of a data set" for name in no_data if name.suffix == ".md")
     others.update(f"*{''.join(name.suffixes[-2:]) or name.name}, which is not read" for name in unread)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.config.data import DataConfig
-from clm_dist.config.job import JobConfig
 from clm_dist.files.stores import PARTIAL_SUFFIX
 from clm_dist.prepare.encoded import Encoded, Recipe, encode_partition, write_encoded
 from clm_dist.prepare.encoding import Encoding
@@ -32,12 +31,12 @@ class Effort:
     """Size of a partition in the source. Each task holds a few times as much."""
 
 
-def count_records(job: JobConfig, source: Source, effort: Effort) -> list[int]:
+def count_records(source: Source, effort: Effort) -> list[int]:
     """How many records the partitions have, up to the first that the slice takes where that is known before."""
     counts: list[int] = []
     with open_pool(effort.num_tasks, is_small=True) as pool:
         partitions = source.partitions(effort.partition_bytes)
-        for _, count in in_order(pool, partitions, lambda each: pool.submit(_num_records, each, job.data)):
+        for _, count in in_order(pool, partitions, lambda each: pool.submit(_num_records, each, source.data)):
             counts.append(count)
             if not source.slice.is_relative and sum(counts) > source.slice.start:
                 break
@@ -49,7 +48,6 @@ def _num_records(partition: Partition, data: DataConfig) -> int:
 
 
 def encode_partitions(
-    job: JobConfig,
     source: Source,
     encoding: Encoding,
     engine: str,
@@ -57,18 +55,19 @@ def encode_partitions(
     progress: Progress,
     effort: Effort,
 ) -> list[Encoded]:
-    """All partitions that the job's rows lie in, encoded; those that are there already are not made again."""
+    """All partitions that the source's rows lie in, encoded; those that are there already are not made again."""
     partitions = enumerate(source.partitions(effort.partition_bytes))
     first = list(islice(partitions, _FEW_PARTITIONS))
-    display = _Display(progress, source.num_bytes)
+    display = _Display(progress, source)
+    prefix = "eval-" if source.is_eval else ""
     encoded: list[Encoded] = []
     num_records = 0
     stop = source.slice.stop
     with open_pool(effort.num_tasks, is_small=len(first) < _FEW_PARTITIONS) as pool:
-        recipe = pool.share(Recipe(job.data, encoding, engine, parallel=pool.num_tasks == 1))
+        recipe = pool.share(Recipe(source.data, encoding, engine, parallel=pool.num_tasks == 1))
 
         def path_of(index: int) -> Path:
-            return work / f"{effort.partition_bytes}-{index:06d}{PARTIAL_SUFFIX}"
+            return work / f"{prefix}{effort.partition_bytes}-{index:06d}{PARTIAL_SUFFIX}"
 
         def begin(item: tuple[int, Partition]) -> Any:
             index, partition = item
@@ -93,12 +92,13 @@ def encode_partitions(
 class _Display:
     """The display of the partitions as they are encoded."""
 
-    def __init__(self, progress: Progress, num_bytes: int | None) -> None:
+    def __init__(self, progress: Progress, source: Source) -> None:
         self._progress = progress
-        self._total = None if num_bytes is None else max(1, num_bytes >> 20)
+        self._total = None if source.num_bytes is None else max(1, source.num_bytes >> 20)
+        self._what = "eval partition" if source.is_eval else "partition"
         self._began = time.monotonic()
         self._source_bytes = self._text_bytes = self._tokens = 0
-        progress.start("Tokenising", total=self._total, unit="MiB")
+        progress.start("Tokenising the eval split" if source.is_eval else "Tokenising", total=self._total, unit="MiB")
 
     def log(self, index: int, partition: Partition, made: Encoded) -> None:
         """Count a partition that was encoded now."""
@@ -106,7 +106,7 @@ class _Display:
         self._text_bytes += stats.num_text_bytes
         self._tokens += stats.num_tokens
         self._progress.log(
-            f"partition {index}: {stats.num_records:,} records, {stats.num_text_bytes / 1e6:,.2f} MB of text, "
+            f"{self._what} {index}: {stats.num_records:,} records, {stats.num_text_bytes / 1e6:,.2f} MB of text, "
             f"{stats.num_tokens:,} tokens with {stats.engine} ({partition.where})"
         )
 

@@ -93,11 +93,12 @@ def encode_partition(partition: Partition, recipe: Recipe, most_records: int | N
         },
         metadata={_STATS: json.dumps(asdict(stats)).encode()},
     )
-    of_hash_split = recipe.data.split_method == "hash"
     records = pa.record_batch(
         {
             "skipped": pa.array(documents.skipped),
-            "held_out": pa.array(held_out(table, recipe.data) if of_hash_split else np.zeros(len(table), bool)),
+            "held_out": pa.array(
+                held_out(table, recipe.data) if recipe.data.splits_by_hash else np.zeros(len(table), bool)
+            ),
         }
     )
     sink = pa.BufferOutputStream()

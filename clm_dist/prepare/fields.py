@@ -22,7 +22,7 @@ def wanted_paths(data: DataConfig) -> list[tuple[str, str]]:
     paths = [("data.text", path) for path in data.text_template.paths]
     if data.score:
         paths.append(("data.score", data.score))
-    if data.split_method == "hash" and data.id:
+    if data.splits_by_hash and data.id:
         paths.append(("data.id", data.id))
     return paths
 

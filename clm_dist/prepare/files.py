@@ -30,6 +30,8 @@ class Found:
 def find_files(data: DataConfig) -> Found:
     """The files of the job's split that `data.path` names, sorted by name within each of its entries.
 
+    What is left out does not have the files that are read as the eval split.
+
     Raises:
         ConfigError, DataError: a path cannot be read, matches nothing, or has no such split; or a file is of an unknown
             kind, or a pointer of Git LFS.
@@ -37,6 +39,7 @@ def find_files(data: DataConfig) -> Found:
     """
     paths = [data.path] if isinstance(data.path, str) else data.path or []
     split = data.split.partition("[")[0]
+    elsewhere = data.eval_split.partition("[")[0] if data.eval_split and data.eval_path is None else None
     files: list[DataFile] = []
     left_out, splits = [], set()
     for path in paths:
@@ -54,7 +57,7 @@ def find_files(data: DataConfig) -> Found:
                     f"data.path {shown}: {problem}; give a file, a glob or a directory", field="data.path"
                 ) from None
         if is_whole:
-            chosen = choose(named, split, lambda file: file.kind in _kinds_of_directory(data))
+            chosen = choose(named, split, lambda file: file.kind in _kinds_of_directory(data), elsewhere)
             if not chosen.splits:
                 raise _nothing_known(shown, chosen.left_out, data)
             if chosen.left_out:
@@ -65,7 +68,7 @@ def find_files(data: DataConfig) -> Found:
             splits.add("train")
             if split == "train":
                 files += [file for _, file in named]
-            else:
+            elif elsewhere != "train":
                 left_out.append(f"{shown}: what is named itself is of the split train")
     if not files:
         have = "one split, train" if splits == {"train"} else f"the splits {', '.join(sorted(splits))}"

@@ -12,7 +12,9 @@ was killed goes on with the partitions that were in flight, and the shards come 
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,17 @@ from clm_dist.files.atomic import make_dir, remove_unfinished, writing
 from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest, file_sha256
 from clm_dist.files.hashes import HashMemory
 from clm_dist.files.stores import PARTIAL_SUFFIX, Store, Stores
-from clm_dist.prepare.corpus import Corpus
+from clm_dist.prepare.corpus import Corpus, Rows
 from clm_dist.prepare.documents import documents_of, no_text
 from clm_dist.prepare.encode import Effort, count_records, encode_partitions
-from clm_dist.prepare.encoded import release_encoded
+from clm_dist.prepare.encoded import Encoded, release_encoded
 from clm_dist.prepare.encoding import Encoding
 from clm_dist.prepare.engines import EngineError, Reference, choose_engine, sample_of
 from clm_dist.prepare.identity import pinned, source_identity
+from clm_dist.prepare.own_eval import eval_data, naming
 from clm_dist.prepare.partitions import PROBE_BYTES, read_partition
-from clm_dist.prepare.sources import Source, open_source
-from clm_dist.prepare.splits import no_records, split_documents, split_records
+from clm_dist.prepare.sources import Source, open_sources
+from clm_dist.prepare.splits import no_records, records_of, split_documents, split_records
 from clm_dist.prepare.tokenizer_training import train_own_tokenizer
 from clm_dist.prepare.write_split import write_split
 from clm_dist.pretrained.tokenizer import load_tokenizer, locate_tokenizer, tokenizer_fingerprint
@@ -153,50 +156,73 @@ def _identity(job: JobConfig, tokenizer: Path | None, known: HashMemory) -> dict
     """
     fields = {"text", "join", "eval_fraction", "split_method", "seed", "block_size", "grouping", "append_eos"}
     fields |= {"score", "min_score", "deduplicate"}
-    if job.data.split_method == "hash":
+    if job.data.has_own_eval:
+        fields -= {"eval_fraction", "split_method", "seed"}
+    if job.data.splits_by_hash:
         fields.add("id")
     data = job.data.model_dump(mode="json", include=fields)
     if job.data.join is not None and job.data.fills_items:
         data["items"] = True
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
+    own_eval = {}
+    if (of_eval := eval_data(job.data)) is not None:
+        with naming(job.data, of_eval=True):
+            own_eval = {"eval": source_identity(of_eval, known)}
     return {
         "format": FORMAT_VERSION,
         "source": source_identity(job.data, known),
         "data": data,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else {"train": trained},
+        **own_eval,
     }
 
 
 def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
     job, tokenizer, store = resolved.job, resolved.tokenizer, resolved.store.local
     progress.start("Reading records")
-    source = open_source(job.data)
-    for what in source.left_out:
-        progress.note(f"Not read, in {what}")
-    if source.slice.is_relative or source.slice.start:
-        source = source.narrowed(count_records(job, source, effort), effort.partition_bytes)
-    sample = _sample(job, source)
+    sources, samples = [], []
+    for source in list(open_sources(job.data)):
+        for what in source.left_out:
+            progress.note(f"Not read, in {what}")
+        with naming(job.data, of_eval=source.is_eval):
+            if source.slice.is_relative or source.slice.start:
+                source = source.narrowed(count_records(source, effort), effort.partition_bytes)
+            samples.append(_sample(job, source))
+        sources.append(source)
     work = make_dir(store / "work")
     remove_unfinished(store)
     if tokenizer is None:
         tokenizer = work / "tokenizer"
         if not tokenizer.exists():
             progress.start("Training the tokenizer")
-            train_own_tokenizer(job, source, tokenizer)
+            train_own_tokenizer(job, sources[0], tokenizer)
     loaded = load_tokenizer(tokenizer)
     encoding = Encoding.of_tokenizer(loaded, job.data)
-    engine = choose_engine(job.tokenizer.engine, encoding, sample)
+    engine = choose_engine(job.tokenizer.engine, encoding, samples[0])
+
+    def encode(engine: str) -> list[list[Encoded]]:
+        """The partitions of each source."""
+        encoded = []
+        for source in sources:
+            with naming(job.data, of_eval=source.is_eval):
+                encoded.append(encode_partitions(source, encoding, engine, work, progress, effort))
+        return encoded
+
     try:
-        encoded = encode_partitions(job, source, encoding, engine, work, progress, effort)
+        encoded = encode(engine)
     except EngineError as error:
         logger.warning("gigatoken is not used, as %s; encoding again with tokenizers", error)
         for file in work.glob(f"*{PARTIAL_SUFFIX}"):
             file.unlink()
-        encoded = encode_partitions(job, source, encoding, Reference.name, work, progress, effort)
+        encoded = encode(Reference.name)
 
     progress.start("Writing blocks")
-    corpus = Corpus.of_encoded(encoded)
-    records = split_records(corpus.held_out, source.slice, job.data)
+    partitions = list(chain(*encoded))
+    corpus = Corpus.of_encoded(partitions)
+    if job.data.has_own_eval:
+        records = _records_of_each(sources, encoded)
+    else:
+        records = split_records(corpus.held_out, sources[0].slice, job.data)
     splits = {}
     for name in records:
         documents = split_documents(corpus, records[name], job.data, records["eval"] if name == "train" else None)
@@ -206,16 +232,28 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
         others = [store / EVAL_BYTES, *sorted((store / "tokenizer").iterdir())]
         manifest = Manifest(
             fingerprint=store.name,
-            origin=source.where,
+            origin="; eval: ".join(source.where for source in sources),
             source=resolved.identity,
             block_size=job.data.block_size,
             dtype=str(encoding.dtype),
-            engine=" and ".join(sorted({one.stats.engine for one in encoded})),
+            engine=" and ".join(sorted({one.stats.engine for one in partitions})),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             splits=splits,
             files={str(file.relative_to(store)): file_sha256(file) for file in others},
         )
         resolved.store.write_manifest(manifest)
+
+
+def _records_of_each(sources: Sequence[Source], encoded: Sequence[Sequence[Encoded]]) -> dict[str, Rows]:
+    """The records of the train and the eval split, where each has a source of its own."""
+    records = {}
+    before = 0
+    for name, source, of_source in zip(("train", "eval"), sources, encoded, strict=True):
+        num_records = sum(one.stats.num_records for one in of_source)
+        with naming(source.data, of_eval=source.is_eval):
+            records[name] = before + records_of(source.slice, num_records)
+        before += num_records
+    return records
 
 
 def _sample(job: JobConfig, source: Source) -> Any:

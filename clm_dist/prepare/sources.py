@@ -17,6 +17,7 @@ from clm_dist.prepare.data_file import DataFile
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import find_files
 from clm_dist.prepare.identity import is_directory
+from clm_dist.prepare.own_eval import eval_data, named_as_eval, naming
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.partitions import all_partitions, infer_schema
 from clm_dist.prepare.tables import table_partitions
@@ -29,6 +30,8 @@ class Source:
     """A job's records in partitions, and the rows of them that the job takes."""
 
     where: str
+    data: DataConfig
+    """How the records are read."""
     partitions: Callable[[int], Iterator[Partition]]
     """Reads the source from its beginning at each call, in partitions of about the given number of bytes."""
     num_bytes: int | None
@@ -36,6 +39,8 @@ class Source:
     slice: "Slice"
     left_out: Sequence[str] = ()
     """Files of directories that are not read, in words."""
+    is_eval: bool = False
+    """Whether these are the records of an eval split of its own."""
 
     def narrowed(self, num_records: Sequence[int], size: int) -> "Source":
         """The same rows without the partitions before them.
@@ -91,19 +96,35 @@ def _to_rows(spec: str, num_records: int) -> tuple[int, int]:
     return rows.from_ or 0, num_records if rows.to is None else rows.to
 
 
+def open_sources(data: DataConfig) -> Iterator[Source]:
+    """The records of a job's data, and those of its eval split where it has its own.
+
+    Raises:
+        ConfigError, DataError: see `open_source`; the error names the fields of the split that it is of.
+    """
+    yield open_source(data)
+    if (of_eval := eval_data(data)) is not None:
+        with naming(data, of_eval=True):
+            source = open_source(of_eval)
+        # Of a path that both splits are read from it is said once.
+        left_out = source.left_out if data.eval_path is not None else ()
+        yield replace(source, where=named_as_eval(source.where, data), left_out=left_out, is_eval=True)
+
+
 def open_source(data: DataConfig) -> Source:
-    """The records of a job's data.
+    """The records of a job's data: those of `data.split`.
 
     Raises:
         ConfigError: the data set is not reachable, or has no such split.
         DataError: a path matches nothing, a file is broken, or a field is not there.
     """
+    split = f" ({data.split})" if data.has_own_eval else ""
     if data.source == "builtin":
         if data.split.partition("[")[0] != "train":
             raise ConfigError(f"data.split {data.split}: the built-in corpus has one split, train", field="data.split")
-        return _table_source(_load_builtin(), data, "the built-in corpus", Slice.of_split(data.split))
+        return _table_source(_load_builtin(), data, f"the built-in corpus{split}", Slice.of_split(data.split))
     if data.source == "hub":
-        where = f"the data set {data.dataset}"
+        where = f"the data set {data.dataset}{split}"
         if data.streaming:
             return _streamed_source(data, where)
         # `datasets` takes the slice itself.
@@ -113,7 +134,8 @@ def open_source(data: DataConfig) -> Source:
     schema = _schema_of(files, data)
 
     return Source(
-        f"data.path {data.path}",
+        f"data.path {data.path}{split}",
+        data,
         lambda size: all_partitions(files, data, size, schema),
         sum(file.size for file in files),
         Slice.of_split(data.split),
@@ -137,7 +159,7 @@ def _table_source(table: pa.Table, data: DataConfig, where: str, rows: Slice) ->
         for batch in table.to_batches():
             yield select_fields(pa.Table.from_batches([batch]), data, where)
 
-    return Source(where, lambda size: table_partitions(tables(), where, size), table.nbytes, rows)
+    return Source(where, data, lambda size: table_partitions(tables(), where, size), table.nbytes, rows)
 
 
 def _load_builtin() -> pa.Table:
@@ -166,7 +188,7 @@ def _streamed_source(data: DataConfig, where: str) -> Source:
                 return
             yield select_fields(table, data, where)
 
-    return Source(where, lambda size: table_partitions(tables(), where, size), None, rows)
+    return Source(where, data, lambda size: table_partitions(tables(), where, size), None, rows)
 
 
 class _reaching:  # noqa: N801  # a context manager reads as a verb

@@ -42,6 +42,14 @@ def split_records(held_out: npt.NDArray[np.bool_], rows: Slice, data: DataConfig
     return {name: records + rows.start for name, records in splits.items()}
 
 
+def records_of(rows: Slice, num_records: int) -> Rows:
+    """The records of a source that its slice takes, in their order. Raises DataError where there are none."""
+    records = np.arange(num_records)[rows.start : rows.stop]
+    if not len(records):
+        raise no_records(rows)
+    return records
+
+
 def no_records(rows: Slice) -> DataError:
     return DataError(f"data.split {rows.spec} has no records; take a larger part", field="data.split")
 

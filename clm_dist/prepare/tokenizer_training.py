@@ -15,7 +15,7 @@ from clm_dist.prepare.documents import documents_of, held_out, no_text
 from clm_dist.prepare.encode import PARTITION_BYTES
 from clm_dist.prepare.partitions import read_partition
 from clm_dist.prepare.sources import Source
-from clm_dist.prepare.splits import split_records
+from clm_dist.prepare.splits import records_of, split_records
 
 _EOS = "<|endoftext|>"
 
@@ -44,13 +44,15 @@ def _train_records(job: JobConfig, source: Source) -> npt.NDArray[np.bool_]:
     sides = [np.empty(0, bool)]
     for partition in source.partitions(PARTITION_BYTES):
         table = read_partition(partition, job.data)
-        of_hash_split = job.data.split_method == "hash"
-        sides.append(held_out(table, job.data) if of_hash_split else np.zeros(len(table), bool))
+        sides.append(held_out(table, job.data) if job.data.splits_by_hash else np.zeros(len(table), bool))
         if source.slice.stop is not None and sum(map(len, sides)) >= source.slice.stop:
             break
     of_eval = np.concatenate(sides)
     train = np.zeros(len(of_eval), bool)
-    train[split_records(of_eval, source.slice, job.data)["train"]] = True
+    if job.data.has_own_eval:
+        train[records_of(source.slice, len(train))] = True
+    else:
+        train[split_records(of_eval, source.slice, job.data)["train"]] = True
     return train
 
 

@@ -39,9 +39,12 @@ def write_split(
     if not len(documents):
         raise no_text(job, num_records, f"the {name} split")
     if num_tokens < block_size:
+        mend = "take more records or lower data.block_size"
+        if not job.data.has_own_eval:
+            mend = "take more records, lower data.block_size or change data.eval_fraction"
         raise DataError(
             f"the {name} split has {num_tokens} tokens ({num_records} records), less than one block of "
-            f"{block_size}; take more records, lower data.block_size or change data.eval_fraction",
+            f"{block_size}; {mend}",
             field="data.block_size",
         )
     num_ends = 0

@@ -32,7 +32,7 @@ def render_card(job: JobConfig, result: Result) -> str:
                 "results": [
                     {
                         "task": {"type": "text-generation"},
-                        "dataset": {"name": _data_name(job), "type": dataset or job.data.source},
+                        "dataset": {"name": _eval_name(job) or _data_name(job), "type": dataset or job.data.source},
                         "metrics": [
                             {"type": name, "name": name, "value": result["final"][name]}
                             for name in ("perplexity", "loss", "bits_per_byte")
@@ -60,12 +60,13 @@ def render_card(job: JobConfig, result: Result) -> str:
     ]
     evaluated = last_figures(result) or result["baseline"]
     if evaluated:
-        share = f"{job.data.eval_fraction:.0%}"
+        records = f"the {job.data.eval_fraction:.0%} of the records that were held out ({job.data.split_method} split)"
+        if job.data.has_own_eval:
+            records = f"records of their own ({_eval_name(job)})"
         lines += [
             "",
-            f"Evaluated on {evaluated['num_tokens']:,} tokens of the {share} of the records that were held out "
-            f"({job.data.split_method} split), in blocks of {job.data.block_size} tokens. The baseline is the same "
-            "model before training.",
+            f"Evaluated on {evaluated['num_tokens']:,} tokens of {records}, in blocks of "
+            f"{job.data.block_size} tokens. The baseline is the same model before training.",
         ]
     lines += ["", "## Training", ""]
     batch, train = job.batch, job.train
@@ -92,8 +93,21 @@ def _data_name(job: JobConfig) -> str:
         return f"{data.dataset}, {data.split}"
     if data.source == "builtin":
         return "the Python language reference (pydoc_data.topics)"
-    paths = [data.path] if isinstance(data.path, str) else data.path or []
-    return ", ".join(Path(path).name for path in paths)
+    return _names(data.path)
+
+
+def _eval_name(job: JobConfig) -> str:
+    """The files or the split that the eval records are; empty where they are a share of the records."""
+    data = job.data
+    if not data.has_own_eval:
+        return ""
+    of = {"hub": data.dataset, "files": _names(data.eval_path or data.path), "builtin": None}[data.source]
+    named = [of, data.eval_split]
+    return ", ".join(name for name in named if name)
+
+
+def _names(paths: str | list[str] | None) -> str:
+    return ", ".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths or []))
 
 
 def _is_hub_id(path: str) -> bool:

@@ -27,6 +27,8 @@ COVERED: dict[str, str] = {
     "data.delimiter": "tests/prepare/test_shapes_of_files.py::test_csv_has_the_delimiter_that_is_named",
     "data.encoding": "tests/prepare/test_decoding.py::test_every_kind_of_text_is_read_in_its_encoding",
     "data.eval_fraction": _BLOCKS,
+    "data.eval_path": "tests/prepare/test_own_eval.py::test_files_of_their_own_are_the_eval_split",
+    "data.eval_split": "tests/prepare/test_own_eval.py::test_a_split_of_a_directory_is_the_eval_split",
     "data.field": "tests/prepare/test_shapes_of_files.py::test_records_are_read_from_the_field_of_an_object",
     "data.grouping": _BLOCKS,
     "data.id": _BLOCKS,

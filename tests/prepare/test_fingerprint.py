@@ -35,6 +35,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.min_score": (SCORED, "data.min_score=2"),
     "data.deduplicate": ((), "data.deduplicate=true"),
     "data.id": (HASH, "data.id=null"),
+    "data.eval_path": ((), "data.eval_path=OTHER_CORPUS"),
+    "data.eval_split": (("data.eval_path=OTHER_CORPUS",), "data.eval_split='train[:9]'"),
     "data.eval_fraction": ((), "data.eval_fraction=0.3"),
     "data.split_method": ((), "data.split_method=hash"),
     "data.seed": ((), "data.seed=1"),
@@ -110,6 +112,15 @@ def test_a_template_that_is_filled_item_by_item_is_no_longer_what_it_was(make_jo
     assert marked("{messages.role}: {messages.content}")
     assert not marked("{messages.role}: {messages.content}", "null")
     assert not any(map(marked, ("messages.content", "{title}: {answers.text}", "{a}{b}", "{a.b}{a.b}")))
+
+
+def test_a_split_of_its_own_for_evaluation_leaves_nothing_to_the_fields_that_divide(
+    fingerprint_of: Fingerprint,
+) -> None:
+    own = ("data.split='train[:30]'", "data.eval_split='train[30:]'")
+    unused = ("data.eval_fraction=0.5", "data.split_method=hash", "data.seed=1", "data.id=none")
+    assert {fingerprint_of(*own, change) for change in unused} == {fingerprint_of(*own)}
+    assert fingerprint_of(*own, "data.path=OTHER_CORPUS") != fingerprint_of(*own)
 
 
 def test_other_names_of_an_encoding_are_the_same(fingerprint_of: Fingerprint) -> None:

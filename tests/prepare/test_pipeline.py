@@ -184,7 +184,7 @@ def test_the_tokens_of_a_tokenizer_that_changes_the_text_stand_for_its_bytes(tmp
 def test_a_second_call_reads_nothing(make: MakeJob, stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make()
     store = prepare(job, stores, Silent())
-    monkeypatch.setattr(pipeline, "open_source", None)
+    monkeypatch.setattr(pipeline, "open_sources", None)
     assert prepare(job, stores, Silent()) == store == find_store(job, stores)
 
 
@@ -534,7 +534,7 @@ def test_a_repair_that_fails_keeps_the_store(make: MakeJob, tmp_path: Path, monk
     def wrong(*_: Any) -> Any:
         raise DataError("the data is wrong now")
 
-    monkeypatch.setattr(pipeline, "open_source", wrong)
+    monkeypatch.setattr(pipeline, "open_sources", wrong)
     with pytest.raises(DataError, match="is wrong now"):
         prepare(make(), tmp_path, Silent())
     assert (store / "eval" / "00000.arrow").exists()

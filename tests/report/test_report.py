@@ -115,6 +115,26 @@ def test_the_card_of_a_hub_job_links_model_and_data_set(result: Any) -> None:
     assert (front["base_model"], front["datasets"]) == ("distilbert/distilgpt2", ["dany0407/eli5_category"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (("data.eval_split=validation1",), "dany0407/eli5_category, validation1"),
+        (("data.source=files", "data.path=a/b.txt", "data.eval_path=[a/c.txt, d.txt]"), "c.txt, d.txt"),
+        (("data.source=files", "data.path=a/b", "data.eval_split='train[90%:]'"), "b, train[90%:]"),
+        (("data.source=builtin", "data.eval_split='train[90%:]'"), "train[90%:]"),
+    ],
+)
+def test_the_card_says_which_records_were_for_evaluation(result: Any, settings: tuple[str, ...], name: str) -> None:
+    path = Path(__file__).parent.parent.parent / "jobs" / "eli5-guide.yaml"
+    assert (
+        "tokens of the 20% of the records that were held out (random split), in blocks of 128 tokens."
+        in render_card(load_job(path).config, result)
+    )
+    card = render_card(load_job(path, settings).config, result)
+    assert f"tokens of records of their own ({name}), in blocks of 128 tokens. The baseline" in card
+    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["dataset"]["name"] == name
+
+
 def test_report_writes_the_page_and_compares_runs(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

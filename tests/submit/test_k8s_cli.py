@@ -137,11 +137,13 @@ def test_paths_that_pods_do_not_see_are_warned_of(
     k8s_commands.job.write_text(
         "name: tiny\ndata: {source: files, path: [texts/*.txt, /shared/a.txt, 's3://b/c']}\nmodel: {path: gpt2}\n"
     )
-    said = k8s_commands.submit("--set", f"tokenizer.path={tmp_path / 'model'}", "--set", "checkpoint.path=/scratch")
+    settings = (f"tokenizer.path={tmp_path / 'model'}", "checkpoint.path=/scratch", "data.eval_path=texts/b.txt")
+    said = k8s_commands.submit(*(word for setting in settings for word in ("--set", setting)))
     warnings = [line for line in said.err.splitlines() if line.startswith("warning: ")]
     assert [line.split(" is a path of this machine")[0] for line in warnings] == [
         "warning: no GPUs are asked for, so this trains on CPUs; --gpus-per-pod asks",
         f"warning: data.path {Path.cwd()}/texts/*.txt",
+        f"warning: data.eval_path {Path.cwd()}/texts/b.txt",
         "warning: checkpoint.path /scratch",
         f"warning: tokenizer.path {tmp_path}/model",
     ]

@@ -196,8 +196,10 @@ def _token(name: str) -> Object:
 def _unseen_paths(job: JobConfig) -> Iterator[str]:
     """A warning for each path of the job that pods do not see."""
     mount = job.cluster.k8s.mount
-    paths = job.data.path if isinstance(job.data.path, list) else [job.data.path]
-    places = [("data.path", path) for path in paths if path and job.data.source == "files"]
+    places = []
+    for field, named in (("data.path", job.data.path), ("data.eval_path", job.data.eval_path)):
+        paths = named if isinstance(named, list) else [named]
+        places += [(field, path) for path in paths if path and job.data.source == "files"]
     places += [("checkpoint.path", job.checkpoint.path)] if job.checkpoint.path else []
     for field, path in (("model.path", job.model.path), ("tokenizer.path", job.tokenizer.path)):
         places += [(field, path)] if path and Path(path).is_dir() else []  # otherwise an id of the Hub
