@@ -17,6 +17,7 @@ from clm_dist.prepare.partition import Partition
 # pyarrow refuses a record of a CSV file that is larger.
 _CSV_BLOCK = 1 << 26
 _DELIMITERS = ";|\t,"
+_HEAD_BYTES = 1 << 16
 
 
 def parquet_partitions(file: DataFile, data: DataConfig, size: int) -> Iterator[Partition]:
@@ -57,20 +58,19 @@ def csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
     try:
         with file.stream() as stream, pa.csv.open_csv(stream, read, parse) as opened:
             names = opened.schema.names
-    except pa.ArrowInvalid as error:
+        # A CSV file knows no types: what is text is what the job reads as text, and the rest is not read at all.
+        types = pa.schema([(name, pa.float64() if name == data.score else pa.large_string()) for name in names])
+        columns = check_fields(types, data, file.name)
+    except (pa.ArrowInvalid, DataError) as error:
         if first_line(error) == "Empty CSV file":
             return
-        raise
-    # A CSV file knows no types: what is text is what the job reads as text, and the rest is not read at all.
-    types = pa.schema([(name, pa.float64() if name == data.score else pa.large_string()) for name in names])
-    try:
-        columns = check_fields(types, data, file.name)
-    except DataError as error:
-        others = [other for other in _DELIMITERS if other != delimiter and other in names[0]]
-        if len(names) > 1 or not others:
+        if (other := _other_delimiter(file, delimiter)) is None:
             raise
-        advice = f"if {others[0]!r} is between the fields, set data.delimiter to it"
-        raise DataError(f"{error}; {advice}", field=error.field) from None
+        problem = str(error) if isinstance(error, DataError) else f"{file.name}: cannot be read: {first_line(error)}"
+        raise DataError(
+            f"{problem}; {other!r} is between its fields, it seems: set data.delimiter to it",
+            field=getattr(error, "field", "data.path"),
+        ) from None
     convert = pa.csv.ConvertOptions(
         include_columns=columns,
         column_types={column: types.field(column).type for column in columns},
@@ -79,6 +79,13 @@ def csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
     with file.stream() as stream, pa.csv.open_csv(stream, read, parse, convert) as opened:
         for batch in opened:
             yield select_fields(pa.Table.from_batches([batch]), data, file.name)
+
+
+def _other_delimiter(file: DataFile, delimiter: str) -> str | None:
+    """A character that is in the first line of a CSV file, and in the place of the delimiter, which is not."""
+    with file.stream() as stream:
+        line = stream.read(_HEAD_BYTES).partition(b"\n")[0].decode(errors="replace")
+    return None if delimiter in line else next((other for other in _DELIMITERS if other in line), None)
 
 
 def arrow_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:

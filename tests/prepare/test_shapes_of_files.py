@@ -40,9 +40,15 @@ def test_a_csv_file_of_another_delimiter_says_which(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id;text\n1;a\n")
     error = error_of(data(tmp_path / "a.csv"))
     assert str(error) == (
-        f"data.text text is not in {tmp_path}/a.csv; its fields are: id;text; if ';' is between the fields, set "
-        "data.delimiter to it"
+        f"data.text text is not in {tmp_path}/a.csv; its fields are: id;text; ';' is between its fields, it "
+        "seems: set data.delimiter to it"
     )
+    (tmp_path / "a.csv").write_text('id;text\n1;"a, b, c"\n')
+    error = error_of(data(tmp_path / "a.csv"))
+    assert str(error).startswith(f"{tmp_path}/a.csv: cannot be read: CSV parse error: ")
+    assert str(error).endswith("';' is between its fields, it seems: set data.delimiter to it")
+    (tmp_path / "a.csv").write_text("id,text\n1,a,b;c\n")
+    assert "delimiter" not in str(error_of(data(tmp_path / "a.csv")))
     (tmp_path / "a.csv").write_text("id,body\n1,a\n")
     assert str(error_of(data(tmp_path / "a.csv"))).endswith("its fields are: id, body")
     (tmp_path / "a.csv").write_text("body\na\n")
