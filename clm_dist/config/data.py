@@ -53,7 +53,8 @@ class DataConfig(Section):
     min_score: float | None = None
     """Leave out texts whose score is lower, or that have none."""
     deduplicate: bool = False
-    """Remove documents from the train split that the eval split has, to the letter, as well."""
+    """Remove documents from the train split that the eval split has, to the letter, as well, and those that repeat an
+    earlier one of the train split."""
     id: str | None = None
     """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text. Not used with
     `eval_path` or `eval_split`."""

@@ -53,7 +53,8 @@ class Split:
 
     num_records: int
     num_skipped: dict[str, int]
-    """Records that gave no document, by reason: empty, low_score, duplicate."""
+    """Records that gave no document, by reason: empty, low_score, duplicate (all of it is in the eval split as well);
+    with `data.deduplicate` also repeated."""
     num_documents: int
     """Documents in the token stream."""
     num_duplicates: int
@@ -67,6 +68,9 @@ class Split:
     document_lengths: dict[str, int]
     """How many documents have up to 1, 2, 4, 8, ... tokens."""
     shards: tuple[Shard, ...]
+    num_repeated: int | None = None
+    """Documents of the train split that repeat an earlier one of it, and that the eval split does not have;
+    `data.deduplicate` removes them. None where a version that did not count them wrote the store."""
 
     def num_predicted(self, block_size: int, *, document_mask: bool) -> int:
         """Tokens that the blocks predict: not a block's first, nor with the mask one after a document's end."""

@@ -91,6 +91,7 @@ class SplitDocuments:
     """With `grouping: guide` one for every 1,000 records, whose remainder is dropped; else of any size."""
     num_skipped: dict[str, int]
     num_duplicates: int
+    num_repeated: int
 
     @property
     def documents(self) -> Rows:

@@ -138,12 +138,14 @@ def _left_out(manifest: Manifest) -> str:
     """The records and tokens that are not in the blocks, in words."""
     splits = manifest.splits.values()
     said = []
-    for reason in ("empty", "low_score", "duplicate"):
-        skipped = sum(split.num_skipped[reason] for split in splits)
+    for reason in ("empty", "low_score", "duplicate", "repeated"):
+        skipped = sum(split.num_skipped.get(reason, 0) for split in splits)
         if skipped:
             said.append(f"{skipped:,} {reason.replace('_', '-')} records skipped")
     if duplicates := sum(split.num_duplicates for split in splits):
         said.append(f"{duplicates:,} train documents are eval documents as well")
+    if repeated := sum(split.num_repeated or 0 for split in splits):
+        said.append(f"{repeated:,} train documents repeat an earlier one")
     said.append(f"{sum(split.num_dropped_tokens for split in splits):,} tokens dropped")
     return ", ".join(said)
 
@@ -163,6 +165,9 @@ def _identity(job: JobConfig, tokenizer: Path | None, known: HashMemory) -> dict
     data = job.data.model_dump(mode="json", include=fields)
     if job.data.join is not None and job.data.fills_items:
         data["items"] = True
+    if job.data.deduplicate:
+        # Stores in which only documents of the eval split are removed have `true` here.
+        data["deduplicate"] = ["eval", "train"]
     trained = job.tokenizer.train and job.tokenizer.train.model_dump(mode="json")
     own_eval = {}
     if (of_eval := eval_data(job.data)) is not None:

@@ -91,6 +91,8 @@ def _counts(manifest: Manifest) -> Table:
             row(f"  skipped: {reason.replace('_', ' ')}", *(split.num_skipped[reason] for split in splits))
     row("documents", *(split.num_documents for split in splits))
     row("  also in eval", *(split.num_duplicates if name == "train" else "" for name, split in manifest.splits.items()))
+    if manifest.splits["train"].num_repeated is not None:
+        row("  repeated", *(split.num_repeated if name == "train" else "" for name, split in manifest.splits.items()))
     row("MB of text", *(f"{split.num_text_bytes / 1e6:,.2f}" for split in splits))
     row("tokens", *(split.num_tokens for split in splits))
     row("  dropped", *(split.num_dropped_tokens for split in splits))

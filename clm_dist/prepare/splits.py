@@ -67,17 +67,18 @@ def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: 
     """The documents of a split's records.
 
     Args:
-        evaluated: the records of the eval split, where this is the train split: documents that it has too are
-            counted, and with `data.deduplicate` removed.
+        evaluated: the records of the eval split, where this is the train split: documents that it has too, and those
+            that repeat an earlier one, are counted, and with `data.deduplicate` removed.
     """
     documents = corpus.documents_of(records)
     kept = np.ones(len(documents), bool)
-    num_duplicates = 0
+    of_eval, repeated = np.zeros((2, len(documents)), bool)
     if evaluated is not None:
-        twice = np.isin(corpus.hashes[documents], corpus.hashes[corpus.documents_of(evaluated)])
-        num_duplicates = int(np.count_nonzero(twice))
+        hashes = corpus.hashes[documents]
+        of_eval = np.isin(hashes, corpus.hashes[corpus.documents_of(evaluated)])
+        repeated = _is_repeated(hashes) & ~of_eval
         if data.deduplicate:
-            kept = ~twice
+            kept = ~(of_eval | repeated)
     counts = corpus.first_document[records + 1] - corpus.first_document[records]
     owner = np.repeat(np.arange(len(records)), counts)
     left = np.bincount(owner[kept], minlength=len(records))
@@ -87,6 +88,11 @@ def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: 
         "low_score": int(np.count_nonzero(reasons == Skip.LOW_SCORE)),
         "duplicate": int(np.count_nonzero((reasons == Skip.USED) & (left == 0))),
     }
+    if data.deduplicate:
+        # Of their documents one or more are not in the eval split.
+        emptied = np.bincount(owner[repeated], minlength=len(records))[left == 0]
+        num_skipped["repeated"] = int(np.count_nonzero(emptied))
+        num_skipped["duplicate"] -= num_skipped["repeated"]
     ends = np.cumsum(left)
     if data.grouping == "guide":
         cuts = ends[GUIDE_RECORDS - 1 :: GUIDE_RECORDS]
@@ -95,4 +101,16 @@ def split_documents(corpus: Corpus, records: Rows, data: DataConfig, evaluated: 
         total = int(tokens[-1]) if len(tokens) else 0
         cuts = np.searchsorted(tokens, np.arange(_CHUNK_TOKENS, total, _CHUNK_TOKENS))
     chunks = np.split(documents[kept], cuts)
-    return SplitDocuments([chunk for chunk in chunks if len(chunk)], num_skipped, num_duplicates)
+    return SplitDocuments(
+        chunks=[chunk for chunk in chunks if len(chunk)],
+        num_skipped=num_skipped,
+        num_duplicates=int(np.count_nonzero(of_eval)),
+        num_repeated=int(np.count_nonzero(repeated)),
+    )
+
+
+def _is_repeated(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Whether a document has the hash of one before it, (num_documents,)."""
+    repeated = np.ones(len(hashes), bool)
+    repeated[np.unique(hashes, return_index=True)[1]] = False
+    return repeated

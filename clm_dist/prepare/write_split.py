@@ -83,6 +83,7 @@ def write_split(
         num_skipped=split.num_skipped,
         num_documents=len(documents),
         num_duplicates=split.num_duplicates,
+        num_repeated=split.num_repeated,
         num_text_bytes=int(corpus.num_bytes[documents].sum(dtype=np.int64)),
         num_tokens=num_tokens,
         num_blocks=num_blocks,

@@ -16,7 +16,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.blocks import Blocks, Manifest, token_dtype
 from clm_dist.files.stores import Stores
-from clm_dist.prepare import data_file, pipeline
+from clm_dist.prepare import data_file, pipeline, splits
 from clm_dist.prepare.encode import Effort
 from clm_dist.prepare.encoded import Encoded, Recipe, encode_partition, write_encoded
 from clm_dist.prepare.encoding import Encoding, completed
@@ -467,6 +467,7 @@ def test_duplicates_of_eval_documents_are_counted_and_removed_from_train(make_jo
     assert before["train"].num_skipped["duplicate"] == before["eval"].num_duplicates == 0
     assert after["train"].num_documents == before["train"].num_documents - num
     # The eval split stays as it was.
+    assert after["eval"].num_skipped.pop("repeated") == 0
     assert after["eval"] == before["eval"]
     ids = {name: blocks_of(removed, name).reshape(-1) for name in ("train", "eval")}
     tokenizer = load_tokenizer(removed / "tokenizer")
@@ -475,6 +476,34 @@ def test_duplicates_of_eval_documents_are_counted_and_removed_from_train(make_jo
     for split in [*before.values(), *after.values()]:
         assert split.num_records == split.num_documents + sum(split.num_skipped.values())
         assert split.num_tokens == 2 * split.num_blocks + split.num_dropped_tokens
+
+
+def test_documents_that_repeat_an_earlier_one_are_removed_from_train(make_job: MakeJob, tmp_path: Path) -> None:
+    train, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    texts = [["one", "two"], ["two"], ["e"], ["three", "one", "three"], ["e", "two"], [], ["four"]]
+    train.write_text("".join(json.dumps({"text": [f"{word} is a text" for word in each]}) + "\n" for each in texts))
+    other.write_text('{"text": "e is a text"}\n{"text": "e is a text"}\n')
+    settings = (f"data.path={train}", f"data.eval_path={other}", "data.join=null", "data.block_size=2")
+    kept, removed = (
+        prepare(make_job(*settings, f"data.deduplicate={value}"), tmp_path, Silent(), Effort(1, size))
+        for value, size in (("false", 1 << 20), ("true", 40))
+    )
+    before, after = (Manifest.read(store / "manifest.json").splits for store in (kept, removed))
+    for split in (before["train"], after["train"]):
+        assert (split.num_duplicates, split.num_repeated) == (2, 4)
+    assert (before["train"].num_documents, after["train"].num_documents) == (10, 4)
+    assert before["train"].num_skipped == {"empty": 1, "low_score": 0, "duplicate": 0}
+    assert after["train"].num_skipped == {"empty": 1, "low_score": 0, "duplicate": 1, "repeated": 2}
+    # The eval split keeps what it repeats.
+    assert (after["eval"].num_documents, after["eval"].num_repeated) == (2, 0)
+    text = load_tokenizer(removed / "tokenizer").decode(blocks_of(removed, "train").reshape(-1))
+    assert text.startswith("one is a text<|endoftext|>two is a text<|endoftext|>three is a text<|endoftext|>four")
+
+
+def test_the_first_of_repeated_documents_is_that_of_the_split_s_order() -> None:
+    hashes = np.array([7, 3, 7, 7, 3, 9], np.uint64)
+    assert splits._is_repeated(hashes).tolist() == [False, False, True, True, True, False]
+    assert splits._is_repeated(hashes[:0]).tolist() == []
 
 
 def test_a_slice_reads_only_what_it_needs(make: MakeJob, tmp_path: Path) -> None:
