@@ -115,8 +115,10 @@ class DataConfig(Section):
                 raise wrong(
                     field, f"{field} is for data.source files, not {self.source}; set it to null", "data.source"
                 )
-        if self.eval_path in ("", []):
-            raise wrong("data.eval_path", "data.eval_path is empty; name files, or null for a share of the records")
+        for name, needed in (("eval_path", "files"), ("eval_split", "a split")):
+            if getattr(self, name) in ("", []):
+                problem = f"data.{name} is empty; name {needed}, or null for a share of the records"
+                raise wrong(f"data.{name}", problem)
         for name in ("delimiter", "field"):
             if getattr(self, name) is not None and self.records is not None:
                 problem = (

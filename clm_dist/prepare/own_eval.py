@@ -14,7 +14,9 @@ def eval_data(data: DataConfig) -> DataConfig | None:
     """The data that the eval split is read from; None where it is a share of the records."""
     if not data.has_own_eval:
         return None
-    return data.model_copy(update={"path": data.eval_path or data.path, "split": data.eval_split or "train"})
+    return data.model_copy(
+        update={"path": data.eval_path or data.path, "split": "train" if data.eval_split is None else data.eval_split}
+    )
 
 
 def named_as_eval(text: str, data: DataConfig) -> str:

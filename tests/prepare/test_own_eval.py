@@ -291,6 +291,7 @@ def test_a_share_of_the_records_has_no_data_of_its_own() -> None:
         ({"source": "builtin", "eval_path": "x"}, "data.eval_path is for data.source files, not builtin"),
         ({"source": "files", "path": "a", "eval_path": ""}, "data.eval_path is empty"),
         ({"source": "files", "path": "a", "eval_path": []}, "data.eval_path is empty"),
+        ({"source": "files", "path": "a", "eval_split": ""}, "data.eval_split is empty; name a split, or null"),
     ],
 )
 def test_eval_paths_that_cannot_be(settings: dict[str, Any], problem: str) -> None:

@@ -48,6 +48,17 @@ def test_files_on_s3_are_read_like_files_here(bucket: Any, tmp_path: Path) -> No
     assert len(load_records(files(["s3://texts/a/1.jsonl", "s3://texts/a/sub/3.txt"], split="train[:5]"))) == 5
 
 
+def test_paragraphs_files_and_encodings_are_read_from_s3(bucket: Any) -> None:
+    book = "\n\n".join(f"caf\u00e9 {i}\nline" for i in range(50))
+    bucket.pipe("texts/b/a.py", book.encode())
+    bucket.pipe("texts/b/b.py", book.encode("utf-16"))
+    for size in (100, 1 << 20):
+        for name, encoding in (("a.py", None), ("b.py", "utf-16")):
+            for records, expected in (("paragraph", book.split("\n\n")), ("file", [book])):
+                data = files(f"s3://texts/b/{name}", records=records, encoding=encoding)
+                assert load_records(data, size).column("text").to_pylist() == expected, (size, name, records)
+
+
 def test_a_store_from_s3_is_that_of_the_same_file_and_changes_with_it(
     bucket: Any, make_job: MakeJob, tmp_path: Path
 ) -> None:
