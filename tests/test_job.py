@@ -2,20 +2,28 @@
 
 import errno
 import json
+import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
-from clm_dist.config.load import differing_fields, job_text, load_job
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import differing_fields, job_text, load_job, read_saved_job
 from clm_dist.config.schema import job_schema
 from clm_dist.errors import ConfigError
 
 GOOD = "name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\n"
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
+)
 
 
 def error_of(path: Path, text: str, *overrides: str) -> str:
@@ -120,9 +128,12 @@ def test_missing_section_is_named(path: Path) -> None:
         (GOOD + f"train: {{epochs: {'9' * 5000}}}\n", "Exceeds the limit"),
         (GOOD + f"train: {{epochs: {'[' * 900}{']' * 900}}}\n", "it is nested too deeply"),
         ("[" * 5000, "it is nested too deeply"),
-        (GOOD + "train: {epochs: '${x'}\n", ":4: train.epochs: no viable alternative"),
-        (GOOD + "train: {epochs: '${x.y}'}\n", ":4: train.epochs: Interpolation key 'x.y' not found"),
-        (GOOD + "tracking: ['${x.y}']\n", ":4: tracking[0]: Interpolation key 'x.y' not found"),
+        (GOOD + "train: {epochs: '${x'}\n", ":4: train.epochs is '${x': input should be a valid integer"),
+        (GOOD + "tracking: ['${x.y}']\n", ":4: tracking is '${x.y}': input should be 'tensorboard'"),
+        (GOOD + "eval: &a {every: *a}\n", "more than 100,000 values, with those that aliases repeat"),
+        (GOOD + BOMB, "more than 100,000 values, with those that aliases repeat"),
+        ("root:*:19793:0:99999:7:::\n", "job.yaml: a job file is a mapping of sections"),
+        ("password: hunter2\n", "job.yaml: a job file is a mapping of sections"),
         ("\tname: a", ":1: not valid YAML"),
     ],
 )
@@ -227,8 +238,8 @@ def test_set_that_is_wrong_is_named_and_not_the_file(path: Path) -> None:
     assert error_of(path, text, "train.epochs.x=1") == (
         "--set train.epochs.x=1: train.epochs is {'x': 1}: input should be a valid integer"
     )
-    assert error_of(path, text, "train.epochs=${x.y}") == (
-        "--set train.epochs=${x.y}: train.epochs: Interpolation key 'x.y' not found"
+    assert error_of(path, text, "train.epochs=${x.y}").startswith(
+        "--set train.epochs=${x.y}: train.epochs is '${x.y}': input should be a valid integer"
     )
     assert error_of(path, text, "tracking.0=mlflow").startswith("--set tracking.0=mlflow: ")
 
@@ -239,6 +250,106 @@ def test_saved_job_reads_back_as_the_same_job(path: Path) -> None:
     saved = path.with_name("saved.yaml")
     saved.write_text(job_text(job))
     assert load_job(saved).config == job
+
+
+def awkward_texts() -> Iterator[str]:
+    """Texts that YAML could take for something else, and random ones of its own characters."""
+    yield from (
+        "1e5",
+        "831e104",
+        "1_0",
+        "0x1f",
+        "017",
+        "1:30:00",
+        "2020-01-01",
+        ".5",
+        "-.inf",
+        "12.",
+        "yes",
+        "null",
+        "~",
+    )
+    yield from (
+        "",
+        " ",
+        "a: b",
+        "- a",
+        "# a",
+        "${oc.env:HOME}",
+        r"\${x}",
+        "${x",
+        "!!int 3",
+        "*a",
+        "&a",
+        "<<",
+        "%a",
+        "\ufeffa",
+    )
+    yield from (
+        "~",
+        "%a",
+        "\ufeffa",
+        "a\x85b",
+        "a\u2028b",
+        "\x85",
+        "\ta\t",
+        "a\n\nb ",
+        "\r\n",
+        "é😀",
+        "\x7f\x07",
+        "'\"\\",
+        "a" * 200 + " b",
+    )
+    drawn = random.Random(0)
+    letters = "0123456789eE+-._:~ #&*!|>%@`{}[],?\"'\\\t\n\r\x85\u2028\ufeff$abénotyx"
+    for _ in range(3000):
+        yield "".join(drawn.choices(letters, k=drawn.randint(1, 8)))
+
+
+def with_config(job: JobConfig, config: dict[str, Any]) -> JobConfig:
+    tokenizer = job.tokenizer.model_copy(update={"path": "gpt2"})
+    model = job.model.model_copy(update={"path": None, "config": config})
+    return job.model_copy(update={"model": model, "tokenizer": tokenizer})
+
+
+def test_every_text_and_number_is_saved_as_it_is(path: Path) -> None:
+    path.write_text(GOOD)
+    job = load_job(path).config
+    texts = list(awkward_texts())
+    for start in range(0, len(texts), 100):
+        some = texts[start : start + 100]
+        values = {"model_type": "gpt2", "texts": some, "keys": dict.fromkeys(some, 1)}
+        path.write_text(job_text(with_config(job, values)))
+        assert read_saved_job(path).model.config == values
+    for text in texts[:50]:
+        data = job.data.model_copy(update={"join": text, "config": text})
+        path.write_text(job_text(job.model_copy(update={"data": data})))
+        assert read_saved_job(path).data == data
+    numbers: list[Any] = [0.1, 1e-5, 1e22, 5e-324, -0.0, 1.7e308, 2**31, -(2**62), True, None, [], {}]
+    path.write_text(job_text(with_config(job, {"model_type": "gpt2", "numbers": numbers})))
+    assert repr(read_saved_job(path).model.config["numbers"]) == repr(numbers)  # type: ignore[index]
+
+
+def test_a_job_file_reads_no_variable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    written = "'${oc.env:HF_TOKEN}'"
+    path.write_text(GOOD + f"hub: {{repo: {written}}}\n")
+    job = load_job(path, ["data.config=${oc.env:HF_TOKEN}", "tokenizer.path=${hub.repo}"]).config
+    assert (job.hub.repo, job.data.config, job.tokenizer.path) == (
+        "${oc.env:HF_TOKEN}",
+        "${oc.env:HF_TOKEN}",
+        "${hub.repo}",
+    )
+    assert "hf_secret" not in job_text(job)
+    assert "hf_secret" not in error_of(path, GOOD + f"train: {{epochs: {written}}}\n")
+
+
+def test_a_job_file_is_a_regular_file_of_some_size(path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/zero", "pipe"):
+        assert "is not a regular file; name a job file" in error_of(path, f"extends: {name}\n")
+    (tmp_path / "large.yaml").write_text("# " + "a" * (1 << 20))
+    assert f"{path}:1: extends: {tmp_path}/large.yaml has 1,048,578 bytes" in error_of(path, "extends: large.yaml\n")
 
 
 def test_local_directories_become_absolute_and_hub_ids_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

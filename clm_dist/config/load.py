@@ -1,27 +1,29 @@
 """Job files: read and merged, checked with file and line, saved and compared."""
 
+import difflib
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from clm_dist.config import yaml_text
 from clm_dist.config.blame import describe_problem, shortened, where_set
 from clm_dist.config.job import JobConfig
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError, first_line
 
-# What YAML and OmegaConf raise over a text that a person wrote: also for numbers of thousands of digits and nesting
-# of thousands of levels, and for a mapping merged into a list.
-_MALFORMED = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError)
+# What YAML raises over a text that a person wrote, also for numbers of thousands of digits and nesting of thousands of
+# levels.
+_MALFORMED = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+_MOST_BYTES = 1 << 20
 # What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
 _NOT_COMPUTED: Mapping[str, Any] = {
     **dict.fromkeys(("cluster", "hub", "tracking"), True),
@@ -55,7 +57,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     origins: dict[str, str] = {}
     for file, values, lines in _extension_chain(path):
         values.pop("extends", None)
-        merged = _merge(merged, values, str(file))
+        merged = _merged(merged, values)
         origins |= {field: f"{file}:{line}" for field, line in lines.items()}
     for override in overrides:
         field, equals, _ = override.partition("=")
@@ -66,10 +68,12 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
                 "whole, --set tracking=[tensorboard]"
             )
         try:
-            change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            change = yaml_text.load(override[len(field) + 1 :])
         except _MALFORMED as error:
             raise ConfigError(f"{place}: {_reason(error)}") from None
-        merged = _merge(merged, change, place)
+        for part in reversed(field.split(".")):
+            change = {part: change}
+        merged = _merged(merged, change)
         origins[field] = place
     return Job(_with_absolute_paths(_validated(merged, origins, path), origins), origins)
 
@@ -91,7 +95,7 @@ def read_saved_job(path: Path) -> JobConfig:
 
 def job_text(config: JobConfig) -> str:
     """The resolved job as YAML, which `load_job` reads back as the same job."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def fingerprint(value: Any) -> str:
@@ -127,6 +131,12 @@ def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, i
 
 def _read(path: Path, named_by: str) -> str:
     try:
+        about = path.stat()
+        # A device or a pipe has no end.
+        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+            raise ConfigError(f"{named_by}{path} is not a regular file; name a job file")
+        if about.st_size > _MOST_BYTES:
+            raise ConfigError(f"{named_by}{path} has {about.st_size:,} bytes, and a job file at most {_MOST_BYTES:,}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{named_by}there is no job file {path}") from None
@@ -141,21 +151,29 @@ def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     """A job file's values, and the line of each field by its dotted name."""
     lines: dict[str, int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and not isinstance(node, yaml.MappingNode):
+        node = yaml_text.compose(text)
+        if node is not None and not _is_job(node):
+            # Not a word of it: it may be a file that is none of the reader's business.
             raise ConfigError(f"{path}: a job file is a mapping of sections (name, data, model, ...)")
         lines = dict(_lines(node))
-        values = OmegaConf.to_container(OmegaConf.create(text)) if node else {}
+        values = yaml_text.load(text) if node else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {_reason(error)}") from None
     except _MALFORMED as error:
-        field = getattr(error, "full_key", None) or ""
-        where = f"{path}:{lines[field]}: {field}" if field in lines else str(path)
-        raise ConfigError(f"{where}: {_reason(error)}") from None
+        raise ConfigError(f"{path}: {_reason(error)}") from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}, lines
+
+
+def _is_job(node: yaml.Node) -> bool:
+    """Whether a document is a job file, perhaps with a misspelt section: a mapping with a key of one."""
+    if not isinstance(node, yaml.MappingNode):
+        return False
+    known = ["extends", *JobConfig.model_fields]
+    keys = [str(key.value) for key, _ in node.value]
+    return not keys or any(difflib.get_close_matches(key, known, n=1) for key in keys)
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -166,27 +184,19 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             yield from _lines(value, f"{field}.")
 
 
-def _merge(base: dict[str, Any], change: Any, place: str) -> dict[str, Any]:
+def _merged(base: Any, change: Any, field: str = "") -> Any:
+    """A value with another over it: mappings key by key, anything else as a whole."""
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
     # model.config is one value: half of one architecture's configuration merged into another's fits neither.
-    config = change.get("model") and isinstance(change["model"], dict) and change["model"].get("config")
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(base, change))
-    except _MALFORMED as error:
-        raise ConfigError(f"{place}: {_reason(error)}") from None
-    assert isinstance(merged, dict)
-    if config and "model_type" in config:
-        merged["model"]["config"] = config
-    return {str(key): value for key, value in merged.items()}
+    if field == ".model.config" and "model_type" in change:
+        return change
+    return base | {key: _merged(base.get(key), value, f"{field}.{key}") for key, value in change.items()}
 
 
 def _validated(values: dict[str, Any], origins: Mapping[str, str], path: Path) -> JobConfig:
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-        return JobConfig.model_validate(resolved)
-    except OmegaConfBaseException as error:
-        field = error.full_key or ""
-        where = where_set(origins, field.partition("[")[0]) or path
-        raise ConfigError(f"{where}: {field}: {first_line(error)}") from None
+        return JobConfig.model_validate(values)
     except RecursionError as error:
         raise ConfigError(f"{path}: {_reason(error)}") from None
     except ValidationError as error:

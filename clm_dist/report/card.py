@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import yaml
-
+from clm_dist.config import yaml_text
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import write_text
 from clm_dist.files.result import Result, last_figures
@@ -47,7 +46,7 @@ def render_card(job: JobConfig, result: Result) -> str:
     }
     start = f"[{base}](https://huggingface.co/{base})" if base else (job.model.path or "random weights")
     lines = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml_text.dump(front)}---",
         "",
         f"# {job.name}",
         "",

@@ -20,6 +20,9 @@ from clm_dist.pretrained.weights import check_pretrained, load_pretrained, load_
 
 logger = logging.getLogger(__name__)
 
+_MOST_LAYERS = 10_000
+"""Each is objects of Python, also where no weight is loaded."""
+
 
 def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
     """The model's transformers configuration, checked against the job's block size.
@@ -47,6 +50,11 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
             f"{field}: {config.model_type} is no causal language model that transformers knows", field=field
         )
     text = config.get_text_config()
+    if getattr(text, "num_hidden_layers", 0) > _MOST_LAYERS:
+        field = "model.path" if job.model.path else "model.config"
+        raise ConfigError(
+            f"{field}: {text.num_hidden_layers:,} layers, more than the {_MOST_LAYERS:,} that are built", field=field
+        )
     context = getattr(text, "max_position_embeddings", None)
     # XLNet says -1, which is no limit.
     if context is not None and 0 < context < job.data.block_size:

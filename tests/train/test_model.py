@@ -21,6 +21,7 @@ from tests.conftest import MakeJob
     [
         (("model.config.n_layer=x",), r"model\.config: .*n_layer"),
         (("model.config.n_layer=0",), r"model\.config: a model without layers learns nothing"),
+        (("model.config.n_layer=1000000",), r"model\.config: 1,000,000 layers, more than the 10,000 that are built"),
         (("model.config.n_embd=33",), r"model\.config: no gpt2 can be built: .*num_heads"),
         (("model.config.model_type=gtp2",), r"model\.config: unknown model_type gtp2; did you mean gpt2\?"),
         (("model.config.model_type=null",), r"model\.config: unknown model_type None"),

@@ -7,13 +7,13 @@ the claim, so another attempt resumes the run.
 """
 
 import shlex
-from typing import Any
 
 import yaml
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import num_bytes, store_bytes
 from clm_dist.config.load import job_text
+from clm_dist.config.yaml_text import Dumper, represent_text
 from clm_dist.errors import ConfigError
 from clm_dist.submit.in_pod.pod import CODE, DASHBOARD_PORT
 from clm_dist.submit.k8s.pods import driver_command, pod_template, submitter_pod
@@ -77,14 +77,13 @@ def render(job: JobConfig, request: Request) -> str:
     return yaml.dump_all(objects(job, request), Dumper=_Dumper, sort_keys=False, width=120)
 
 
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+class _Dumper(Dumper):
+    """Writes texts of several lines as they are."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = "|" if "\n" in text and not any(line.endswith(" ") for line in text.splitlines()) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return represent_text(dumper, text, style)
 
 
 _Dumper.add_representer(str, _represent_text)
