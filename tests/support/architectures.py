@@ -185,6 +185,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         # It seeds its own by the clock.
         "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
         "is_decoder": True,
     },
     "roberta": {**_BERT, "max_position_embeddings": 80},

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 _SAME = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-"""The share of a loss by which it may differ: on a GPU not every sum is rounded the same each time."""
+"""The share of a loss by which it may differ on a GPU, where not every sum is rounded the same each time."""
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 REPORT_FAULT = (
     "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
@@ -258,7 +258,9 @@ class Strategy(ABC):
     def _check_same_each_time(self, losses: list[float]) -> None:
         """Raise ConfigError where the losses of one block with one seed differ. Collective."""
         spread = max(losses) - min(losses)
-        differs = spread > _SAME[self._job.train.precision] * abs(losses[0])
+        # On a CPU every sum is rounded the same each time.
+        rounding = _SAME[self._job.train.precision] if self._use_gpu else 0.0
+        differs = spread > rounding * abs(losses[0])
         if self.all_reduce([float(differs)])[0]:
             raise ConfigError(
                 f"model: {type(self.plain_model).__name__} computes another loss of the same block each time, with the "
