@@ -346,6 +346,11 @@ def fsdp2_never_reduces() -> None:
     torch.distributed.reduce_scatter_single = own_part
 
 
+def ddp_divides_gradients() -> None:
+    """As Accelerate does for ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4."""
+    DataParallel.backward = lambda self, loss: self.accelerator.backward(loss / 4)  # type: ignore[method-assign]
+
+
 def weights_are_broken() -> None:
     prepare = DataParallel.prepare
 
@@ -362,6 +367,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         ddp_never_syncs,
         ddp_stops_to_sync,
         accelerate_without_cpu,
+        ddp_divides_gradients,
         zero_1_and_2_never_reduce,
         zero_3_never_reduces,
         fsdp2_never_reduces,
@@ -375,6 +381,7 @@ SABOTAGES: dict[str, Callable[[], None]] = {
     [
         ("ddp_never_syncs", "ddp", "the ranks do not share their gradients: one rank's"),
         ("ddp_stops_to_sync", "ddp", "the ranks do not share their gradients any more"),
+        ("ddp_divides_gradients", "ddp", "in plain torch: something scales it"),
         ("accelerate_without_cpu", "ddp", "sees itself as process 0 of 1"),
         ("zero_1_and_2_never_reduce", "zero1", "the ranks do not share their gradients: one rank's"),
         ("zero_1_and_2_never_reduce", "zero2", "the ranks do not share their gradients: one rank's"),
@@ -391,3 +398,24 @@ def test_a_run_whose_ranks_do_not_share_gradients_is_impossible(
         assert message in said
         assert status in ("failed", "raised")
     assert not saved_steps(RunDir(tmp_path / "run"))
+
+
+LEFT_IN_A_SHELL = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DOWNCAST_BF16": "true",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    "FSDP_OFFLOAD_PARAMS": "true",
+}
+
+
+def test_what_a_shell_left_behind_changes_nothing(
+    make_job: MakeJob, few_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(*SETTINGS, "train.max_steps=3")
+    train_one(job, RunDir(tmp_path / "clean"), few_blocks)
+    for name, value in LEFT_IN_A_SHELL.items():
+        monkeypatch.setenv(name, value)
+    train_one(job, RunDir(tmp_path / "left"), few_blocks)
+    assert losses_of(tmp_path / "left") == losses_of(tmp_path / "clean")

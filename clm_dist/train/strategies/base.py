@@ -221,6 +221,12 @@ class Strategy(ABC):
         finite = math.isfinite(of_one + of_all)
         # Rounding is all that may differ; bf16 keeps 8 bits.
         shared = finite and math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
+        plain = self._plain_gradient_norm(loss_of)
+        if plain is not None and finite and not math.isclose(of_all, plain, rel_tol=1e-2):
+            raise RunError(
+                f"the gradient of the first block has norm {of_all:.6g}, and {plain:.6g} in plain torch: something "
+                f"scales it. Nothing was trained. {REPORT_FAULT}"
+            )
         num_shared, num_finite = self.all_reduce([float(shared), float(finite)])
         if num_shared == self.world_size:
             return
@@ -235,6 +241,10 @@ class Strategy(ABC):
                 "are broken; get them again, or name another model"
             )
         logger.warning("whether the ranks share their gradients could not be seen: they overflow in fp16")
+
+    def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
+        """The norm that `gradient_norm` should return after a pass with this loss; None where it is not computed."""
+        return None
 
     @contextlib.contextmanager
     def _every_parameter_is_reached(self) -> Iterator[None]:

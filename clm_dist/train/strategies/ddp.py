@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,13 @@ class DataParallel(Strategy):
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad()
         return float(norm)
+
+    def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float:
+        model = self.plain_model
+        with self.autocast():
+            loss = loss_of(model) * (1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale())
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self._job.train.precision, self.device)

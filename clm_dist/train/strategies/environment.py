@@ -18,9 +18,8 @@ def set_up_worker(*, rank: int, world_size: int, use_gpu: bool, num_threads: int
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     # The job alone decides; what a shell or `accelerate config` left behind must not.
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_"))]:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_"))]:
         del os.environ[name]
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     if not use_gpu:
         # DeepSpeed takes a GPU that it sees, whatever the job says.
         os.environ["DS_ACCELERATOR"] = "cpu"
