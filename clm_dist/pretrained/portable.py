@@ -13,11 +13,20 @@ from clm_dist.files.atomic import write_text
 _OWN_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Classes of transformers 5, and those of both that read the same files."""
 
+_OLD_NAMES = {
+    "gpt2": {"n_ctx": "n_positions"},
+    "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+    "gpt_neox_japanese": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+    "modernbert-decoder": {"global_rope_theta": "rope_theta", "local_rope_theta": "rope_local_base_freq"},
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+}
+"""For a type, the names of transformers 4, and where the values are now."""
+
 
 def make_portable(directory: Path) -> None:
     """Add to a written model what other programs read; transformers 5 reads the same model as before."""
     _edit(directory / "config.json", _with_old_names)
-    _edit(directory / "tokenizer_config.json", _with_old_class)
+    _edit(directory / "tokenizer_config.json", lambda config: _with_old_class(config, directory / "tokenizer.json"))
     _write_bpe_files(directory)
 
 
@@ -32,14 +41,9 @@ def _edit(file: Path, change: Any) -> None:
 
 def _with_old_names(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration that has the older names of its values too."""
-    model_type = config.get("model_type")
     old = _old_rope_names(config.get("rope_parameters") or {})
-    if model_type == "gpt2":
-        old["n_ctx"] = config["n_positions"]
-    if model_type == "qwen3_moe":
-        old["num_experts"] = config["num_local_experts"]
-    if model_type in ("modernbert", "modernbert-decoder"):
-        old |= {"global_rope_theta": old["rope_theta"], "local_rope_theta": old["rope_local_base_freq"]}
+    found = config | old
+    old |= {name: found[new] for name, new in _OLD_NAMES.get(config.get("model_type", ""), {}).items() if new in found}
     if isinstance(config.get("text_config"), dict):
         old["text_config"] = _with_old_names(config["text_config"])
     return config | old
@@ -50,7 +54,7 @@ def _old_rope_names(rope: dict[str, Any]) -> dict[str, Any]:
     local = rope.get("sliding_attention")
     if isinstance(local, dict) and isinstance(rope.get("full_attention"), dict):
         # Gemma 3: another base where attention slides.
-        return _old_rope_names(rope["full_attention"]) | {"rope_local_base_freq": local["rope_theta"]}
+        return _old_rope_names(rope["full_attention"]) | {"rope_local_base_freq": local.get("rope_theta")}
     old: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in old}
     if scaling.get("rope_type", "default") != "default":
@@ -58,9 +62,13 @@ def _old_rope_names(rope: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def _with_old_class(config: dict[str, Any]) -> dict[str, Any]:
+def _with_old_class(config: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
     """The configuration of a tokenizer in words that both versions know."""
     config = dict(config)
+    pre_tokenizer = json.loads(tokenizer.read_text("utf-8"))["pre_tokenizer"] if tokenizer.is_file() else None
+    if (pre_tokenizer or {}).get("add_prefix_space"):
+        # Where it is not said here, transformers 4 turns it off in what it reads there.
+        config.setdefault("add_prefix_space", True)
     if config.get("tokenizer_class") in _OWN_CLASSES:
         config["tokenizer_class"] = _OWN_CLASSES[config["tokenizer_class"]]
     if isinstance(config.get("extra_special_tokens"), list):

@@ -1,13 +1,19 @@
 """What a model computes of whole blocks: the logits, and the loss of its router."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from clm_dist.errors import ConfigError, first_line
+from clm_dist.errors import ClmDistError, ConfigError, first_line
 from clm_dist.train.documents import document_positions
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+# Of a device or of another rank, which may be well the next time; torch has no class for most of them.
+_PASSING = re.compile(r"CUDA|NCCL|out of memory|alloc|[Cc]onnection|gloo|[Ss]ocket|[Tt]imed? ?out|process group|store")
 
 
 class Prediction(NamedTuple):
@@ -58,10 +64,18 @@ def _router_loss(model: nn.Module, output: Any) -> Tensor | None:
     aux_loss = getattr(output, "aux_loss", None)
     if not isinstance(aux_loss, Tensor):
         return None
-    text = unwrapped(model).config.get_text_config()
-    # The second is JetMoe's.
-    coefficient = getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", 0.0))
-    return aux_loss * coefficient
+    plain = unwrapped(model)
+    # Most models keep it themselves, or in their configuration; JetMoe has a name of its own.
+    places = [(holder, name) for name in _COEFFICIENTS for holder in (plain, plain.config.get_text_config())]
+    found = [getattr(holder, name) for holder, name in places if hasattr(holder, name)]
+    if not found:
+        raise ConfigError(
+            f"model: {name_of(model)} has a loss for its router and no coefficient that is known; set "
+            "output_router_logits to false",
+            field="model",
+        )
+    router_loss: Tensor = aux_loss * found[0]
+    return router_loss
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -80,7 +94,9 @@ def first_pass(model: nn.Module) -> Iterator[None]:
     """Turns an error of a model's own code into a ConfigError, because it fails so every time."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, NotImplementedError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, (ClmDistError, torch.OutOfMemoryError)) or _PASSING.search(str(error)):
+            raise
         raise ConfigError(
             f"model: {name_of(model)} cannot compute a block: {first_line(error)}; its configuration is at fault, or "
             "it needs more than text",

@@ -133,8 +133,8 @@ class _Loop:
         # Random weights that are drawn shard by shard are others.
         with self.strategy.whole_models() if job.model.config else contextlib.nullcontext():
             model = load_model(job, self.tokenizer)
-        self.throughput = Throughput.of_model(model, self.blocks.block_size, self.strategy)
         freeze(model, unused)
+        self.throughput = Throughput.of_model(model, self.blocks.block_size, self.strategy)
         self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
         self.step = 0
         self.outliers = Outliers(job.train)
@@ -240,7 +240,7 @@ class _Loop:
                 model,
                 block_size=self.blocks.block_size,
                 device=strategy.device,
-                precision=self.job.train.precision,
+                sharded=strategy.sharded,
                 autocast=strategy.autocast,
                 any_rank=lambda found: strategy.all_reduce([float(found)])[0] > 0,
             )

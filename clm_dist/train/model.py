@@ -147,6 +147,13 @@ def check_model(job: JobConfig) -> None:
     model = _check_builds(config, field)
     if config.get_text_config().num_hidden_layers < 1:
         raise ConfigError(f"{field}: a model without layers learns nothing; give it one or more", field=field)
+    for name in ("layerdrop", "decoder_layerdrop"):
+        if getattr(config.get_text_config(), name, 0.0):
+            raise ConfigError(
+                f"{field}: {name} is {getattr(config.get_text_config(), name)}, so every pass leaves out other layers, "
+                f"and workers wait for each other; set {name} to 0 in the model's configuration",
+                field=field,
+            )
     if job.data.document_mask and (problem := why_no_positions(model)):
         raise ConfigError(problem, field="data.document_mask")
     if job.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -164,7 +171,10 @@ def _check_builds(config: Any, field: str) -> Any:
         with torch.device("meta"):
             return build_model(config)
     except Exception as error:  # whatever a model's constructor raises, its configuration is at fault
-        raise ConfigError(f"{field}: no {config.model_type} can be built: {_cause(error)}", field=field) from error
+        advice = "; set pad_token_id to an id of the tokenizer" if "adding_idx" in str(error) else ""
+        raise ConfigError(
+            f"{field}: no {config.model_type} can be built: {_cause(error)}{advice}", field=field
+        ) from error
 
 
 def why_no_positions(model: nn.Module) -> str | None:

@@ -20,7 +20,7 @@ class Throughput:
     @classmethod
     def of_model(cls, model: Any, block_size: int, strategy: Strategy) -> "Throughput":
         # ZeRO-3 leaves an empty tensor in a parameter's place and keeps its size beside it.
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         text = model.config.get_text_config()
         layers, hidden = text.num_hidden_layers, text.hidden_size
         is_gpu = strategy.device.type == "cuda"

@@ -48,6 +48,11 @@ def test_plain_rotary_embedding_is_not_scaled(tmp_path: Path) -> None:
     assert "rope_scaling" not in config
 
 
+def test_rotary_embedding_of_gpt_neox(tmp_path: Path) -> None:
+    config = written("gpt_neox", tmp_path, rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5})
+    assert (config["rotary_emb_base"], config["rotary_pct"]) == (500.0, 0.5)
+
+
 def test_rotary_embedding_of_two_bases(tmp_path: Path) -> None:
     bases = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in BASES.items()}
     config = written("gemma3_text", tmp_path, rope_parameters=bases)
@@ -80,6 +85,19 @@ def test_byte_level_bpe_has_the_files_of_gpt2(tmp_path: Path) -> None:
     bpe = Tokenizer(models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert bpe.encode(TEXT).ids == ids
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_space_before_the_text_is_said_where_transformers_4_looks(tmp_path: Path, *, prefixed: bool) -> None:
+    tokenizer = Tokenizer(models.BPE({"Ġ": 0, "a": 1}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefixed)
+    # It says true for itself, and puts no space there.
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    make_portable(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config.get("add_prefix_space", False) is prefixed
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == ([0, 1] if prefixed else [1])
 
 
 def test_other_tokenizers_have_no_such_files(tmp_path: Path) -> None:

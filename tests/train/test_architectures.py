@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.batches import BatchOrder, pass_seed
-from clm_dist.train.model import check_model, load_config, load_model
+from clm_dist.train.forward import predict
+from clm_dist.train.mixing import find_future
+from clm_dist.train.model import build_model, check_model, load_config, load_model
 from clm_dist.train.unused import describe_unused, find_unused
 from tests.conftest import MakeJob
 from tests.support.architectures import ARCHITECTURES
@@ -133,6 +136,41 @@ def test_unused_parameters_are_found_without_values(make_job: MakeJob, prepared:
         )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_experts_round_is_no_sight_of_the_future(seed: int, precision: str, make_job: MakeJob) -> None:
+    def problem(config: dict[str, Any]) -> str | None:
+        torch.manual_seed(seed)
+        model = build_model(load_config(make_job(f"model.config={json.dumps(config)}")))
+        return find_future(
+            model,
+            block_size=64,
+            device=torch.device("cpu"),
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        )
+
+    mixture = ARCHITECTURES["mixtral"] | {"hidden_size": 128, "num_hidden_layers": 6, "num_local_experts": 16}
+    assert problem({"model_type": "mixtral", **mixture}) is None
+    xlnet = problem({"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32})
+    assert "XLNetLMHeadModel sees the tokens that it is to predict" in str(xlnet)
+
+
+def test_a_router_loss_has_its_coefficient_from_the_model(make_job: MakeJob) -> None:
+    class Dbrx(nn.Module):
+        """It keeps the coefficient in a part of its configuration that no other model has."""
+
+        config = load_config(job_of(make_job, "gpt2"))
+        router_aux_loss_coef = 0.25
+
+        def forward(self, **inputs: Any) -> Any:
+            return MoeCausalLMOutputWithPast(logits=torch.zeros(1, 8, 5), aux_loss=torch.tensor(2.0))
+
+    assert predict(Dbrx(), torch.zeros(1, 8, dtype=torch.int64), None).router_loss == 0.5
+    del Dbrx.router_aux_loss_coef
+    with pytest.raises(ConfigError, match="Dbrx has a loss for its router and no coefficient"):
+        predict(Dbrx(), torch.zeros(1, 8, dtype=torch.int64), None)
+
+
 def test_unused_parameters_are_told(make_job: MakeJob) -> None:
     unused = find_unused(load_config(job_of(make_job, "bart")), 32)
     text = describe_unused(unused)
@@ -165,6 +203,10 @@ def test_a_parameter_without_a_gradient_that_was_not_found_ends_the_run(
             "ReformerModelWithLMHead cannot compute a block: .*axial_pos_shape",
         ),
         (
+            {**ARCHITECTURES["mixtral"], "model_type": "mixtral", "num_experts_per_tok": 5},
+            "MixtralForCausalLM cannot compute a block: selected index k out of range",
+        ),
+        (
             {**ARCHITECTURES["reformer"], "model_type": "reformer", "hidden_dropout_prob": 0.1},
             "ReformerModelWithLMHead computes another loss of the same block each time",
         ),
@@ -188,6 +230,7 @@ def test_what_would_be_wrong_is_refused_before_the_first_step(
             {"model_type": "gemma3", "text_config": {"hidden_siz": 32}},
             r"model\.config\.text_config\.hidden_siz of Gemma3TextConfig; did you mean hidden_size\?",
         ),
+        ({"model_type": "bart", "decoder_layerdrop": 0.1}, "decoder_layerdrop is 0.1, so every pass leaves out other"),
         ({"model_type": "mistral3"}, "mistral3 is no causal language model"),
         ({"model_type": "zamba2", "num_hidden_layers": 2}, r"`num_hidden_layers` \(2\) must be equal to the number"),
     ],

@@ -230,6 +230,8 @@ class Strategy(ABC):
         num_shared, num_finite = self.all_reduce([float(shared), float(finite)])
         if num_shared == self.world_size:
             return
+        if num_finite and of_all == 0:
+            raise RunError("the gradient of the first block is 0, so nothing would be trained: take another model")
         if num_finite:
             raise RunError(
                 f"the ranks do not share their gradients: one rank's gradient has norm {of_one:.6g}, and {of_all:.6g} "

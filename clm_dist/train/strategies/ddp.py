@@ -71,12 +71,17 @@ class DataParallel(Strategy):
         self.optimizer.zero_grad()
         return float(norm)
 
-    def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float:
+    def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
         model = self.plain_model
         with self.autocast():
             loss = loss_of(model) * (1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale())
-        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        return float(torch.nn.utils.get_total_norm(gradients))
+        with self.accelerator.no_sync(self.model):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        # Reformer gives its parameters their gradients by itself.
+        self.optimizer.zero_grad()
+        is_whole = all(gradient is not None for gradient in gradients)
+        return float(torch.nn.utils.get_total_norm(gradients)) if is_whole else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self._job.train.precision, self.device)
