@@ -1,6 +1,7 @@
 """The sections `data` and `tokenizer`: which text, and which tokens it becomes."""
 
 import codecs
+import math
 import re
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -59,11 +60,12 @@ class DataConfig(Section):
     """Dotted path of the record's id, which `split_method: hash` hashes; null hashes the text. Not used with
     `eval_path` or `eval_split`."""
     eval_path: str | list[str] | None = None
-    """Files of the eval split, as `path` names those of the train split, for `source: files`. With this or `eval_split`
-    all records of `split` are train, and `eval_fraction`, `split_method`, `seed` and `id` are not used."""
+    """Files of the eval split, as `path` names those of the train split, for `source: files`; they are read with the
+    same `records`, `encoding`, `delimiter` and `field`. With this or `eval_split` all records of `split` are train, and
+    `eval_fraction`, `split_method`, `seed` and `id` are not used."""
     eval_split: str | None = None
-    """Split of the eval records, or a slice of it, as `split` spells it: `validation`, `train[90%:]`. It is a split of
-    `eval_path`, where that is set (null takes its `train`), or else of what `split` is of."""
+    """Split of the eval records or a slice of it, as `split` spells it: `validation`, or `train[90%:]` where `split` is
+    `train[:90%]`. It is of `eval_path`, where that is set (null takes its `train`), or else of the data of `split`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the records that is held out for evaluation; not used with `eval_path` or `eval_split`."""
     split_method: Literal["random", "hash"] = "random"
@@ -119,6 +121,9 @@ class DataConfig(Section):
             if getattr(self, name) in ("", []):
                 problem = f"data.{name} is empty; name {needed}, or null for a share of the records"
                 raise wrong(f"data.{name}", problem)
+        for name in ("path", "eval_path"):
+            if isinstance(names := getattr(self, name), list) and "" in names:
+                raise wrong(f"data.{name}", f"data.{name} has an empty name in its list; take it out")
         for name in ("delimiter", "field"):
             if getattr(self, name) is not None and self.records is not None:
                 problem = (
@@ -131,6 +136,28 @@ class DataConfig(Section):
         literals, paths = self.text_template
         if "{" in self.text and (not all(paths) or any(c in literal for literal in literals for c in "{}")):
             raise wrong("data.text", f"data.text {self.text!r} is no template such as '{{title}}: {{answers.text}}'")
+        return self
+
+    @model_validator(mode="after")
+    def _eval_is_apart(self) -> Self:
+        named = [self.eval_path] if isinstance(self.eval_path, str) else self.eval_path or []
+        records = [name for name in named if re.search(r"\.(jsonl?|ndjson|csv|tsv)(\.\w+)?$", name)]
+        if self.records is not None and records:
+            problem = f"data.records {self.records} would read {records[0]} as text, with its quotes and braces"
+            raise wrong("data.eval_path", f"{problem}; name files of text, or set data.records to null", "data.records")
+        if (
+            self.eval_path is None
+            and self.eval_split is not None
+            and not self.deduplicate
+            and _overlap(self.split, self.eval_split)
+        ):
+            raise wrong(
+                "data.eval_split",
+                f"data.eval_split {self.eval_split} has records of data.split {self.split}, which would be trained "
+                "on and evaluated; take another split, or parts beside each other, such as data.split train[:90%] "
+                "and data.eval_split train[90%:]; with data.deduplicate they are taken out of the train split",
+                "data.split",
+            )
         return self
 
     @model_validator(mode="after")
@@ -173,6 +200,25 @@ class DataConfig(Section):
             return Template(("", ""), (self.text,))
         parts = re.split(r"\{([^{}]*)\}", self.text)
         return Template(tuple(parts[::2]), tuple(parts[1::2]))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two slices, such as `train[10%:20%]`, have rows of one split in common, as far as it can be said."""
+    if one.partition("[")[0] != other.partition("[")[0]:
+        return False
+    if one == other or "[" not in one or "[" not in other:
+        return True
+    begins, ends, units = zip(*map(_rows, (one, other)), strict=True)
+    return len(set(units) - {""}) < 2 and None not in units and max(begins) < min(ends)
+
+
+def _rows(spec: str) -> tuple[float, float, str | None]:
+    """First and last row of a slice, and their unit: percent, rows, "" for both; None where it counts from the end."""
+    found = re.fullmatch(r"[^\[\]+]+\[(\d*)(%?):(\d*)(%?)\]", spec)
+    if not found:
+        return 0, 0, None
+    unit = "%" if "%" in spec else "rows" if found[1] or found[3] else ""
+    return float(found[1] or 0), float(found[3] or math.inf), unit
 
 
 def _is_text_encoding(name: str) -> bool:

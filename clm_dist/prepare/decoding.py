@@ -10,10 +10,12 @@ from clm_dist.errors import DataError
 _CHUNK_BYTES = 1 << 18
 _MARKS = {
     codecs.BOM_UTF8: ("utf-8", "utf-8-sig"),
-    codecs.BOM_UTF16_LE: ("utf-16", "utf-16-le", "utf-32", "utf-32-le"),
+    codecs.BOM_UTF32_LE: ("utf-32", "utf-32-le"),
+    codecs.BOM_UTF32_BE: ("utf-32", "utf-32-be"),
+    codecs.BOM_UTF16_LE: ("utf-16", "utf-16-le"),
     codecs.BOM_UTF16_BE: ("utf-16", "utf-16-be"),
 }
-"""Encodings by the byte order marks that their files may begin with."""
+"""Encodings by the byte order marks that their files may begin with, the longer marks first."""
 
 
 def decoded(opened: pa.NativeFile, encoding: str, where: str) -> pa.NativeFile:
@@ -29,6 +31,9 @@ class _Decoder(io.RawIOBase):
         self._encoding = encoding
         self._where = where
         self._decoder = codecs.getincrementaldecoder(encoding)()
+        # None once the file is seen not to be UTF-8.
+        self._as_utf8 = None if encoding.startswith("utf-8") else codecs.getincrementaldecoder("utf-8")()
+        self._is_plain = True
         self._num_read = 0
         self._waiting = memoryview(b"")
 
@@ -50,6 +55,7 @@ class _Decoder(io.RawIOBase):
         if not self._num_read:
             self._check_mark(chunk)
         self._num_read += len(chunk)
+        self._check_not_utf8(chunk, is_end)
         try:
             return self._decoder.decode(chunk, is_end).encode()
         except UnicodeDecodeError as error:
@@ -59,11 +65,42 @@ class _Decoder(io.RawIOBase):
         except UnicodeEncodeError:
             raise self._wrong("holds half of a character in") from None
         except UnicodeError:
-            mark = f"{self._encoding}-le or {self._encoding}-be"
+            if b"\0" not in chunk:
+                raise self._is_utf8() from None
+            # Of a character below 256 the low byte comes first, or last.
+            order = "le" if chunk[1::2].count(0) >= chunk[::2].count(0) else "be"
             raise DataError(
-                f"{self._where}: has no byte order mark, which {self._encoding} needs; set data.encoding to {mark}",
+                f"{self._where}: has no byte order mark, which {self._encoding} needs; set data.encoding to "
+                f"{self._encoding}-{order}",
                 field="data.encoding",
             ) from None
+
+    def _check_not_utf8(self, chunk: bytes, is_end: bool) -> None:
+        """Raise DataError at the end of a file that is UTF-8, which most encodings would take for other text.
+
+        Text beyond ASCII in one of them is hardly ever valid as UTF-8, nor has text in UTF-16 or 32 no NUL byte.
+        """
+        if self._as_utf8 is None:
+            return
+        is_wide = self._encoding.startswith(("utf-16", "utf-32"))
+        try:
+            self._as_utf8.decode(chunk, is_end)
+        except UnicodeDecodeError:
+            self._as_utf8 = None
+            return
+        if is_wide and b"\0" in chunk:
+            self._as_utf8 = None
+            return
+        self._is_plain = self._is_plain and chunk.isascii()
+        if is_end and self._num_read and (is_wide or not self._is_plain):
+            raise self._is_utf8()
+
+    def _is_utf8(self) -> DataError:
+        return DataError(
+            f"{self._where}: is UTF-8, and would be other text as {self._encoding}; set data.encoding to null, or save "
+            f"the file as {self._encoding}",
+            field="data.encoding",
+        )
 
     def _check_mark(self, chunk: bytes) -> None:
         """Raise DataError where a file begins with the mark of another encoding, which some would read as text."""

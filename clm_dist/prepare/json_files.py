@@ -9,13 +9,13 @@ import pyarrow as pa
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.data_file import DataFile
-from clm_dist.prepare.json_lines import not_utf8
+from clm_dist.prepare.json_lines import not_utf8, without_duplicates
 from clm_dist.prepare.partition import Partition
 
 _SNIFFED_BYTES = 1 << 16
 _SHOWN_FIELDS = 20
 # More is not read just to say more about an error.
-_ADVISED_BYTES = 1 << 30
+_ADVISED_BYTES = 1 << 26
 
 
 def is_one_value(file: DataFile, data: DataConfig) -> bool:
@@ -32,13 +32,15 @@ def list_partitions(file: DataFile, data: DataConfig, size: int, schema: pa.Sche
     """The records of a file that is one value, which is held whole."""
     what = "array" if data.field is None else "object"
     try:
-        value = json.loads(file.content().decode("utf-8-sig"))
+        value = json.loads(file.content().decode("utf-8-sig"), object_pairs_hook=without_duplicates)
     except UnicodeDecodeError:
         raise not_utf8(file.name) from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file.name}:{error.lineno}: not a JSON {what}: {error.msg}; mend the file", field="data.path"
         ) from None
+    except ValueError as error:
+        raise DataError(f"{file.name}: not a JSON {what}: {error}; mend the file", field="data.path") from None
     except RecursionError:
         raise DataError(f"{file.name}: it is nested too deeply; mend the file", field="data.path") from None
     records = value if data.field is None else _records_at(data.field, value, file.name)
@@ -69,6 +71,8 @@ def _records_at(field: str, value: Any, where: str) -> list[Any]:
             f"data.field {field} is not in {where}; its fields are: {', '.join(names[:_SHOWN_FIELDS])}{more}",
             field="data.field",
         )
+    if len(found) > 1:
+        raise DataError(f"data.field {field} stands for two values in {where}; rename a key", field="data.field")
     if not isinstance(found[0], list):
         lists = ", ".join(path for path, inner in _fields(value) if isinstance(inner, list)) or "none"
         raise DataError(
@@ -102,11 +106,13 @@ class advising:  # noqa: N801  # a context manager reads as a verb
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         is_lines = self.file.kind == "json" and self.data.field is None and ".json" in self.file.suffixes
-        if not isinstance(error, DataError) or not is_lines or self.file.size > _ADVISED_BYTES:
+        # How long a compressed file is inside is not known.
+        is_small = self.file.compression is None and 0 < self.file.size <= _ADVISED_BYTES
+        if not isinstance(error, DataError) or not is_lines or not is_small:
             return
         try:
             value = json.loads(self.file.content().decode("utf-8-sig"))
-        except (ValueError, RecursionError, OSError):
+        except Exception:  # it is advice, and the error itself is said all the same
             return
         if not isinstance(value, dict):
             return

@@ -143,7 +143,7 @@ def broken_record(lines: Lines, schema: pa.Schema) -> DataError | None:
         if not text.strip():
             continue
         try:
-            record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+            record = json.loads(text.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
             # Half of a surrogate pair is not a character, which shows only here.
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeDecodeError:
@@ -166,7 +166,8 @@ def broken_record(lines: Lines, schema: pa.Schema) -> DataError | None:
     return None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. Raises ValueError where a key is there twice."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -217,14 +218,18 @@ def check_encoding(content: bytes, where: str, encoding: str | None = None) -> N
     Args:
         encoding: that of the file, from which the content was decoded; None is UTF-8.
     """
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise DataError(
+            f"{where}: UTF-32, not UTF-8; set data.encoding to utf-32, or save the file as UTF-8", field="data.path"
+        )
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(
             f"{where}: UTF-16, not UTF-8; set data.encoding to utf-16, or save the file as UTF-8", field="data.path"
         )
     if b"\0" in content and encoding:
         raise DataError(
-            f"{where}: holds NUL bytes as {encoding}, so it is not text of this encoding; set data.encoding to its "
-            "encoding, such as utf-16, or take it out of data.path",
+            f"{where}: holds NUL bytes as {encoding}, so it is not text of this encoding; set data.encoding to that "
+            "of the file, or take it out of data.path",
             field="data.encoding",
         )
     if b"\0" in content:

@@ -43,7 +43,8 @@ def file_partitions(files: Sequence[DataFile], size: int) -> Iterator[Partition]
     num_bytes = 0
     for number, file in enumerate(files, 1):
         held.append(file)
-        num_bytes += file.size
+        # Of a compressed file, and some on the web, the size inside is not known.
+        num_bytes += file.size if file.compression is None and file.size else size
         if num_bytes >= size or number == len(files):
             others = f" and {len(held) - 1:,} more" if len(held) > 1 else ""
             yield Partition(f"{held[0].name}{others}", num_bytes, files=tuple(held))

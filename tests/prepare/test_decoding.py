@@ -119,3 +119,22 @@ def test_what_is_not_an_encoding_of_text_is_refused(name: str) -> None:
 def test_an_encoding_is_for_files(source: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"data.encoding is for data.source files, not \w+; set it to null"):
         DataConfig.model_validate(source | {"encoding": "latin-1"})
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16-le", "utf-16-be", "utf-16", "gb18030"])
+def test_utf8_is_not_read_as_another_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_text("cafe and naïve\n" * 99_999, encoding="utf-8")
+    assert "is UTF-8, and would be other text as" in str(error_of(data(tmp_path / "a.txt", encoding)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_ascii_is_not_read_as_a_wide_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(b"plain text, of even length\n\n")
+    assert "is UTF-8, and would be other text as" in str(error_of(data(tmp_path / "a.txt", encoding)))
+
+
+def test_the_mark_of_utf32_is_not_that_of_utf16(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("text".encode("utf-32"))
+    with pytest.raises(ConfigError, match=r"UTF-32, not UTF-8; set data.encoding to utf-32"):
+        load_records(DataConfig(source="files", path=str(tmp_path / "a.txt")), LARGE)
+    assert "set it to utf-32" in str(error_of(data(tmp_path / "a.txt", "utf-16")))

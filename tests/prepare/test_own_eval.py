@@ -90,7 +90,6 @@ def test_files_of_their_own_are_the_eval_split(make_job: MakeJob, tmp_path: Path
         ("train[:30]", "train[30:]", range(30), range(30, 40)),
         ("train[25%:]", "train[:25%]", range(10, 40), range(10)),
         ("train[-30:]", "train[:-30]", range(10, 40), range(10)),
-        ("train[:80%]", "train[50%:75%]", range(32), range(20, 30)),
     ],
 )
 @pytest.mark.parametrize("size", [60, 1 << 20])
@@ -101,8 +100,7 @@ def test_slices_of_one_file_are_the_splits(
     job = make_job(*SMALL, f"data.path={path}", f"data.split='{split}'", f"data.eval_split='{eval_split}'")
     store = prepare(job, tmp_path, Silent(), Effort(2, size))
     assert_splits(store, expected(train), expected(evaluated))
-    both = len(set(train) & set(evaluated))
-    assert Manifest.read(store / "manifest.json").splits["train"].num_duplicates == both
+    assert Manifest.read(store / "manifest.json").splits["train"].num_duplicates == 0
 
 
 def test_what_both_splits_have_is_removed_from_train(make_job: MakeJob, tmp_path: Path) -> None:
@@ -255,14 +253,22 @@ def test_errors_name_the_fields_of_the_eval_split(make_job: MakeJob, tmp_path: P
             "data.eval_split train: the files have the splits test",
         ),
         (("data.eval_split=validation",), "data.eval_split", "data.eval_split validation: the files have one split"),
-        (("data.eval_split='train[50:]'",), "data.eval_split", "data.eval_split train[50:] has no records"),
         (
-            ("data.eval_split='train[:2]+train[4:]'",),
+            ("data.split='train[:9]'", "data.eval_split='train[50:]'"),
+            "data.eval_split",
+            "data.eval_split train[50:] has no records",
+        ),
+        (
+            ("data.split='train[9:]'", "data.eval_split='train[:2]+train[4:]'"),
             "data.eval_split",
             "eval_split train[:2]+train[4:]: parts",
         ),
-        (("data.eval_split=train", "data.split='train[:1:]'"), "data.split", "data.split train[:1:]: "),
-        (("data.eval_split='train[:1]'", "data.block_size=32"), "data.block_size", "the eval split has "),
+        (("data.eval_split='train[5:]'", "data.split='train[:1:]'"), "data.split", "data.split train[:1:]: "),
+        (
+            ("data.split='train[1:]'", "data.eval_split='train[:1]'", "data.block_size=32"),
+            "data.block_size",
+            "the eval split has ",
+        ),
     ):
         found = error(*settings)
         assert problem in str(found), settings
@@ -291,6 +297,20 @@ def test_a_share_of_the_records_has_no_data_of_its_own() -> None:
         ({"source": "builtin", "eval_path": "x"}, "data.eval_path is for data.source files, not builtin"),
         ({"source": "files", "path": "a", "eval_path": ""}, "data.eval_path is empty"),
         ({"source": "files", "path": "a", "eval_path": []}, "data.eval_path is empty"),
+        ({"source": "files", "path": "a", "eval_path": ["b", ""]}, "data.eval_path has an empty name in its list"),
+        ({"source": "files", "path": "a", "records": "file", "eval_path": "e/*.jsonl.gz"}, "as text, with its quotes"),
+        *(
+            ({"source": "builtin", "split": split, "eval_split": evaluated}, "which would be trained on and evaluated")
+            for split, evaluated in (
+                ("train", "train"),
+                ("train", "train[90%:]"),
+                ("train[-9:]", "train"),
+                ("train[:80%]", "train[50%:]"),
+                ("train[:100]", "train[99:]"),
+                ("train[:]", "train[5:10]"),
+                ("train[-5:]", "train[-5:]"),
+            )
+        ),
         ({"source": "files", "path": "a", "eval_split": ""}, "data.eval_split is empty; name a split, or null"),
     ],
 )
@@ -301,9 +321,9 @@ def test_eval_paths_that_cannot_be(settings: dict[str, Any], problem: str) -> No
 
 def test_the_id_is_not_read(make_job: MakeJob, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", range(40))
-    settings = (f"data.path={path}", "data.eval_split=train", "data.split_method=hash", "data.id=nowhere")
-    assert prepare(make_job(*settings, "data.block_size=4"), tmp_path, Silent())
-    assert isinstance(error_of(make_job(*settings, "data.eval_split=null"), tmp_path), DataError)
+    settings = (f"data.path={path}", "data.split='train[:30]'", "data.split_method=hash", "data.id=nowhere")
+    assert prepare(make_job(*settings, "data.eval_split='train[30:]'", "data.block_size=4"), tmp_path, Silent())
+    assert isinstance(error_of(make_job(*settings), tmp_path), DataError)
 
 
 def test_what_changes_in_the_eval_files_changes_the_data_of_a_run(make_job: MakeJob, tmp_path: Path) -> None:
@@ -317,3 +337,12 @@ def test_what_changes_in_the_eval_files_changes_the_data_of_a_run(make_job: Make
     other.unlink()
     with pytest.raises(ConfigError, match=r"data.eval_path .* matches no file"):
         pipeline.resolve(job, Stores(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("split", "evaluated"),
+    [("train[:90%]", "train[90%:]"), ("train[:5]", "train[5:]"), ("train", "test"), ("train[:-5]", "train[-5:]")],
+)
+def test_splits_beside_each_other_are_taken(split: str, evaluated: str) -> None:
+    assert DataConfig(source="builtin", split=split, eval_split=evaluated).has_own_eval
+    assert DataConfig(source="builtin", split="train", eval_split="train[5:]", deduplicate=True).has_own_eval

@@ -1,6 +1,8 @@
 """CSV with other delimiters, and JSON files that are one object."""
 
+import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,17 @@ def test_an_option_for_another_source_is_refused(option: dict[str, str]) -> None
         DataConfig.model_validate({"source": "builtin"} | option)
     with pytest.raises(ValueError, match=rf"data.{field} is not for text, .* data.records"):
         DataConfig.model_validate({"source": "files", "path": "a", "records": "line"} | option)
+
+
+def test_a_field_that_is_there_twice_is_not_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"data": [{"text": "one"}], "data": [{"text": "two"}]}')
+    assert "the key data is there twice; mend the file" in str(error_of(data(tmp_path / "a.json", field="data")))
+    (tmp_path / "a.json").write_text('{"a.b": [{"text": "one"}], "a": {"b": [{"text": "two"}]}}')
+    assert "data.field a.b stands for two values in" in str(error_of(data(tmp_path / "a.json", field="a.b")))
+
+
+def test_a_damaged_file_gives_its_own_error_and_no_advice(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"body": f"{i} {random.Random(i).random()}"}) + "\n" for i in range(60_000))
+    packed = gzip.compress(lines.encode())
+    (tmp_path / "a.json.gz").write_bytes(packed[: len(packed) * 9 // 10])
+    assert "data.text text is not in" in str(error_of(data(tmp_path / "a.json.gz")))
