@@ -19,16 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ConfigError, RunError
+from clm_dist.errors import RunError
 from clm_dist.train.checkpointing.fragments import Fragment
+from clm_dist.train.strategies.first_step import check_same_each_time, every_parameter_is_reached
 
 logger = logging.getLogger(__name__)
 
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
-_SAME = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-"""The share of a loss by which it may differ on a GPU, where not every sum is rounded the same each time."""
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 REPORT_FAULT = (
     "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
@@ -213,11 +212,17 @@ class Strategy(ABC):
                     backward(model, scale if number == 0 else 0.0)
             return self.gradient_norm()
 
-        with self._every_parameter_is_reached(), self.one_pass(last=True) as model:
+        with every_parameter_is_reached(self.plain_model), self.one_pass(last=True) as model:
             backward(model, 1.0)
         self.gradient_norm()
         of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
-        self._check_same_each_time(losses)
+        check_same_each_time(
+            self.plain_model,
+            losses,
+            self._job.train.precision,
+            on_gpu=self._use_gpu,
+            any_rank=lambda differs: self.all_reduce([float(differs)])[0] > 0,
+        )
         finite = math.isfinite(of_one + of_all)
         # Rounding is all that may differ; bf16 keeps 8 bits.
         shared = finite and math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
@@ -247,39 +252,6 @@ class Strategy(ABC):
     def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
         """The norm that `gradient_norm` should return after a pass with this loss; None where it is not computed."""
         return None
-
-    @contextlib.contextmanager
-    def _every_parameter_is_reached(self) -> Iterator[None]:
-        """Raise ConfigError where a backward pass inside leaves out a trainable parameter."""
-        waiting = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
-        hooks = [
-            p.register_post_accumulate_grad_hook(lambda _, name=name: waiting.pop(name, None))  # type: ignore[no-untyped-call]
-            for name, p in list(waiting.items())
-        ]
-        yield
-        for hook in hooks:
-            hook.remove()
-        if waiting:
-            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
-            raise ConfigError(
-                f"model: {type(self.plain_model).__name__} has trainable parameters that no gradient reaches, "
-                f"{min(waiting)}{more}, and they could not be found before; this model is not supported",
-                field="model",
-            )
-
-    def _check_same_each_time(self, losses: list[float]) -> None:
-        """Raise ConfigError where the losses of one block with one seed differ. Collective."""
-        spread = max(losses) - min(losses)
-        # On a CPU every sum is rounded the same each time.
-        rounding = _SAME[self._job.train.precision] if self._use_gpu else 0.0
-        differs = spread > rounding * abs(losses[0])
-        if self.all_reduce([float(differs)])[0]:
-            raise ConfigError(
-                f"model: {type(self.plain_model).__name__} computes another loss of the same block each time, with the "
-                "same seed (Reformer, for example, seeds its own dropout by the clock), so a run that is resumed would "
-                "be another; set its dropout to 0, or take another model",
-                field="model",
-            )
 
     def _check_world(self) -> None:
         """Accelerate falls back to a single process without a word; then every rank would train alone."""
