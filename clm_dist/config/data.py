@@ -1,7 +1,6 @@
 """The sections `data` and `tokenizer`: which text, and which tokens it becomes."""
 
 import codecs
-import math
 import re
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -149,13 +148,14 @@ class DataConfig(Section):
             self.eval_path is None
             and self.eval_split is not None
             and not self.deduplicate
-            and _overlap(self.split, self.eval_split)
+            and overlap(self.split, self.eval_split)
         ):
             raise wrong(
                 "data.eval_split",
-                f"data.eval_split {self.eval_split} has records of data.split {self.split}, which would be trained "
-                "on and evaluated; take another split, or parts beside each other, such as data.split train[:90%] "
-                "and data.eval_split train[90%:]; with data.deduplicate they are taken out of the train split",
+                f"data.eval_split {self.eval_split} has records of data.split {self.split}, or may have some, which "
+                "would be trained on and evaluated; take another split, or parts beside each other with one bound, "
+                "such as data.split train[:90%] and data.eval_split train[90%:]; with data.deduplicate they are taken "
+                "out of the train split",
                 "data.split",
             )
         return self
@@ -202,23 +202,47 @@ class DataConfig(Section):
         return Template(tuple(parts[::2]), tuple(parts[1::2]))
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two slices, such as `train[10%:20%]`, have rows of one split in common, as far as it can be said."""
+def overlap(one: str, other: str) -> bool:
+    """Whether two slices, such as `train[10%:20%]`, have rows in common in a split of some length.
+
+    Of what is no slice of one split, whoever reads it says so.
+    """
     if one.partition("[")[0] != other.partition("[")[0]:
         return False
-    if one == other or "[" not in one or "[" not in other:
-        return True
-    begins, ends, units = zip(*map(_rows, (one, other)), strict=True)
-    return len(set(units) - {""}) < 2 and None not in units and max(begins) < min(ends)
+    first, second = _bounds(one), _bounds(other)
+    if first is None or second is None:
+        return False
+    return not (_is_before(first[1], second[0]) or _is_before(second[1], first[0]))
 
 
-def _rows(spec: str) -> tuple[float, float, str | None]:
-    """First and last row of a slice, and their unit: percent, rows, "" for both; None where it counts from the end."""
-    found = re.fullmatch(r"[^\[\]+]+\[(\d*)(%?):(\d*)(%?)\]", spec)
+_Bound = tuple[str, int]
+
+
+def _bounds(spec: str) -> tuple[_Bound, _Bound] | None:
+    """Where a slice begins and ends, each with its unit; None where it cannot be read."""
+    if "[" not in spec:
+        return ("%", 0), ("%", 100)
+    number = r"(-?[\d_]*\d)?(%)?"
+    found = re.fullmatch(rf"[^\[\]+]+\[{number}:{number}\](\(\w+\))?", spec)
     if not found:
-        return 0, 0, None
-    unit = "%" if "%" in spec else "rows" if found[1] or found[3] else ""
-    return float(found[1] or 0), float(found[3] or math.inf), unit
+        return None
+    # `datasets` takes both numbers for percent where one is; how they are rounded to rows may be said behind the slice.
+    percent = f"%{found[5] or ''}" if found[2] or found[4] else None
+
+    def bound(number: str | None, otherwise: int) -> _Bound:
+        value = int(number or 0)
+        if value == 0:
+            return "%", 0 if number else otherwise
+        if percent:
+            return percent, value % 100 if value < 0 else value
+        return "rows from the end" if value < 0 else "rows", value
+
+    return bound(found[1], 0), bound(found[3], 100)
+
+
+def _is_before(end: _Bound, begin: _Bound) -> bool:
+    """Whether a slice that ends there is before one that begins there, whatever the length of the split."""
+    return end[0] == begin[0] and end[1] <= begin[1]
 
 
 def _is_text_encoding(name: str) -> bool:

@@ -1,5 +1,6 @@
 """A job's records: where they come from, and which of them the job takes."""
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clm_dist.config.data import DataConfig
+from clm_dist.config.data import DataConfig, overlap
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.prepare.data_file import DataFile
@@ -41,6 +42,8 @@ class Source:
     """Files of directories that are not read, in words."""
     is_eval: bool = False
     """Whether these are the records of an eval split of its own."""
+    files: Sequence[str] = ()
+    """Names of the files that the records are in."""
 
     def narrowed(self, num_records: Sequence[int], size: int) -> "Source":
         """The same rows without the partitions before them.
@@ -101,14 +104,33 @@ def open_sources(data: DataConfig) -> Iterator[Source]:
 
     Raises:
         ConfigError, DataError: see `open_source`; the error names the fields of the split that it is of.
+        ConfigError: records of a file are in both.
     """
-    yield open_source(data)
+    train = open_source(data)
+    yield train
     if (of_eval := eval_data(data)) is not None:
         with naming(data, of_eval=True):
             source = open_source(of_eval)
+        if data.eval_path is not None and not data.deduplicate:
+            _check_apart(train, source)
         # Of a path that both splits are read from it is said once.
         left_out = source.left_out if data.eval_path is not None else ()
         yield replace(source, where=named_as_eval(source.where, data), left_out=left_out, is_eval=True)
+
+
+def _check_apart(train: Source, evaluated: Source) -> None:
+    """Raise an error if a file is in both, unless it may be that slices keep its records apart."""
+    names = {os.path.realpath(name): name for name in train.files}
+    both = sorted(names[path] for path in map(os.path.realpath, evaluated.files) if path in names)
+    slices = [f"train{''.join(source.data.split.partition('[')[1:])}" for source in (train, evaluated)]
+    are_the_same = len(both) == len(train.files) == len(evaluated.files)
+    if both and ("train" in slices or are_the_same) and overlap(*slices):
+        more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+        raise ConfigError(
+            f"{both[0]}{more} would be trained on and evaluated: data.path and data.eval_path name it; name files of "
+            "their own, or set data.deduplicate to true, which takes the eval split's documents out of the train split",
+            field="data.eval_path",
+        )
 
 
 def open_source(data: DataConfig) -> Source:
@@ -140,6 +162,7 @@ def open_source(data: DataConfig) -> Source:
         sum(file.size for file in files),
         Slice.of_split(data.split),
         found.left_out,
+        files=[file.name for file in files],
     )
 
 

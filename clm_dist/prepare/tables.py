@@ -1,5 +1,6 @@
 """Tables of Parquet, CSV and Arrow files, read in partitions."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,15 @@ def csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
     except (pa.ArrowInvalid, DataError) as error:
         if first_line(error) == "Empty CSV file":
             return
-        if (other := _other_delimiter(file, delimiter)) is None:
+        line = _first_line(file)
+        if for_excel := re.fullmatch("\ufeff?sep=(.)", line.rstrip("\r")):
+            raise DataError(
+                f"{file.name}: its first line, sep={for_excel[1]}, is for Excel, and no record; take that line out, "
+                f"and set data.delimiter to {for_excel[1]!r}",
+                field="data.delimiter",
+            ) from None
+        other = None if delimiter in line else next((other for other in _DELIMITERS if other in line), None)
+        if other is None:
             raise
         problem = str(error) if isinstance(error, DataError) else f"{file.name}: cannot be read: {first_line(error)}"
         raise DataError(
@@ -81,11 +90,10 @@ def csv_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:
             yield select_fields(pa.Table.from_batches([batch]), data, file.name)
 
 
-def _other_delimiter(file: DataFile, delimiter: str) -> str | None:
-    """A character that is in the first line of a CSV file, and in the place of the delimiter, which is not."""
+def _first_line(file: DataFile) -> str:
     with file.stream() as stream:
-        line = stream.read(_HEAD_BYTES).partition(b"\n")[0].decode(errors="replace")
-    return None if delimiter in line else next((other for other in _DELIMITERS if other in line), None)
+        head: bytes = stream.read(_HEAD_BYTES)
+    return head.partition(b"\n")[0].decode(errors="replace")
 
 
 def arrow_batches(file: DataFile, data: DataConfig) -> Iterator[pa.Table]:

@@ -27,7 +27,7 @@ def read_text(content: pa.Buffer, file: DataFile, unit: Unit, place: Callable[[i
     Args:
         place: a line of the content, by its number from 1, as messages name it.
     """
-    text = _checked_text(content.to_pybytes(), file, place)
+    text = _checked_text(without_marks(content.to_pybytes()), file, place)
     if unit == "paragraph":
         return _table(pa.array(paragraphs_of(_LINE_ENDS.sub(b"", text)), pa.large_binary()), file.name)
     whole = pa.array([text], pa.large_binary()).cast(pa.large_string())
@@ -58,7 +58,8 @@ def read_files(files: Sequence[DataFile]) -> pa.Table:
 
 def _read_file(file: DataFile) -> pa.Table:
     with reading(file):
-        text = _checked_text(file.content(), file, lambda number: f"{file.name}:{number}")
+        content = file.content().removeprefix(codecs.BOM_UTF8)
+        text = _checked_text(content, file, lambda number: f"{file.name}:{number}")
         return _table(pa.array([text], pa.large_binary()), file.name)
 
 
@@ -67,9 +68,8 @@ def without_marks(content: bytes) -> bytes:
     return content.replace(b"\n" + codecs.BOM_UTF8, b"\n").removeprefix(codecs.BOM_UTF8)
 
 
-def _checked_text(content: bytes, file: DataFile, place: Callable[[int], str]) -> bytes:
-    """A content that is UTF-8, without byte order marks."""
-    text = without_marks(content)
+def _checked_text(text: bytes, file: DataFile, place: Callable[[int], str]) -> bytes:
+    """A text that is UTF-8."""
     check_encoding(text, file.name, file.encoding)
     try:
         text.decode()

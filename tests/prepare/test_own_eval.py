@@ -75,7 +75,8 @@ def test_files_of_their_own_are_the_eval_split(make_job: MakeJob, tmp_path: Path
     manifest = Manifest.read(store / "manifest.json")
     assert manifest.origin == f"data.path {train} (train); eval: data.eval_path {other} (train)"
     # The tokenizer is trained on the train split alone: no merge is of the eval split's words.
-    alone = prepare(make_job(*SMALL, f"data.path={train}", f"data.eval_path={train}"), tmp_path, Silent())
+    copy = shutil.copy(train, tmp_path / "copy.jsonl")
+    alone = prepare(make_job(*SMALL, f"data.path={train}", f"data.eval_path={copy}"), tmp_path, Silent())
     assert (alone / "tokenizer" / "tokenizer.json").read_bytes() == (store / "tokenizer/tokenizer.json").read_bytes()
     # Other eval records make another store, the same ones elsewhere the same.
     copy = Path(shutil.copyfile(other, tmp_path / "c.jsonl"))
@@ -309,6 +310,11 @@ def test_a_share_of_the_records_has_no_data_of_its_own() -> None:
                 ("train[:100]", "train[99:]"),
                 ("train[:]", "train[5:10]"),
                 ("train[-5:]", "train[-5:]"),
+                ("train[:90%]", "train[100:]"),
+                ("train[10:20%]", "train[15%:]"),
+                ("train[:9000]", "train[-1000:]"),
+                ("train[:90%]", "train[-11%:]"),
+                ("train[:90%](pct1_dropremainder)", "train[90%:]"),
             )
         ),
         ({"source": "files", "path": "a", "eval_split": ""}, "data.eval_split is empty; name a split, or null"),
@@ -317,6 +323,31 @@ def test_a_share_of_the_records_has_no_data_of_its_own() -> None:
 def test_eval_paths_that_cannot_be(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         DataConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(("split", "evaluated"), [("train", "train"), ("train[:9]", "train"), ("train", "train[2:]")])
+def test_a_file_that_both_paths_name_is_refused(make_job: MakeJob, tmp_path: Path, split: str, evaluated: str) -> None:
+    write(tmp_path / "in" / "a.jsonl", range(20))
+    other = write(tmp_path / "in" / "b.jsonl", range(20, 30))
+    linked = tmp_path / "linked.jsonl"
+    linked.symlink_to(other)
+    settings = (*SMALL, f"data.path={tmp_path}/in/*.jsonl", f"data.split='{split}'", f"data.eval_split='{evaluated}'")
+    error = error_of(make_job(*settings, f"data.eval_path={linked}"), tmp_path)
+    assert str(error) == (
+        f"{other} would be trained on and evaluated: data.path and data.eval_path name it; name files of their own, "
+        "or set data.deduplicate to true, which takes the eval split's documents out of the train split"
+    )
+    assert (type(error), error.field) == (ConfigError, "data.eval_path")
+    assert prepare(make_job(*settings, f"data.eval_path={linked}", "data.deduplicate=true"), tmp_path, Silent())
+
+
+def test_slices_of_the_same_files_are_apart(make_job: MakeJob, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", range(30))
+    settings = (*SMALL, f"data.path={path}", f"data.eval_path={path}", "data.split='train[:20]'")
+    store = prepare(make_job(*settings, "data.eval_split='train[20:]'"), tmp_path, Silent())
+    assert_splits(store, expected(range(20)), expected(range(20, 30)))
+    error = error_of(make_job(*settings, "data.eval_split='train[19:]'"), tmp_path)
+    assert "would be trained on and evaluated" in str(error)
 
 
 def test_the_id_is_not_read(make_job: MakeJob, tmp_path: Path) -> None:
@@ -341,7 +372,18 @@ def test_what_changes_in_the_eval_files_changes_the_data_of_a_run(make_job: Make
 
 @pytest.mark.parametrize(
     ("split", "evaluated"),
-    [("train[:90%]", "train[90%:]"), ("train[:5]", "train[5:]"), ("train", "test"), ("train[:-5]", "train[-5:]")],
+    [
+        ("train[:90%]", "train[90%:]"),
+        ("train[:90%]", "train[-10%:]"),
+        ("train[10%:]", "train[:10%]"),
+        ("train[:90%](pct1_dropremainder)", "train[90%:](pct1_dropremainder)"),
+        ("train[:5]", "train[5:]"),
+        ("train[5:9]", "train[:5]"),
+        ("train[10:20%]", "train[:10%]"),
+        ("train[:1_000]", "train[1000:]"),
+        ("train", "test"),
+        ("train[:-5]", "train[-5:]"),
+    ],
 )
 def test_splits_beside_each_other_are_taken(split: str, evaluated: str) -> None:
     assert DataConfig(source="builtin", split=split, eval_split=evaluated).has_own_eval

@@ -86,11 +86,11 @@ def test_a_partition_without_a_paragraph_does_not_read_to_the_end(tmp_path: Path
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_file_is_one_record_with_its_line_breaks(tmp_path: Path, size: int) -> None:
-    contents = [BOOK, "def f():\r\n\treturn 1\r\n", "", "no end", "\ufeffmarked\n"]
+    contents = [BOOK, "def f():\r\n\treturn 1\r\n", "", "no end", "\ufeffmarked\n\ufeffkept\n"]
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.py").write_bytes(content.encode())
     (tmp_path / "9.py.gz").write_bytes(gzip.compress(b"zipped\n\n"))
-    assert texts(f"{tmp_path}/*.py*", "file", size) == [*contents[:4], "marked\n", "zipped\n\n"]
+    assert texts(f"{tmp_path}/*.py*", "file", size) == [*contents[:4], "marked\n\ufeffkept\n", "zipped\n\n"]
 
 
 def test_many_small_files_are_one_partition(tmp_path: Path) -> None:

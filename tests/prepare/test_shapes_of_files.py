@@ -49,6 +49,12 @@ def test_a_csv_file_of_another_delimiter_says_which(tmp_path: Path) -> None:
     error = error_of(data(tmp_path / "a.csv"))
     assert str(error).startswith(f"{tmp_path}/a.csv: cannot be read: CSV parse error: ")
     assert str(error).endswith("';' is between its fields, it seems: set data.delimiter to it")
+    for mark in ("", "\ufeff"):
+        (tmp_path / "a.csv").write_text(f"{mark}sep=;\r\nid;text\r\n1;a\r\n")
+        assert str(error_of(data(tmp_path / "a.csv"))) == (
+            f"{tmp_path}/a.csv: its first line, sep=;, is for Excel, and no record; take that line out, and set "
+            "data.delimiter to ';'"
+        )
     (tmp_path / "a.csv").write_text("id,text\n1,a,b;c\n")
     assert "delimiter" not in str(error_of(data(tmp_path / "a.csv")))
     (tmp_path / "a.csv").write_text("id,body\n1,a\n")
