@@ -19,6 +19,7 @@ data files, `train.ray.failures` for Ray.
 """
 
 import errno
+import re
 import shutil
 from pathlib import Path
 from typing import Self
@@ -32,6 +33,8 @@ class ClmDistError(Exception):
     """
 
     exit_code = 1
+    ends_process = False
+    """Whether the process can no longer end as others do: a library would end it in its own way."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -134,7 +137,10 @@ def describe_os_error(error: Exception, path: Path) -> ClmDistError | None:
     return None
 
 
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; its class where there is none."""
-    text = str(error).strip()
+    """The first line of an error's message, without its full stop and colours; its class where there is none."""
+    text = _COLOURS.sub("", str(error)).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__

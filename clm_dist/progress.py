@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TextIO
 
 import rich.progress
 from rich.console import Console
@@ -12,8 +12,14 @@ from rich.text import Text
 
 _LOG_WIDTH = 120
 
-out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH, highlight=False)
+
+def _width(stream: TextIO | None) -> int | None:
+    return None if stream is not None and stream.isatty() else _LOG_WIDTH
+
+
+# A stream that is closed is None.
+out = Console(width=_width(sys.stdout), highlight=False)
+err = Console(stderr=True, width=_width(sys.stderr), highlight=False)
 
 
 class Progress(Protocol):

@@ -71,7 +71,7 @@ def run_job(
             if only_train and not resolved.store.fetch():
                 raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
             progress.start("Starting Ray")
-            with start_ray(config.cluster) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
+            with start_ray(config.cluster, directory.ray_logs) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
                 store = pipeline.prepare_resolved(resolved, progress)
 
                 def push_epoch(path: Path, step: int) -> None:

@@ -33,7 +33,7 @@ def start() -> Iterator[Start]:
     def start(*arguments: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "clm_dist", *map(str, arguments)]
         pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+        processes.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
         return processes[-1]
 
     yield start
@@ -119,10 +119,11 @@ def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(start: Start, 
     aside = start(*command(tmp_path / "untouched"))
     run = RunDir(tmp_path / "cut" / "tiny")
 
-    # An announced end: a checkpoint, and the exit code that asks to be run again.
+    # An announced end, as `timeout` and service managers tell it to a whole group: a checkpoint, and the exit code that
+    # asks to be run again.
     process = start(*command(tmp_path / "cut"))
     wait_for_commit(process, run, after=0)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 75, err
     assert "SIGTERM: saving a checkpoint, then stopping" in err

@@ -1,4 +1,4 @@
-"""What README, docs/, k8s/README.md and CONTRIBUTING.md say is so: names, links, commands, settings, examples."""
+"""What README, CONTRIBUTING, SECURITY, docs and k8s/README say is so: names, links, commands, settings, examples."""
 
 import ast
 import re
@@ -24,7 +24,13 @@ from tests.support.command import clm_dist
 PACKAGE = ROOT / "clm_dist"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "k8s" / "README.md", *ROOT.glob("docs/*.md")]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        ROOT / "k8s" / "README.md",
+        *ROOT.glob("docs/*.md"),
+    ]
 }
 ARCHITECTURE = PAGES["docs/architecture.md"]
 

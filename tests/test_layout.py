@@ -13,7 +13,7 @@ from tests.support.command import assert_starts_at_once, modules_of
 PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 # A module may import from its own layer's package and from what stands below it.
 LAYERS = [
-    {"errors"},
+    {"errors", "signals"},
     {"config", "progress"},
     {"files", "metrics"},
     {"pretrained"},

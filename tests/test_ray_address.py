@@ -52,14 +52,19 @@ def starting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cluster, "alive_nodes", lambda: {f"n{i}": {"CPU": 1.0} for i in range(min(3, len(tries) - 2))})
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: len(tries) > 2)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
     monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
     return tries
 
 
+def join(address: str, settings: ClusterConfig) -> None:
+    with cluster._joined(address, settings, {}):
+        pass
+
+
 def test_nodes_that_are_started_beside_the_driver_are_waited_for(starting: list[str]) -> None:
     starting += ["", ""]
-    cluster._join_or_start("10.0.0.1:1", ClusterConfig())
+    join("10.0.0.1:1", ClusterConfig())
     assert len(starting) == 5
 
 
@@ -67,10 +72,10 @@ def test_nodes_that_do_not_come_are_a_reason_to_try_again(starting: list[str], m
     monkeypatch.setattr(cluster, "_NODES_TIMEOUT_S", 0.1)
     monkeypatch.setattr(cluster, "alive_nodes", lambda: {"n0": {"CPU": 1.0}})
     with pytest.raises(NotReadyError, match=r"10.0.0.1:1 is not complete after 0.1 s: it has 1 of 3 nodes") as said:
-        cluster._join_or_start("10.0.0.1:1", ClusterConfig())
+        join("10.0.0.1:1", ClusterConfig())
     assert said.value.exit_code == 75
     # Elastic workers begin without the late ones.
-    cluster._join_or_start("10.0.0.1:1", ClusterConfig(workers=(1, 3)))
+    join("10.0.0.1:1", ClusterConfig(workers=(1, 3)))
 
 
 def test_a_head_that_does_not_come_is_a_reason_to_try_again(
@@ -81,4 +86,4 @@ def test_a_head_that_does_not_come_is_a_reason_to_try_again(
     monkeypatch.setattr(cluster, "check_ray_address", check_ray_address)
     for workers in (1, (1, 3)):
         with pytest.raises(NotReadyError, match="Connection refused"):
-            cluster._join_or_start("127.0.0.1:1", ClusterConfig(workers=workers))
+            join("127.0.0.1:1", ClusterConfig(workers=workers))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from clm_dist import __version__
 from clm_dist.cli.model import evaluate, generate
 from clm_dist.cli.run import push, report, run, train
 from clm_dist.cli.store import prepare
+from clm_dist.cli.streams import open_missing, unfailing
 from clm_dist.cli.submit import submit
 from clm_dist.cli.submitted import cancel, logs, status
 from clm_dist.config.schema import job_schema
@@ -63,9 +65,15 @@ for command in (status, logs, cancel):
 
 def main() -> None:
     """The command's entry point: our errors become a message and an exit code."""
-    try:
-        app()
-    except ClmDistError as error:
-        logger.debug("where it came from", exc_info=error)
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+    open_missing()
+    with unfailing("stderr"):
+        try:
+            app()
+        except ClmDistError as error:
+            logger.debug("where it came from", exc_info=error)
+            err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            if error.ends_process:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(error.exit_code)
+            sys.exit(error.exit_code)

@@ -1,7 +1,8 @@
 """The commands that make a run and show it: `run`, `train`, `report`, `push`."""
 
+import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +18,7 @@ from clm_dist.cli.options import (
     located,
     open_stores,
 )
+from clm_dist.cli.streams import unfailing
 from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import ClmDistError, ConfigError, TryAgainError
@@ -24,6 +26,7 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import err, out
+from clm_dist.signals import STOPS, handling
 
 EX_TEMPFAIL = TryAgainError.exit_code
 """Preempted with a checkpoint saved: run it again (sysexits.h)."""
@@ -124,14 +127,29 @@ def _run(
     job = load_job(job_file, overrides or ())
     runs_dir, kept = local_dir(runs, "--runs"), open_stores(stores)
     try:
-        with located(job):
+        with unfailing("stdout"), located(job), handling(STOPS, _stop):
             result = run_job(job.config, runs_dir, kept, resume=resume, overwrite=overwrite, only_train=only_train)
+    except _Stopped as stopped:
+        err.print(f"stopped by {stopped}; the same command goes on with what is left", style="yellow")
+        raise typer.Exit(EX_TEMPFAIL) from None
     except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on from the last checkpoint", style="red")
+        err.print("interrupted; the same command goes on from the last checkpoint, if there is one", style="red")
         raise typer.Exit(EX_INTERRUPTED) from None
     if result["status"] == "preempted":
+        checkpoints = Checkpoints.of_run(job.config, RunDir(runs_dir / job.config.name))
+        with checkpoints.reaching():
+            is_saved = bool(checkpoints.committed())
+        saved = f"after step {result['train']['steps']} with a checkpoint saved; the same command goes on from it"
         err.print(
-            f"stopped after step {result['train']['steps']} with a checkpoint saved; the same command goes on from it",
+            f"stopped {saved if is_saved else 'before the first checkpoint; the same command starts again'}",
             style="yellow",
         )
         raise typer.Exit(EX_TEMPFAIL)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal told the command to stop, and nothing had to be saved."""
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise _Stopped(signal.Signals(number).name)

@@ -15,6 +15,7 @@ from clm_dist.cli.options import (
     open_stores,
 )
 from clm_dist.cli.run import EX_INTERRUPTED
+from clm_dist.cli.streams import unfailing
 from clm_dist.config.load import load_job
 from clm_dist.errors import ConfigError
 from clm_dist.files.stores import Store, Stores
@@ -74,17 +75,18 @@ def prepare(
     assert job_file is not None
     job = load_job(job_file, overrides or ())
     effort = Effort(tasks, int(partition_mib * 2**20))
-    try:
-        with located(job), open_progress(err) as progress:
-            store = prepare(job.config, open_stores(stores), progress, effort)
-    except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on with the partitions that are left", style="red")
-        raise typer.Exit(EX_INTERRUPTED) from None
-    if show is not None:
-        from clm_dist.prepare.show import show_store
+    with unfailing("stdout"):
+        try:
+            with located(job), open_progress(err) as progress:
+                store = prepare(job.config, open_stores(stores), progress, effort)
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on with the partitions that are left", style="red")
+            raise typer.Exit(EX_INTERRUPTED) from None
+        if show is not None:
+            from clm_dist.prepare.show import show_store
 
-        out.print(show_store(store.local, show))
-    typer.echo(store.local)
+            out.print(show_store(store.local, show))
+        typer.echo(store.local)
 
 
 def _verify(store: Path) -> None:

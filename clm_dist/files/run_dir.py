@@ -31,6 +31,11 @@ class RunDir:
         return self.root / "ray"
 
     @property
+    def ray_logs(self) -> Path:
+        """Logs of the Ray that the run started by itself, if its last attempt failed."""
+        return self.root / "ray-logs"
+
+    @property
     def result(self) -> Path:
         return self.root / "result.json"
 

@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed
             assert load_file(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_to_the_driver_asks_the_workers_to_stop(number: signal.Signals, tmp_path: Path) -> None:
     run, notes = RunDir(tmp_path), Notes()
     before = signal.getsignal(number)
@@ -224,6 +224,16 @@ def test_a_signal_to_the_driver_asks_the_workers_to_stop(number: signal.Signals,
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_closes(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with driver._stop_on_signals(RunDir(tmp_path), Notes()):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not RunDir(tmp_path).stop.exists()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_checkpoints_that_the_job_looks_for_elsewhere_are_not_forgotten(run: RunDir, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from clm_dist.config.job import ClusterConfig
 from clm_dist.config.ray_address import check_ray_address, expected_nodes, no_ray
 from clm_dist.errors import ConfigError, NotReadyError, first_line
 from clm_dist.train.ray import private
+from clm_dist.train.ray.gpus import check_gpus
+from clm_dist.train.ray.own import own_ray, parting
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,16 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
+def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Cluster]:
     """The Ray of RAY_ADDRESS, or one of this process's own that ends with it; a running one is used as it is.
+
+    Args:
+        logs: where the logs of one of its own are kept if the run fails.
 
     Raises:
         ConfigError: no Ray is at that address, or it has fewer CPUs or GPUs than the job's workers take.
-        NotReadyError: it is started beside this process (CLM_DIST_NODES), and its nodes do not come.
+        NotReadyError: it does not start; or it is started beside this process (CLM_DIST_NODES), and its nodes do not
+            come.
     """
     for name, value in {
         # Reports reach the driver within this time; Ray's own 2 s would hold up short runs.
@@ -50,35 +56,36 @@ def start_ray(cluster: ClusterConfig) -> Iterator[Cluster]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
-    own = not ray.is_initialized()
-    if own:
-        _join_or_start(os.environ.get("RAY_ADDRESS"), cluster)
-    try:
-        nodes = list(alive_nodes().values())
-        yield Cluster(_check_resources(cluster, nodes, local=own and "RAY_ADDRESS" not in os.environ))
-    finally:
-        if own:
-            ray.shutdown()
+    address = os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        using: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        private.keep_lost_nodes_quiet(logger)
+        # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        # Without an address, Ray would join one that happens to run here.
+        using = _joined(address, cluster, quiet) if address else own_ray(logs, object_store_memory=256 * 2**20, **quiet)
+    with using:
+        nodes = alive_nodes()
+        gpus_each = _check_resources(cluster, list(nodes.values()), local=not address)
+        if gpus_each:
+            check_gpus([node for node, resources in nodes.items() if resources.get("GPU")])
+        yield Cluster(gpus_each)
 
 
-def _join_or_start(address: str | None, cluster: ClusterConfig) -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)
-
-    private.keep_lost_nodes_quiet(logger)
-    # Workers speak through reports; what else they print stays in Ray's log files, which errors name.
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not address:
-        # Nothing at all would join a Ray that happens to run here.
-        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
-        return
+@contextlib.contextmanager
+def _joined(address: str, cluster: ClusterConfig, options: Mapping[str, Any]) -> Iterator[None]:
     if expected := expected_nodes():
-        _join_once_there(address, expected, quiet, elastic=cluster.elastic)
-        return
-    check_ray_address(address)
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError) as error:
-        raise no_ray(address, first_line(error)) from None
+        _join_once_there(address, expected, options, elastic=cluster.elastic)
+    else:
+        check_ray_address(address)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError) as error:
+            raise no_ray(address, first_line(error)) from None
+    with parting():
+        yield
 
 
 def _join_once_there(address: str, num_nodes: int, options: Mapping[str, Any], *, elastic: bool) -> None:
@@ -178,7 +185,3 @@ def kill_worker(node: str, pid: int) -> None:
         ray.get(task.remote(), timeout=_KILL_TIMEOUT_S)
     except Exception as error:  # the node may be gone, and its workers with it
         logger.debug("worker %d on node %s could not be killed", pid, node, exc_info=error)
-
-
-def log_dir() -> str:
-    return private.session_log_dir() or "Ray's session directory on the nodes"

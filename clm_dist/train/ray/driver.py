@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from clm_dist.files.runs import remove_run
 from clm_dist.files.stores import Store
 from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.progress import Progress
+from clm_dist.signals import STOPS, handling
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
@@ -213,10 +213,7 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _stop_on_signals(run: RunDir, progress: Progress) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C save a checkpoint and end the run; the second Ctrl-C ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Signals and the first Ctrl-C save a checkpoint and end the run; the second Ctrl-C ends it at once."""
 
     def stop(number: int, _frame: Any) -> None:
         if number == signal.SIGINT and run.stop.exists():
@@ -225,9 +222,5 @@ def _stop_on_signals(run: RunDir, progress: Progress) -> Iterator[None]:
         progress.note(f"{signal.Signals(number).name}: saving a checkpoint, then stopping.{again}")
         run.stop.touch()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with handling((*STOPS, signal.SIGINT), stop):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

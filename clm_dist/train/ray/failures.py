@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import ray
+
 from clm_dist.errors import ClmDistError, RunError, describe_os_error, first_line
 from clm_dist.files.records import FailureRecord, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import private
-from clm_dist.train.ray.cluster import log_dir
+from clm_dist.train.ray.own import RayEndedError, log_dir
 
 
 class WorkersFailedError(RunError):
@@ -23,6 +25,8 @@ def cause_of(error: BaseException) -> BaseException:
             return cause
         if isinstance(cause, OSError) and (described := describe_os_error(cause, Path(cause.filename or "/"))):
             return described
+    if isinstance(error, ray.exceptions.RayError):
+        return RayEndedError.because(first_line(error))
     if not failures:
         return error
     rank, reason = reason_of(failures)

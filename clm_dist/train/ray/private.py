@@ -1,19 +1,31 @@
 """Uses of Ray beyond its interface; tests/test_private_interfaces.py says what an upgrade has moved."""
 
+import atexit
 import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants, services
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # it is compiled
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 
 __all__ = [
     "ControllerCallback",
     "WorkerCallback",
     "WorkerGroupCallback",
+    "abandon",
     "draining_nodes",
+    "forget_token",
+    "in_a_session_of_its_own",
     "keep_lost_nodes_quiet",
+    "lost_process",
+    "on_loopback",
     "own_error",
     "session_log_dir",
     "tell_of_other_nodes",
@@ -27,6 +39,35 @@ def keep_lost_nodes_quiet(logger: logging.Logger) -> None:
         logger.debug("Ray: %s", "".join(data["lines"]))
 
     ray._private.worker.print_to_stdstream = log
+
+
+def forget_token() -> None:
+    """Let Ray read again which token it takes, and whether it takes one; it keeps what it read first."""
+    # In this order: with tokens on, a thread that asks for one between the two would end the process.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let a Ray that is started take 127.0.0.1 for this node's address, and listen there alone."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def in_a_session_of_its_own() -> Iterator[None]:
+    """Let a Ray that is started not have the signals of this process's terminal and group."""
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def draining_nodes() -> dict[str, int]:
@@ -45,6 +86,30 @@ def tell_of_other_nodes() -> None:
         ray.get(coordinator.get_reserved_resources.remote("clm-dist", recompute=True), timeout=5)
 
 
+def lost_process() -> str | None:
+    """Which of the two processes that Ray cannot do without has ended, of a Ray that this process started."""
+    node = ray._private.worker._global_node
+    started = node.all_processes if node else {}
+    for name in ("gcs_server", "raylet"):
+        if any(info.process.poll() is not None for info in started.get(name, ())):
+            return name
+    return None
+
+
+def abandon() -> None:
+    """End what is left of a Ray that has ended: to part from it as from one that runs would end this process."""
+    atexit.unregister(ray.shutdown)
+    if (node := ray._private.worker._global_node) is None:
+        return
+    started = {info.process.pid for infos in node.all_processes.values() for info in infos}
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    # Its agents would wait a minute for it to come back. They are in the sessions of what started them.
+    for pid in [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) in started:
+                os.kill(pid, signal.SIGKILL)
+
+
 def session_log_dir() -> str | None:
     """Where this process's Ray keeps its logs; None where that is not known."""
     with contextlib.suppress(AttributeError):
@@ -53,5 +118,7 @@ def session_log_dir() -> str | None:
 
 
 def own_error(failure: Exception) -> Exception:
-    """The error that a worker raised itself, in the one that Ray Train wraps around it."""
-    return getattr(failure, "_base_exc", failure)
+    """The error that a worker raised itself, in those that Ray and Ray Train wrap around it."""
+    while inner := getattr(failure, "_base_exc", None) or getattr(failure, "cause", None):
+        failure = inner
+    return failure

@@ -10,6 +10,8 @@ from clm_dist.progress import Progress
 from clm_dist.train.heartbeat import Watch
 from clm_dist.train.ray.cluster import Cluster, kill_worker
 from clm_dist.train.ray.nodes import NodeWatch
+from clm_dist.train.ray.own import RayEndedError
+from clm_dist.train.ray.private import lost_process
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ class WorkerWatch:
         self._nodes = NodeWatch(job, run, cluster, progress)
 
     def look(self) -> None:
+        """Do what is to be done now. Raises RayEndedError; RunError, NotReadyError: see `NodeWatch`."""
+        if lost := lost_process():
+            raise RayEndedError.because(f"its process {lost} is gone")
         if hang := self._workers.look():
             write_text(self._run.hang, hang.reason)
             self._progress.note(f"{hang.reason}. It is ended, and the workers start again from the last checkpoint")

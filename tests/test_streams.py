@@ -1,0 +1,65 @@
+"""Nobody reads what a command says: its work goes on, and its exit code is that of the work."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clm_dist.cli.streams import unfailing
+from tests.conftest import WriteJob
+
+COMMAND = (sys.executable, "-m", "clm_dist")
+
+
+def close(*numbers: int) -> Callable[[], None]:
+    def closed() -> None:
+        for number in numbers:
+            os.close(number)
+
+    return closed
+
+
+@pytest.mark.parametrize("how", ["full", "closed", "nobody reads"])
+def test_a_preparation_goes_on(how: str, write_job: WriteJob, tmp_path: Path) -> None:
+    options: dict[str, Any]
+    if how == "full":
+        full = Path("/dev/full").open("w")  # noqa: SIM115
+        options = {"stdout": full, "stderr": full}
+    elif how == "closed":
+        options = {"preexec_fn": close(0, 1, 2)}
+    else:
+        read, write = os.pipe()
+        os.close(read)
+        options = {"stdout": write, "stderr": write}
+    ended = subprocess.run([*COMMAND, "prepare", write_job(), "--store", tmp_path / "stores"], **options)
+    assert ended.returncode == 0
+    (manifest,) = (tmp_path / "stores").glob("*/manifest.json")
+    # What the command opens is not taken for a standard stream, into which libraries write.
+    assert b"Preparing" not in manifest.read_bytes()
+    assert subprocess.run([*COMMAND, "prepare", "--verify", manifest.parent], capture_output=True).returncode == 0
+
+
+def test_an_error_keeps_its_exit_code(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([*COMMAND, "run", tmp_path / "none.yaml"], stdout=full, stderr=full).returncode == 2
+    assert subprocess.run([*COMMAND, "run", tmp_path / "none.yaml"], preexec_fn=close(0, 1, 2)).returncode == 2
+
+
+def test_what_only_shows_ends_with_its_reader() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    assert subprocess.run([*COMMAND, "schema"], stdout=write, stderr=subprocess.PIPE).returncode != 0
+
+
+def test_a_stream_is_as_it_was_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout
+    with unfailing("stdout"):
+        assert sys.stdout is not before
+        assert sys.stdout.encoding == before.encoding
+        print("one")
+    assert sys.stdout is before
+    assert capsys.readouterr().out == "one\n"
