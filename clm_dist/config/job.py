@@ -66,7 +66,10 @@ class TrainConfig(Section):
     epochs: Count = 3
     """Passes over the training blocks."""
     max_steps: Count | None = None
-    """End after this many steps; the schedule ends there too."""
+    """End after this many steps; the schedule ends there too, unless `schedule_steps` says otherwise."""
+    schedule_steps: Count | None = None
+    """Steps that the schedule is made for; null is those of the run. With the steps that the run is to have in the end,
+    `max_steps` can be raised on a resume and changes no rate."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -1,5 +1,6 @@
 """AdamW and its learning rate."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from clm_dist.config.job import TrainConfig
+from clm_dist.errors import ConfigError
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
@@ -35,9 +37,17 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_schedule(train: TrainConfig, num_steps: int) -> Callable[[int], float]:
-    """The learning rate of a step (the first is 0), as transformers' schedule of that name has it."""
+    """The learning rate of a step (the first is 0), as transformers' schedule of that name has it.
+
+    Args:
+        num_steps: steps of the run.
+
+    Raises:
+        ConfigError: the schedule of `train.schedule_steps` leaves steps of the run in which nothing is learned.
+    """
     from transformers import get_scheduler
 
+    run_steps, num_steps = num_steps, train.schedule_steps or num_steps
     # "constant" itself would ignore the warm-up.
     name = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}.get(train.schedule, train.schedule)
     num_warmup = train.num_warmup_steps(num_steps)
@@ -53,4 +63,31 @@ def build_schedule(train: TrainConfig, num_steps: int) -> Callable[[int], float]
         scheduler_specific_kwargs=options,
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return lambda step: train.learning_rate * factor(step)
+    if run_steps > num_steps and factor(num_steps) == 0:
+        raise ConfigError(
+            f"train.schedule_steps {num_steps} is less than the {run_steps} steps of the run, and train.schedule "
+            f"{train.schedule} ends at a learning rate of 0: nothing would be learned from there on; raise it, or set "
+            "it to null",
+            field="train.schedule_steps",
+        )
+    return lambda step: train.learning_rate * factor(min(step, num_steps))
+
+
+def describe_change(before: TrainConfig, steps_before: int, now: TrainConfig, num_steps: int, step: int) -> str | None:
+    """In words, how a job's learning rate after a step differs from that of the job before it; None where it does not.
+
+    Args:
+        step: steps that are trained.
+    """
+    old, new = build_schedule(before, steps_before)(step), build_schedule(now, num_steps)(step)
+    if math.isclose(old, new):
+        return None
+    changed = f"The learning rate goes on from step {step} with {new:.3g}, not {old:.3g} as in the job before"
+    schedule = before.schedule_steps or steps_before
+    if schedule == (now.schedule_steps or num_steps):
+        return changed
+    changed += f": its schedule was for {schedule} steps"
+    with contextlib.suppress(ConfigError):
+        build_schedule(now.model_copy(update={"schedule_steps": schedule}), num_steps)
+        changed += f", which --set train.schedule_steps={schedule} keeps"
+    return changed

@@ -108,7 +108,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 120) -> None:
 Meanwhile = Callable[[Callable[[], None]], None]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_stands_still_is_named_and_replaced(
     fit: Fit, check: Callable[[RunDir], None], meanwhile: Meanwhile, make_job: MakeJob, tmp_path: Path
 ) -> None:

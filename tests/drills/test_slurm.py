@@ -20,7 +20,6 @@ from tests.support.runs import RunView, compare
 
 pytestmark = pytest.mark.slurm
 Untouched = Callable[[tuple[str, ...]], Command]
-QUICK = ("head",)
 NOBODY = 65534
 SHORT = ("train.max_steps=6", "cluster.workers=2")
 
@@ -67,10 +66,8 @@ def test_two_jobs_on_the_same_hosts_train_to_the_local_loss_one_of_them_not_root
     slurm.wait_clean()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long) for name in DRILLS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", DRILLS)
 def test_after_a_fault_the_weights_are_those_of_the_run_that_nobody_touched(
     name: str, slurm: Slurm, untouched: Untouched
 ) -> None:

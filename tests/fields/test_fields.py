@@ -63,6 +63,9 @@ COVERED: dict[str, str] = {
     "train.on_spike": "tests/train/test_outliers.py::test_a_loss_that_stands_out_is_reported_and_skipped_if_asked",
     "train.precision": "tests/train/test_strategy.py::test_bf16_trains_close_to_fp32",
     "train.schedule": _RATE,
+    "train.schedule_steps": (
+        "tests/train/test_optim.py::test_a_schedule_for_more_steps_does_not_depend_on_where_the_run_ends"
+    ),
     "train.start_timeout_s": "tests/train/test_nodes.py::test_a_run_says_what_it_waits_for_and_for_how_long",
     "train.warmup_ratio": "tests/train/test_optim.py::test_wsd_rises_holds_and_falls_to_nothing",
     "train.warmup_steps": _RATE,

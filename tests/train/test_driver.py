@@ -141,6 +141,23 @@ def test_a_job_that_ends_before_the_checkpoint(
     assert "max_steps: 24" in run.job.read_text()
 
 
+def test_a_resume_with_another_schedule_says_so(
+    run: RunDir, cluster: Cluster, prepared: Callable[[JobConfig], Path]
+) -> None:
+    saved, notes = read_saved_job(run.job), Notes()
+    store = Store(prepared(saved))
+
+    def check(max_steps: int) -> None:
+        job = saved.model_copy(update={"train": saved.train.model_copy(update={"max_steps": max_steps})})
+        driver._check(job, run, store, store.manifest(), cluster, notes, overwrite=False)
+
+    check(24)
+    assert notes.notes == []
+    check(48)
+    (said,) = notes.notes
+    assert said.startswith("The learning rate goes on from step 24 with ")
+
+
 def test_fp16_needs_gpus(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.precision fp16 needs GPUs; use fp32 or bf16"):
         fit(make_job("train.precision=fp16"), tmp_path / "run")

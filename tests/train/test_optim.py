@@ -1,12 +1,15 @@
 """AdamW and its schedule."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
 
 from clm_dist.config.job import TrainConfig
-from clm_dist.train.optim import build_optimizer, build_schedule
+from clm_dist.errors import ConfigError
+from clm_dist.train.optim import build_optimizer, build_schedule, describe_change
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "polynomial", "inverse_sqrt"])
@@ -73,3 +76,48 @@ def test_the_constants_of_adam_are_the_jobs() -> None:
     train = TrainConfig(adam_beta1=0.5, adam_beta2=0.75, adam_epsilon=0.125, learning_rate=0.25)
     (group,) = build_optimizer(nn.Linear(2, 2), train).param_groups
     assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.75), 0.125, 0.25)
+
+
+def rates(settings: dict[str, Any], num_steps: int, *steps: int) -> list[float]:
+    rate = build_schedule(TrainConfig.model_validate({"learning_rate": 1.0} | settings), num_steps)
+    return [rate(step) for step in steps]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "polynomial"])
+def test_a_schedule_for_more_steps_does_not_depend_on_where_the_run_ends(schedule: str) -> None:
+    settings = {"schedule": schedule, "schedule_steps": 40, "warmup_ratio": 0.1}
+    whole = rates({"schedule": schedule, "warmup_ratio": 0.1}, 40, *range(40))
+    assert rates(settings, 20, *range(20)) == whole[:20]
+    assert rates(settings, 40, *range(40)) == whole
+
+
+def test_beyond_its_schedule_a_run_keeps_the_last_rate() -> None:
+    assert rates({"schedule": "constant", "schedule_steps": 10}, 20, 9, 10, 19) == [1, 1, 1]
+    assert rates({"schedule": "inverse_sqrt", "schedule_steps": 10}, 20, 11) == rates(
+        {"schedule": "inverse_sqrt", "schedule_steps": 10}, 20, 10
+    )
+    for schedule in ("linear", "cosine", "wsd"):
+        with pytest.raises(ConfigError, match="is less than the 20 steps of the run, and") as said:
+            rates({"schedule": schedule, "schedule_steps": 19}, 20)
+        assert said.value.field == "train.schedule_steps"
+
+
+def test_a_rate_that_jumps_on_a_resume_is_said() -> None:
+    def said(now: dict[str, Any], steps: int, step: int = 50, before: dict[str, Any] | None = None) -> str | None:
+        old, new = (TrainConfig.model_validate({"learning_rate": 1.0} | s) for s in (before or {}, now))
+        return describe_change(old, 100, new, steps, step)
+
+    assert said({}, 100) is None
+    jump = (
+        "The learning rate goes on from step 50 with 0.75, not 0.5 as in the job before: its schedule was for 100 steps"
+    )
+    assert said({}, 200) == jump
+    assert (said({}, 200, step=100) or "").startswith("The learning rate goes on from step 100 with 0.5, not 0 as in")
+    keeps = ", which --set train.schedule_steps=100 keeps"
+    assert (said({}, 80) or "").endswith(keeps)
+    assert said({"schedule_steps": 100}, 80) is None
+    long = {"schedule_steps": 200}
+    assert said(long, 200, before=long) is None
+    assert said({"learning_rate": 0.5}, 100) == (
+        "The learning rate goes on from step 50 with 0.25, not 0.5 as in the job before"
+    )

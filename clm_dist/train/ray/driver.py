@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import job_text
+from clm_dist.config.load import job_text, read_saved_job
 from clm_dist.config.ray_address import expected_nodes
 from clm_dist.errors import (
     CheckpointError,
@@ -35,6 +35,7 @@ from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
 from clm_dist.train.model import check_ids
+from clm_dist.train.optim import build_schedule, describe_change
 from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
@@ -81,7 +82,7 @@ def train(
         ConfigError, CheckpointError: the run cannot be trained as the job says; nothing was changed.
     """
     manifest = store.manifest()
-    _check(job, run, store, manifest, cluster, overwrite)
+    _check(job, run, store, manifest, cluster, progress, overwrite=overwrite)
     with _only_driver(run):
         _open_run(job, run, overwrite)
         return _train(job, run, store, manifest, cluster, progress, on_export)
@@ -138,7 +139,16 @@ def _train(
     return result
 
 
-def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluster: Cluster, overwrite: bool) -> None:
+def _check(
+    job: JobConfig,
+    run: RunDir,
+    store: Store,
+    manifest: Manifest,
+    cluster: Cluster,
+    progress: Progress,
+    *,
+    overwrite: bool,
+) -> None:
     """Raise here what would fail in every worker: it costs no start of workers, and is not tried again."""
     if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
         raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
@@ -146,6 +156,9 @@ def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluste
     tokenizer = load_tokenizer(store.local / "tokenizer")
     check_ids(job, tokenizer, store.local)
     num_eval_tokens(manifest, document_mask=job.data.document_mask)
+    num_blocks = manifest.splits["train"].num_blocks
+    num_steps = BatchOrder.of_job(job, num_blocks).num_steps
+    build_schedule(job.train, num_steps)
     checkpoints = Checkpoints.of_run(job, run)
     if overwrite:
         return
@@ -154,12 +167,15 @@ def _check(job: JobConfig, run: RunDir, store: Store, manifest: Manifest, cluste
     if newest is not None:
         where, state = newest
         check_state(state, where, job, manifest.fingerprint)
-        num_steps = BatchOrder.of_job(job, manifest.splits["train"].num_blocks).num_steps
         if state.step > num_steps:
             raise CheckpointError(
                 f"{where} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
                 "or train.epochs, or start again with --overwrite or another name"
             )
+        before = read_saved_job(run.job)
+        steps_before = BatchOrder.of_job(before, num_blocks).num_steps
+        if changed := describe_change(before.train, steps_before, job.train, num_steps, state.step):
+            progress.note(changed)
 
 
 def _newest(checkpoints: Checkpoints) -> tuple[str, TrainerState] | None:
