@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import ray
 
 PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 USES = {
-    r"ray\._private|ray\.train\.v2\._internal|AutoscalingCoordinator|_base_exc": "train/ray/private.py",
+    r"ray\._private|ray\._raylet|ray\.train\.v2\._internal|AutoscalingCoordinator|_base_exc": "train/ray/private.py",
     r"torch\._C|_distributed_c10d": "train/heartbeat.py",
     r"__compatible_ops__|_hp_mapping|_partition_all_parameters|single_partition_of_fp32_groups": (
         "train/strategies/zero.py"
@@ -32,7 +33,6 @@ def test_a_private_interface_is_used_in_one_module(names: str) -> None:
 
 
 def test_ray_has_what_is_used_of_it() -> None:
-    import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 
     where = "see clm_dist/train/ray/private.py and callbacks.py"
@@ -65,8 +65,21 @@ def test_the_errors_of_workers_are_found_in_what_ray_train_raises() -> None:
     from clm_dist.train.ray.private import own_error
 
     error = ValueError("own")
+    in_task = ray.exceptions.RayTaskError("\x1b[36mray::f()\x1b[39m", "Traceback ...", error).as_instanceof_cause()
     assert own_error(UserExceptionWithTraceback(error, "Traceback ...")) is error
+    assert own_error(UserExceptionWithTraceback(in_task, "Traceback ...")) is error
+    assert own_error(in_task) is error
     assert own_error(error) is error
+
+
+def test_processes_of_ray_are_found() -> None:
+    from ray._private import ray_constants, services
+
+    where = "see clm_dist/train/ray/private.py"
+    assert (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER) == ("raylet", "gcs_server"), where
+    assert "ConsolePopen(" in inspect.getsource(services.start_ray_process), where
+    assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address), where
+    assert ray._private.worker.shutdown is ray.shutdown, where
 
 
 def test_torch_records_collectives() -> None:

@@ -37,10 +37,9 @@ def test_a_run_is_done(write_job: WriteJob, place: Path, corpus: Path) -> None:
     os.chown(temporary, USER, USER)
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "PYTHONPATH")}
     environment = kept | {"HOME": "/", "TMPDIR": str(temporary)}
-    command = [*AS_USER, *READING, sys.executable, "-m", "clm_dist", "run", job, "--runs", place / "runs"]
-    ended = subprocess.run(
-        [*command, "--store", place / "stores"], env=environment, cwd=place, capture_output=True, text=True
-    )
+    run = ["run", str(job), "--runs", f"{place}/runs", "--store", f"{place}/stores"]
+    command = [*AS_USER, *READING, sys.executable, "-m", "clm_dist", *run]
+    ended = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert read_json(place / "runs" / "tiny" / "result.json")["status"] == "done"
     left = [path for path in Path("/tmp").glob("clm-dist-ray-*") if path.stat().st_uid == USER]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from clm_dist.errors import CheckpointError, ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
@@ -15,6 +16,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.callbacks import Group
 from clm_dist.train.ray.failures import cause_of, reason_of
+from clm_dist.train.ray.own import RayEndedError
 from tests.support.runs import checkpoints_of
 
 
@@ -123,6 +125,16 @@ def test_a_failure_of_the_controller_is_not_taken_for_one_of_workers() -> None:
     assert isinstance(said, RunError)
     assert "controller failed, which is not tried again: ConnectionError: no route to the bucket" in str(said)
     assert "max_failures" not in str(said)
+
+
+def test_a_ray_that_has_ended_is_a_reason_to_try_again() -> None:
+    said = cause_of(ray.exceptions.ActorDiedError())
+    assert isinstance(said, RayEndedError)
+    assert (said.exit_code, said.ends_process) == (75, True)
+    assert "The committed checkpoints are whole" in str(said)
+    # An error of a task is that of its function.
+    inner = ConfigError("mend it")
+    assert cause_of(ray.exceptions.RayTaskError("f", "Traceback ...", inner).as_instanceof_cause()) is inner
 
 
 def test_the_first_signal_asks_and_the_next_is_rays(monkeypatch: pytest.MonkeyPatch) -> None:

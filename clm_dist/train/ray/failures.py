@@ -15,18 +15,19 @@ class WorkersFailedError(RunError):
     """Workers failed more often than they may; why they did the last time."""
 
 
-def cause_of(error: BaseException) -> BaseException:
+def cause_of(error: Exception) -> BaseException:
     """The error in one of Ray Train that a person can act on: the worker's own, if it is one of ours."""
     failures = dict(getattr(error, "worker_failures", {}))
     if controller_failure := getattr(error, "controller_failure", None):
         failures[-1] = controller_failure
-    for cause in causes_of(failures).values():
+    own = private.own_error(error)
+    for cause in (*causes_of(failures).values(), own):
         if isinstance(cause, ClmDistError):
             return cause
         if isinstance(cause, OSError) and (described := describe_os_error(cause, Path(cause.filename or "/"))):
             return described
-    if isinstance(error, ray.exceptions.RayError):
-        return RayEndedError.because(first_line(error))
+    if isinstance(own, ray.exceptions.RayError):
+        return RayEndedError.because(first_line(own))
     if not failures:
         return error
     rank, reason = reason_of(failures)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -29,9 +30,6 @@ _PRIVATE = {
     # On the systems that it is meant for, Ray listens on 127.0.0.1 alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Where the host's name stands for another address, or for none, gloo would listen there, or fail.
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_SOCKET_IFNAME": "lo",
 }
 
 
@@ -105,7 +103,10 @@ def log_dir() -> str:
 
 
 def _start(directory: Path, options: Mapping[str, Any]) -> None:
-    with _environment(_PRIVATE), private.on_loopback(), private.in_a_session_of_its_own():
+    # Where the host's name stands for another address, or for none, gloo would listen there, or fail.
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    networks = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
+    with _environment(_PRIVATE | networks), private.on_loopback(), private.in_a_session_of_its_own():
         private.forget_token()
         try:
             ray.init(address="local", include_dashboard=False, _temp_dir=str(directory / "r"), **options)
@@ -161,17 +162,18 @@ def _is_left(directory: Path) -> bool:
     """Whether the process whose directory this was is gone; false where that cannot be said."""
     with contextlib.suppress(OSError, ValueError):
         pid, namespace = (directory / _OWNER).read_text().split()
-        return (
-            directory.stat().st_uid == os.getuid()
-            and int(namespace) == _namespace()
-            and not Path(f"/proc/{int(pid)}").exists()
-        )
+        if directory.stat().st_uid == os.getuid() and int(namespace) == _namespace():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                return True
     return False
 
 
 def _namespace() -> int:
     """Where this process's number is its own: containers may share a directory and not their processes."""
-    return Path("/proc/self/ns/pid").stat().st_ino
+    own = Path("/proc/self/ns/pid")
+    return own.stat().st_ino if own.exists() else 0
 
 
 def _keep_logs(directory: Path, logs: Path) -> None:

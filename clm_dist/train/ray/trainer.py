@@ -70,6 +70,7 @@ def fit(trainer: TorchTrainer, follower: Follower, watch: WorkerWatch) -> dict[s
         if thread.is_alive():
             watch.look()
     if "error" in ended:
-        raise cause_of(ended["error"]) from ended["error"]
+        error = ended["error"]
+        raise cause_of(error) if isinstance(error, Exception) else error from error
     value: dict[str, Any] = ended["value"]
     return value
