@@ -60,7 +60,7 @@ def own_ray(logs: Path | None, **options: Any) -> Iterator[None]:
                 yield
     except MendFirstError:
         raise
-    except BaseException:
+    except Exception:
         if logs:
             _keep_logs(directory, logs)
         raise
@@ -177,8 +177,6 @@ def _namespace() -> int:
 
 
 def _keep_logs(directory: Path, logs: Path) -> None:
-    if not logs.parent.is_dir():
-        return
     with contextlib.suppress(OSError, shutil.Error):  # a full disk hides no error of the run
         shutil.rmtree(logs, ignore_errors=True)
         shutil.copytree((directory / "r" / "session_latest").resolve() / "logs", logs)
