@@ -186,7 +186,7 @@ def test_a_store_that_is_being_prepared_is_not_removed(prepare: Prepare, write_j
     from clm_dist.files.stores import Store
 
     prepare(write_job())
-    with Store(prepare.store).lock():
+    with Store(prepare.store).lease().hold(timeout_s=0):
         assert "in use" in prepare("--prune", "--yes", "--larger-than", "0.000001").out
     assert prepare.store.exists()
 

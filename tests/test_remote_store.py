@@ -118,7 +118,7 @@ def test_a_store_that_every_node_sees_is_neither_locked_nor_written_by_workers(
 ) -> None:
     store = Store(prepare(make_job(), tmp_path / "one", Silent()))
     before = {path.name for path in store.local.parent.iterdir()}
-    with store.lock():
+    with store.lease().hold(timeout_s=0):
         # A worker does not wait for whoever holds it.
         assert store.fetch()
     assert not Store(tmp_path / "two" / "0123456789abcdef").fetch()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-from filelock import FileLock, Timeout
 
 from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import make_dir, whole_file, writing
 from clm_dist.files.blocks import Blocks, Manifest, file_sha256
 from clm_dist.files.hashes import HashMemory
+from clm_dist.files.lease import HeldError, Lease
 from clm_dist.files.storage import reaching
 
 PARTIAL_SUFFIX = ".part.arrow"
@@ -58,9 +58,9 @@ class Store:
         """Write the manifest, with which the store is whole."""
         manifest.write(self._manifest_file)
 
-    def lock(self) -> FileLock:
-        """Hold the store against other processes; the system releases it when the process ends, however it ends."""
-        return FileLock(self.local.parent / f".{self.local.name}.lock")
+    def lease(self) -> Lease:
+        """The right to write the store's directory."""
+        return Lease(self.local)
 
     def fetch(self) -> bool:
         """Bring the store to this machine, once; return whether it is here then.
@@ -73,11 +73,11 @@ class Store:
             # The directory is as every node sees it, and may be read-only here.
             return self.is_here
         make_dir(self.local.parent)
-        with self.lock():
+        with self.lease().hold(timeout_s=None):
             return self.fetch_held()
 
     def fetch_held(self) -> bool:
-        """`fetch` for a process that holds the lock already."""
+        """`fetch` for a process that holds the lease already."""
         if self.is_here or self.url is None:
             return self.is_here
         with reaching(f"--store {self.url}"):
@@ -176,11 +176,11 @@ class Store:
     def remove(self) -> bool:
         """Remove the store from this machine; false where a preparation is working on it."""
         try:
-            with self.lock().acquire(timeout=0):
+            with self.lease().hold(timeout_s=0):
                 # Without its manifest it is not a store, whatever a kill leaves of the rest.
                 self._manifest_file.unlink(missing_ok=True)
                 shutil.rmtree(self.local)
-        except Timeout:
+        except HeldError:
             return False
         return True
 

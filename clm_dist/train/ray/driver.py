@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text, read_saved_job
 from clm_dist.config.ray_address import expected_nodes
@@ -23,6 +21,7 @@ from clm_dist.errors import (
 from clm_dist.files.atomic import make_dir, write_json, write_text
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.lease import HeldError, Holder, Lease
 from clm_dist.files.markers import DamagedError, TrainerState, check_state
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
@@ -44,7 +43,7 @@ from clm_dist.train.ray.trainer import build_trainer, fit
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
 
-_LOCK_TIMEOUT_S = 180
+_LEASE_TIMEOUT_S = 180
 
 
 def check_trackers(job: JobConfig) -> None:
@@ -83,7 +82,7 @@ def train(
     """
     manifest = store.manifest()
     _check(job, run, store, manifest, cluster, progress, overwrite=overwrite)
-    with _only_driver(run):
+    with _only_driver(run, progress):
         _open_run(job, run, overwrite)
         return _train(job, run, store, manifest, cluster, progress, on_export)
 
@@ -187,24 +186,30 @@ def _newest(checkpoints: Checkpoints) -> tuple[str, TrainerState] | None:
 
 
 @contextlib.contextmanager
-def _only_driver(run: RunDir) -> Iterator[None]:
-    """Hold the run against a second driver; the system releases it when this process ends, however it ends."""
-    lock = FileLock(make_dir(run.root.parent) / f".{run.root.name}.lock")
-    try:
-        # A driver on a host that a scheduler has given up may hold it until it is ended there.
-        lock.acquire(timeout=_LOCK_TIMEOUT_S if expected_nodes() else 0)
-    except Timeout:
-        if expected_nodes():
-            held = f"the run {run.root} is held by another driver, {_LOCK_TIMEOUT_S} s after this one began"
-            raise NotReadyError(f"{held}; where none runs any more, remove {lock.lock_file}") from None
-        raise ConfigError(
-            f"the run {run.root} is being trained by another process; wait for it, or make another run with "
-            "--set name=..."
-        ) from None
-    try:
+def _only_driver(run: RunDir, progress: Progress) -> Iterator[None]:
+    """Hold the run against a second driver."""
+    make_dir(run.root.parent)
+    lease = Lease(run.root)
+
+    def note_wait(holder: Holder) -> None:
+        progress.note(f"Waiting for another driver of the run: {holder}")
+
+    with contextlib.ExitStack() as held:
+        try:
+            # A driver on a host that a scheduler has given up may hold it until it is ended there.
+            timeout_s = _LEASE_TIMEOUT_S if expected_nodes() else 0
+            held.enter_context(lease.hold(timeout_s=timeout_s, on_wait=note_wait))
+        except HeldError as error:
+            if expected_nodes():
+                by = f"the run {run.root} is held by another driver ({error.holder})"
+                raise NotReadyError(
+                    f"{by}, {_LEASE_TIMEOUT_S} s after this one began; where none runs any more, remove {lease.file}"
+                ) from None
+            raise ConfigError(
+                f"the run {run.root} is being trained by another process ({error.holder}); wait for it, or make "
+                "another run with --set name=..."
+            ) from None
         yield
-    finally:
-        lock.release()
 
 
 def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:

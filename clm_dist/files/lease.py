@@ -1,0 +1,268 @@
+"""Who may write a directory: one process at a time, over all hosts that see it.
+
+`flock` is not asked: NFS without lockd, Lustre without `-o flock` and some FUSE file systems refuse it, or grant it to
+everybody. A lease is a file beside the directory that says which process holds it. Two operations are atomic on all of
+these file systems, and all rests on them: a file is created if it is not there, and renamed.
+
+    .NAME.lease          the lease: host, process, since when; its holder touches it every few seconds
+    .NAME.lease.TOKEN    the right to remove or replace the lease that has this token; itself a lease
+
+A holder on this host is looked up in /proc: when it has ended, the next process takes over at once. A holder on another
+host has ended when it no longer touches its lease. The age of a lease is measured by the clock of the file system,
+which sets the time of the lease and that of a file that is touched now; clocks of two hosts are not compared.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clm_dist.errors import TryAgainError
+from clm_dist.files.atomic import writing
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+_RENEW_S = 3.0
+_STALE_S = 30.0
+"""A lease of another host that was not touched for this long has no holder any more."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lease."""
+
+    token: str
+    """Unique to each lease."""
+    host: str
+    pid: int
+    since: float
+    """Seconds since the epoch, by the clock of its host."""
+    space: str | None
+    """The boot and the namespace that its number is of; None if the system does not say."""
+    started: str | None
+    """When it was started, in ticks since the boot."""
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, since {since}"
+
+    def runs(self) -> bool | None:
+        """Whether the process runs; None if that cannot be seen from here."""
+        if self.space is None or (self.host, self.space) != (socket.gethostname(), _space()):
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        started = _started(self.pid)
+        # With hidepid, /proc does not show the processes of other users.
+        return None if started is None else started == self.started
+
+
+class HeldError(Exception):
+    """Another process holds the lease, and runs."""
+
+    def __init__(self, holder: Holder) -> None:
+        super().__init__(str(holder))
+        self.holder = holder
+
+
+@dataclass
+class _Look:
+    """What was seen of a lease of another host."""
+
+    touched_ns: int
+    age_s: float
+    """Since it was touched, by the clock of the file system."""
+    at: float
+    """When that was seen, by this process's monotonic clock."""
+    renewed: bool = False
+
+
+class Lease:
+    """The right to write a directory, which this process holds or waits for.
+
+    Args:
+        path: the directory; it need not exist, but its parent must.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.with_name(f".{path.name}.lease")
+        self._token = ""
+        self._looks: dict[str, _Look] = {}
+
+    @contextlib.contextmanager
+    def hold(self, *, timeout_s: float | None, on_wait: Callable[[Holder], None] | None = None) -> Iterator[None]:
+        """Hold the lease; wait while another process that runs has it.
+
+        Args:
+            timeout_s: how long to wait; None is until the holder ends. It takes up to half a minute to know whether a
+                holder on another host still runs, also where this is less.
+            on_wait: called with each holder that is waited for; a line in the log is the default.
+
+        Raises:
+            HeldError: it is still held.
+            ConfigError, StorageError: the directory cannot be written.
+        """
+        with writing(self.file):
+            self._acquire(timeout_s, on_wait or self._log_wait)
+        released = threading.Event()
+        threading.Thread(target=self._renew, args=(self._token, released), name="lease", daemon=True).start()
+        try:
+            yield
+        finally:
+            released.set()
+            self._release()
+
+    def _acquire(self, timeout_s: float | None, on_wait: Callable[[Holder], None]) -> None:
+        began, told = time.monotonic(), ""
+        while (found := self._take(self.file)) is not None:
+            holder, runs = found
+            waited = time.monotonic() - began
+            if runs and timeout_s is not None and waited >= timeout_s:
+                raise HeldError(holder)
+            if holder.token != told:
+                on_wait(holder)
+                told = holder.token
+            time.sleep(_POLL_S)
+
+    def _take(self, file: Path) -> tuple[Holder, bool] | None:
+        """Make a lease this process's own; else its holder, and whether it is known to run."""
+        while not self._create(file):
+            if (read := _read(file)) is None:
+                continue
+            holder, touched_ns = read
+            runs = self._runs(holder, touched_ns)
+            if runs is not False:
+                return holder, bool(runs)
+            # Two may have found it dead: who has the right to its token replaces it, unless it was replaced meanwhile.
+            right = self._right(holder.token)
+            if (other := self._take(right)) is not None:
+                return other
+            if _token_of(file) == holder.token:
+                logger.info("%s was left by %s", file, holder)
+                right.replace(file)
+                return None
+            right.unlink(missing_ok=True)
+        return None
+
+    def _create(self, file: Path) -> bool:
+        """Create a lease of this process; false if there is one."""
+        try:
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        token = secrets.token_hex(8)
+        own = Holder(token, socket.gethostname(), os.getpid(), time.time(), _space(), _started(os.getpid()))
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as opened:
+                json.dump(asdict(own), opened)
+        except OSError:
+            file.unlink(missing_ok=True)
+            raise
+        # It may have taken too long.
+        if _token_of(file) != token:
+            return False
+        self._token = token
+        return True
+
+    def _runs(self, holder: Holder, touched_ns: int) -> bool | None:
+        """Whether a holder runs; None as long as that is not known."""
+        if (runs := holder.runs()) is not None:
+            return runs
+        now, look = time.monotonic(), self._looks.get(holder.token)
+        if look is None:
+            age_s = max(0.0, (self._now_ns() - touched_ns) / 1e9)
+            self._looks[holder.token] = _Look(touched_ns, age_s, now)
+            return None
+        if touched_ns != look.touched_ns:
+            look = self._looks[holder.token] = _Look(touched_ns, 0.0, now, renewed=True)
+        watched_s = now - look.at
+        # Storage that was away for a while comes back for its holder, too, who touches it then.
+        if watched_s > 2 * _RENEW_S and look.age_s + watched_s > _STALE_S:
+            return False
+        return look.renewed or None
+
+    def _now_ns(self) -> int:
+        """The time by the clock of the file system."""
+        probe = self._right(secrets.token_hex(8))
+        probe.touch()
+        try:
+            return probe.stat().st_mtime_ns
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _renew(self, token: str, released: threading.Event) -> None:
+        """Touch the lease until it is released. End this process where another holds it: two must not write."""
+        while not released.wait(_RENEW_S):
+            with contextlib.suppress(OSError):  # the storage may be away for a moment
+                read = _read(self.file)
+                if read is not None and read[0].token != token and not released.is_set():
+                    logger.error(
+                        "this process or its storage stood still for more than %.0f s, and %s has taken over %s; "
+                        "this one ends, and the same command may work later",
+                        *(_STALE_S, read[0], self.file),
+                    )
+                    os._exit(TryAgainError.exit_code)
+                os.utime(self.file)
+
+    def _release(self) -> None:
+        own = self._token
+        with contextlib.suppress(OSError):  # who comes next finds that this process has ended
+            right = self._right(own)
+            if self._take(right) is None:
+                if _token_of(self.file) == own:
+                    self.file.unlink()
+                right.unlink(missing_ok=True)
+
+    def _right(self, token: str) -> Path:
+        return self.file.with_name(f"{self.file.name}.{token}")
+
+    def _log_wait(self, holder: Holder) -> None:
+        logger.warning("waiting for %s, which holds %s", holder, self.file)
+
+
+def _read(file: Path) -> tuple[Holder, int] | None:
+    """The holder of a lease, and when it was touched; None if the lease is not there."""
+    try:
+        # NFS asks its server when a file is opened, and may answer from memory otherwise.
+        with file.open("rb") as opened:
+            text, status = opened.read(), os.fstat(opened.fileno())
+    except FileNotFoundError:
+        return None
+    try:
+        return Holder(**json.loads(text)), status.st_mtime_ns
+    except (ValueError, TypeError):
+        # It is being written, or its writer was killed.
+        return Holder(f"{status.st_ino}", "a host", 0, status.st_mtime, None, None), status.st_mtime_ns
+
+
+def _token_of(file: Path) -> str | None:
+    read = _read(file)
+    return None if read is None else read[0].token
+
+
+def _space() -> str | None:
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started; empty if it is a zombie, None if that cannot be seen."""
+    with contextlib.suppress(OSError):
+        # The name of the program, in brackets, may have blanks.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    return None
