@@ -40,7 +40,9 @@ def slurm(
     runs: Runs = DEFAULT_RUNS,
     stores: StoreOption = DEFAULT_STORES,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Hosts.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="GPUs of each host.")] = None,
+    gpus_per_node: Annotated[
+        str | None, typer.Option("--gpus-per-node", metavar="[TYPE:]COUNT", help="GPUs of each host.")
+    ] = None,
     limit: Annotated[str | None, typer.Option("--time", help="Time limit, as Slurm writes it: 2:00:00.")] = None,
     partition: Annotated[str | None, typer.Option("--partition")] = None,
     account: Annotated[str | None, typer.Option("--account")] = None,

@@ -12,10 +12,9 @@ from clm_dist.config.section import MOST, Count, Section, without_removed, wrong
 _OWN_OPTIONS = {
     "account": "account",
     "array": "--array of `clm-dist submit slurm`",
+    "cpus-per-gpu": "cpus_per_node",
     "cpus-per-task": "cpus_per_node, or cpus in prepare",
-    "gpus": "gpus_per_node",
-    "gpus-per-node": "gpus_per_node",
-    "gpus-per-task": "gpus_per_node",
+    "gpus-per-socket": "gpus_per_node",
     "job-name": "the job's name",
     "nodes": "nodes",
     "partition": "partition",
@@ -23,11 +22,23 @@ _OWN_OPTIONS = {
     "no-requeue": "max_requeues",
     "signal": "signal_s",
     "time": "time",
+    "tres-per-task": "gpus_per_node and cpus_per_node",
 }
 """Options of sbatch that have a field of their own, with the field's name."""
 _FIXED_OPTIONS = {"error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "wrap"}
+_FIXED_OPTIONS |= {"ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"}
 # With these, sbatch does not queue the job, or queues it elsewhere.
 _FIXED_OPTIONS |= {"clusters", "help", "test-only", "version", "wait"}
+_FLAGS = {
+    **dict.fromkeys(["contiguous", "hold", "overcommit", "oversubscribe", "quiet", "reboot", "spread-job"], ()),
+    **dict.fromkeys(["use-min-nodes", "verbose"], ()),
+    "exclusive": ("user", "mcs", "topo"),
+}
+"""Options of sbatch that need no value, with the values that they may have."""
+_GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task")
+"""Options of sbatch that ask for GPUs alone: in all, of each host, and of each task, of which a host has one."""
+_GPUS = r"(?:[\w.-]+:)?\d{1,10}"
+_GRES_GPU = re.compile(r"(?:gres[/:])?gpu(?::(?:[\w.-]+:)?(\d{1,10})|:[\w.-]*[A-Za-z][\w.-]*)?", re.ASCII)
 _REMOVED = {
     "conda": (
         'write `eval "$(conda shell.bash hook)"` and `conda activate NAME` as lines of cluster.slurm.setup, and set '
@@ -49,6 +60,50 @@ def _one_line(text: str) -> str:
 Line = Annotated[str, AfterValidator(_one_line)]
 Options = dict[str, str | int | float | bool | None]
 """Options of sbatch by their long names; true sets an option without a value, null and false omit it."""
+
+
+def _flag(name: str, value: object) -> bool | str | None:
+    """The value of an option that needs none. `--option exclusive=true` has it as text."""
+    if value is None or isinstance(value, bool):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    if isinstance(value, str) and value in _FLAGS[name]:
+        return value
+    others = f", or {', '.join(_FLAGS[name])}" if _FLAGS[name] else ""
+    raise PydanticCustomError("option", f"{name} is an option without a value; write true{others}")
+
+
+def _check_gpus(value: object) -> object:
+    """GPUs as Slurm writes them: a number, or numbers with types."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,10}", value, re.ASCII):
+        value = int(value)
+    if isinstance(value, str) and re.fullmatch(f"{_GPUS}(,{_GPUS})*", value, re.ASCII):
+        if count_gpus(value) <= MOST:
+            return value
+    elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST:
+        return value
+    raise PydanticCustomError("gpus", "not a number of GPUs; write 8, or a100:8 for GPUs of a type")
+
+
+def count_gpus(request: int | str) -> int:
+    """The number in a request for GPUs: 6 of `6` and of `a100:4,v100:2`."""
+    return sum(int(gpus.rpartition(":")[2]) for gpus in str(request).split(","))
+
+
+def _gpus_in_gres(gres: object) -> int:
+    """GPUs of each host in the option gres: 2 of `gpu:a100:2,nvme:1`, 1 of `gpu`."""
+    found = 0
+    for item in str(gres or "").split(","):
+        if gpus := _GRES_GPU.fullmatch(item):
+            found += int(gpus[1] or 1)
+        elif re.match(r"(gres[/:])?gpu\b", item):
+            problem = f"{item} is not understood; write gres=gpu:2, or gres=gpu:a100:2 for GPUs of a type"
+            raise PydanticCustomError("option", problem)
+        elif re.match(r"(gres[/:])?(mps|shard)\b", item):
+            problem = f"{item} is a share of a GPU, and a worker takes a whole one; write gres=gpu:1, or gpus_per_node"
+            raise PydanticCustomError("option", problem)
+    return found
 
 
 def _seconds(time: str) -> float:
@@ -95,6 +150,8 @@ class SlurmPart(Section):
     @classmethod
     def _options_can_be_set(cls, options: Options) -> Options:
         for name, value in options.items():
+            if name in _FLAGS:
+                options = {**options, name: _flag(name, value)}
             if name in _OWN_OPTIONS:
                 place = f"{name} has a field of its own: {_OWN_OPTIONS[name]}"
                 raise PydanticCustomError("option", f"{place}; remove it here")
@@ -107,6 +164,10 @@ class SlurmPart(Section):
                 )
             if isinstance(value, str):
                 _one_line(value)
+            if name in _GPU_OPTIONS and value is not None:
+                _check_gpus(value)
+            if name == "gres":
+                _gpus_in_gres(value)
             if name in _TIME_OPTIONS and isinstance(value, int):
                 raise PydanticCustomError("option", f'{name} is the number {value}; write it in quotes, "16:00"')
         return options
@@ -135,8 +196,8 @@ class SlurmConfig(SlurmPart):
 
     nodes: Count = 1
     """Hosts."""
-    gpus_per_node: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """GPUs of each host."""
+    gpus_per_node: int | str = 0
+    """GPUs of each host: a number, or `a100:8` for GPUs of a type."""
     cpus_per_node: Count | None = None
     """CPUs of each host; null is as many as its workers take."""
     signal_s: Count = 120
@@ -155,6 +216,47 @@ class SlurmConfig(SlurmPart):
     """Container image instead."""
     prepare: PrepareJob = PrepareJob()
     """The job of `--prepare-first`."""
+
+    @property
+    def gpus_request(self) -> int | str:
+        """What is asked for as GPUs of each host; 0 where `gres` asks, or nothing does."""
+        if (total := self.options.get("gpus")) is not None:
+            return ",".join(
+                re.sub(r"\d+$", lambda count: str(int(count[0]) // self.nodes), gpus) for gpus in str(total).split(",")
+            )
+        options = (self.options.get(name) for name in ("gpus-per-node", "gpus-per-task"))
+        return next((str(gpus) for gpus in options if gpus is not None), self.gpus_per_node)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of each host, whichever field or option asks for them."""
+        return count_gpus(self.gpus_request) + _gpus_in_gres(self.options.get("gres"))
+
+    @property
+    def other_options(self) -> Options:
+        """The options but for those that are in `gpus_request`."""
+        return {name: value for name, value in self.options.items() if name not in _GPU_OPTIONS}
+
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _gpus_are_counted(cls, value: object) -> object:
+        return _check_gpus(value)
+
+    @model_validator(mode="after")
+    def _gpus_are_asked_for_once(self) -> Self:
+        asking = [f"options.{name}" for name in _GPU_OPTIONS if self.options.get(name) is not None]
+        asking += ["options.gres"] if _gpus_in_gres(self.options.get("gres")) else []
+        asking += ["gpus_per_node"] if self.gpus_per_node else []
+        if len(asking) > 1:
+            problem = f"cluster.slurm: {' and '.join(asking)} ask for GPUs; keep one of them"
+            advice = " (--set cluster.slurm.gpus_per_node=0 removes that one)" if self.gpus_per_node else ""
+            raise wrong("cluster.slurm.options", problem + advice, "cluster.slurm.gpus_per_node")
+        total = str(self.options.get("gpus") or "")
+        if any(int(gpus.rpartition(":")[2]) % self.nodes for gpus in total.split(",") if gpus):
+            problem = f"cluster.slurm.options.gpus {total} is the number on all hosts, and {self.nodes} do not share it"
+            advice = "equally; set cluster.slurm.gpus_per_node instead"
+            raise wrong("cluster.slurm.options", f"{problem} {advice}", "cluster.slurm.nodes")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -76,6 +76,9 @@ def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Com
         (("--option", "output=x"), "output is set by clm-dist"),
         (("--option", "nodes=3"), "nodes has a field of its own: nodes"),
         (("--partition", "gup"), "cluster.slurm.partition: the partition gup does not exist; there are cpu, gpu\n"),
+        (("--option", "gres=gpu:a100:9"), ": --gpus-per-node 9, and a node of this cluster has 8 at most"),
+        (("--option", "gres=gpu:2:x"), "gpu:2:x is not understood; write gres=gpu:2"),
+        (("--gpus-per-node", "many"), "cluster.slurm.gpus_per_node is 'many': not a number of GPUs"),
         (("--gpus-per-node", 9), ": --gpus-per-node 9, and a node of this cluster has 8 at most"),
         (
             ("--set", "cluster.workers=2", "--set", "batch.global_size=16", "--partition", "gpu", "--gpus-per-node", 1),

@@ -1,13 +1,17 @@
 """The section cluster.slurm: what a job file may say, and what a wrong one is told."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from clm_dist.cli.submit import _option_setting
 from clm_dist.config.job import ClusterConfig
 from clm_dist.config.load import job_text, load_job, read_saved_job
 from clm_dist.config.slurm import SlurmConfig
 from clm_dist.errors import ConfigError
+from clm_dist.submit.slurm.render import hosts_of, render_run
+from tests.support.fakes import request_of, submission
 
 GOOD = "name: a\ndata: {source: builtin}\nmodel: {path: gpt2}\n"
 
@@ -64,7 +68,14 @@ def test_a_time_that_yaml_reads_as_a_number_is_refused(path: Path) -> None:
         ("nodes: 2", "nodes has a field of its own: nodes; remove it here"),
         ("job-name: a", "job-name has a field of its own: the job's name"),
         ("array: 0-3", "array has a field of its own: --array"),
-        ("gpus: 2", "gpus has a field of its own: gpus_per_node"),
+        ("gpus-per-socket: 2", "gpus-per-socket has a field of its own: gpus_per_node"),
+        ("gpus: two", "not a number of GPUs; write 8, or a100:8 for GPUs of a type"),
+        ("gpus-per-task: true", "not a number of GPUs; write 8, or a100:8"),
+        ("gres: shard:2", "shard:2 is a share of a GPU, and a worker takes a whole one; write gres=gpu:1"),
+        ('gres: "gpu:a100:many"', "gpu:a100:many is not understood; write gres=gpu:2, or gres=gpu:a100:2"),
+        ('gres: "gpu=2"', "gpu=2 is not understood; write gres=gpu:2"),
+        ("exclusive: yes please", "exclusive is an option without a value; write true, or user, mcs, topo"),
+        ("spread-job: 1", "spread-job is an option without a value; write true"),
         ("no-requeue: true", "no-requeue has a field of its own: max_requeues"),
         ("signal: USR2", "signal has a field of its own: signal_s"),
         ("output: log", "output is set by clm-dist, which relies on it; remove it"),
@@ -92,6 +103,82 @@ def test_any_other_option_is_passed_through_with_its_type(path: Path) -> None:
     assert options == {"exclusive": True, "mem": 0, "comment": "it's # 5%", "hold": False, "qos": None}
     assert options["exclusive"] is True
     assert options["mem"] is not False
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "lines"),
+    [
+        ("gpus_per_node: 2", 2, {"--gpus-per-node=2"}),
+        ('gpus_per_node: "2"', 2, {"--gpus-per-node=2"}),
+        ("gpus_per_node: a100:2", 2, {"--gpus-per-node=a100:2"}),
+        ("gpus_per_node: 'a100:4,v100:2'", 6, {"--gpus-per-node=a100:4,v100:2"}),
+        ("options: {gpus-per-node: a100:2}", 2, {"--gpus-per-node=a100:2"}),
+        ("options: {gpus-per-task: 2}", 2, {"--gpus-per-node=2"}),
+        ("nodes: 2, options: {gpus: a100_3g.20gb:4}", 2, {"--gpus-per-node=a100_3g.20gb:2"}),
+        ("options: {gres: gpu}", 1, {"--gres=gpu"}),
+        ('options: {gres: "gpu:2"}', 2, {"--gres=gpu:2"}),
+        ('options: {gres: "gpu:a100"}', 1, {"--gres=gpu:a100"}),
+        ('options: {gres: "nvme:1,gpu:1g.5gb:2"}', 2, {"--gres=nvme:1,gpu:1g.5gb:2"}),
+        ('options: {gres: "gres/gpu:2"}', 2, {"--gres=gres/gpu:2"}),
+        ("options: {gres: gpu:3090:2}", 2, {"--gres=gpu:3090:2"}),
+        ("options: {gres: nvme}", 0, {"--gres=nvme"}),
+        ("options: {gpus: null, gres: null}", 0, set()),
+    ],
+)
+def test_gpus_are_counted_however_they_are_asked_for(path: Path, asked: str, count: int, lines: set[str]) -> None:
+    path.write_text(f"{GOOD}cluster:\n  slurm: {{{asked}}}\n")
+    job = load_job(path).config
+    hosts = hosts_of(job.cluster)
+    assert hosts.gpus == count
+    assert ("trains on CPUs" in " ".join(hosts.warnings())) == (count == 0)
+    script = render_run(job, request_of(submission()))
+    assert {line.split()[1] for line in script.splitlines() if re.match("#SBATCH --(gpu|gres)", line)} == lines
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        (
+            'gpus_per_node: 2, options: {gres: "gpu:2"}',
+            "options.gres and gpus_per_node ask for GPUs; keep one of them (",
+        ),
+        (
+            "options: {gpus: 2, gpus-per-task: 2}",
+            "options.gpus and options.gpus-per-task ask for GPUs; keep one of them",
+        ),
+        (
+            "nodes: 2, options: {gpus: 3}",
+            "gpus 3 is the number on all hosts, and 2 do not share it equally; set cluster",
+        ),
+        ("gpus_per_node: many", "cluster.slurm.gpus_per_node is 'many': not a number of GPUs; write 8, or a100:8"),
+        ("gpus_per_node: -1", "not a number of GPUs"),
+        ("gpus_per_node: 2.5", "not a number of GPUs"),
+        ("gpus_per_node: [8]", "not a number of GPUs"),
+        ("gpus_per_node: a100:99999999999", "not a number of GPUs"),
+    ],
+)
+def test_gpus_that_are_not_understood_are_refused_with_their_line(path: Path, asked: str, problem: str) -> None:
+    said = error_of(path, asked)
+    assert said.startswith(f"{path}:4: cluster.slurm")
+    assert problem in said
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("exclusive=true", "#SBATCH --exclusive"),
+        ("exclusive", "#SBATCH --exclusive"),
+        ("exclusive=user", "#SBATCH --exclusive=user"),
+        ("exclusive=false", None),
+        ("hold=true", "#SBATCH --hold"),
+        ("kill-on-invalid-dep=yes", "#SBATCH --kill-on-invalid-dep=yes"),
+    ],
+)
+def test_options_without_a_value_may_be_written_as_true(path: Path, option: str, line: str | None) -> None:
+    path.write_text(GOOD)
+    script = render_run(load_job(path, [_option_setting(option)]).config, request_of(submission()))
+    name = option.partition("=")[0]
+    assert [found for found in script.splitlines() if name in found] == ([line] if line else [])
 
 
 @pytest.mark.parametrize("field", ["partition", "account", "prepare: {partition", "container: {image"])
@@ -139,7 +226,7 @@ def test_an_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
     [
         ("nodes: 0", "cluster.slurm.nodes is 0: input should be greater than 0"),
         ("nodes: true", "cluster.slurm.nodes is True: input should not be true or false"),
-        ("gpus_per_node: -1", "cluster.slurm.gpus_per_node is -1: input should be greater than or equal to 0"),
+        ("gpus_per_node: -1", "cluster.slurm.gpus_per_node is -1: not a number of GPUs; write 8, or a100:8"),
         ("max_requeues: -1", "cluster.slurm.max_requeues is -1: input should be greater than or equal to 0"),
         ("signal_s: 0", "cluster.slurm.signal_s is 0: input should be greater than 0"),
         ('interface: "ib0; ls"', "cluster.slurm.interface is 'ib0; ls': string should match pattern"),

@@ -64,10 +64,10 @@ def check_cluster(slurm: SlurmConfig, *, prepare_first: bool) -> None:
     # Without a partition, the site or the environment may choose any.
     wanted = slurm.partition.split(",") if slurm.partition else names
     most = max((num_gpus(gres) for name, gres in rows if name.rstrip("*") in wanted), default=0)
-    if slurm.gpus_per_node > most:
+    if slurm.num_gpus > most:
         where = f"the partition {slurm.partition}" if slurm.partition else "this cluster"
         raise ConfigError(
-            f"--gpus-per-node {slurm.gpus_per_node}, and a node of {where} has {most} at most; take fewer, or another "
+            f"--gpus-per-node {slurm.num_gpus}, and a node of {where} has {most} at most; take fewer, or another "
             "partition (`sinfo -o '%P %G'` lists them)",
             field="cluster.slurm.gpus_per_node",
         )

@@ -43,7 +43,7 @@ def hosts_of(cluster: ClusterConfig) -> Hosts:
     """The nodes that a job asks for."""
     slurm = cluster.slurm
     cpus = slurm.cpus_per_node or Hosts.cpus_for(cluster, slurm.nodes)
-    return Hosts(cluster, slurm.nodes, slurm.gpus_per_node, cpus, "cluster.slurm", "node", "--nodes", "--gpus-per-node")
+    return Hosts(cluster, slurm.nodes, slurm.num_gpus, cpus, "cluster.slurm", "node", "--nodes", "--gpus-per-node")
 
 
 def render_run(job: JobConfig, request: Request) -> str:
@@ -54,7 +54,7 @@ def render_run(job: JobConfig, request: Request) -> str:
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": hosts_of(job.cluster).cpus,
-        "gpus-per-node": slurm.gpus_per_node or None,
+        "gpus-per-node": slurm.gpus_request or None,
         "time": slurm.time,
         "partition": slurm.partition,
         "account": slurm.account,
@@ -64,7 +64,7 @@ def render_run(job: JobConfig, request: Request) -> str:
         "requeue" if slurm.max_requeues else "no-requeue": True,
         "no-kill": job.cluster.elastic,
         "signal": f"B:USR1@{slurm.signal_s}",
-        **slurm.options,
+        **slurm.other_options,
     }
     inside = _Inside.of(slurm, request)
     return _fill(
@@ -140,7 +140,7 @@ class _Inside:
             return cls()
         image, mounts = shlex.quote(container.image), shlex.quote(",".join(_mounts(container, request)))
         if container.runtime == "apptainer":
-            nv = "--nv " if slurm.gpus_per_node else ""
+            nv = "--nv " if slurm.num_gpus else ""
             return cls(python=f"apptainer exec {nv}--bind {mounts} {image} python3")
         # Ray and the driver share sockets in /tmp; without the mount each container has a /tmp of its own.
         options = (f"--container-image={image}", f"--container-mounts=/tmp:/tmp,{mounts}")
