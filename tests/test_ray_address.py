@@ -1,10 +1,12 @@
 """A RAY_ADDRESS at which no Ray is."""
 
+import socket
+
 import pytest
 import ray
 
 from clm_dist.config.job import ClusterConfig
-from clm_dist.config.ray_address import check_ray_address
+from clm_dist.config.ray_address import check_ray_address, host_and_port
 from clm_dist.errors import ConfigError, NotReadyError
 from clm_dist.prepare.pools import open_pool
 from clm_dist.train.ray import cluster
@@ -18,6 +20,44 @@ def test_a_ray_that_is_not_there_is_said_at_once() -> None:
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS no-such-host.invalid:6379: .*; start that Ray"):
         check_ray_address("no-such-host.invalid:6379")
     for address in ("auto", "local"):
+        check_ray_address(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
+        ("head.cluster:6379", ("head.cluster", 6379)),
+        ("[fd00::1]:6379", ("fd00::1", 6379)),
+        ("fd00::1:6379", None),
+        ("[fd00::1]", None),
+        ("head:²", None),
+        ("auto", None),
+    ],
+)
+def test_an_address_has_a_host_and_a_port(address: str, parts: tuple[str, int] | None) -> None:
+    assert host_and_port(address) == parts
+
+
+def test_an_ipv6_address_is_asked_too() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+        check_ray_address(f"[::1]:{port}")
+        check_ray_address(f"ray://[::1]:{port}")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS \[::1\]:\d+: Connection refused; start that Ray"):
+        check_ray_address(f"[::1]:{port}")
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("fd00::1:6379", r"an IPv6 address is in brackets, as in \[fd00::1\]:6379"),
+        (f"{'a' * 70}.b:1", "label"),
+        ("a..b:1", "label"),
+    ],
+)
+def test_an_address_that_is_none_is_an_error_like_others(address: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS .*{problem}.*; start that Ray, or unset RAY_ADDRESS"):
         check_ray_address(address)
 
 

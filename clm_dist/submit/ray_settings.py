@@ -22,8 +22,9 @@ RAY_SETTINGS = {
 
 def address_towards(host: str) -> str:
     """The address of this host on the network that leads to another host. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
+    family, kind, *_, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
         return str(probe.getsockname()[0])
 
 
@@ -37,7 +38,11 @@ def answers(host: str, port: int) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address."""
+    """The network interface that has an address."""
+    if ":" in address:
+        packed = socket.inet_pton(socket.AF_INET6, address).hex()
+        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+        return next((line.split()[-1] for line in lines if line.startswith(packed)), None)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):

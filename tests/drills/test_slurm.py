@@ -149,3 +149,23 @@ def test_a_sweep_is_an_array_whose_text_is_prepared_first_and_whose_runs_are_req
         assert "Tokenising" not in log
     compared = job.clm_dist("report", *(f"runs/{name}" for name in names)).stdout
     assert all(f"{result['final']['perplexity']:.2f}" in compared for result in results)
+
+
+@pytest.mark.long
+def test_hosts_whose_names_do_not_resolve_find_each_other(slurm: Slurm) -> None:
+    own = {node: slurm.call("exec", node, "cat", "/etc/hosts") for node in slurm.nodes}
+
+    def write_hosts(node: str, text: str) -> None:
+        slurm.call("exec", node, "sh", "-c", 'printf %s "$1" >/etc/hosts', "sh", text)
+
+    try:
+        for node in slurm.nodes:
+            write_hosts(node, f"127.0.0.1 localhost\n127.0.1.1 {node}\n")
+        job = SlurmJob(slurm, "no names", SHORT)
+        job.submit()
+        assert job.wait_ended() == "COMPLETED", job.said()
+        assert sorted(job.hosts()[0]) == ["node1", "node2"]
+    finally:
+        for node, text in own.items():
+            write_hosts(node, text)
+    slurm.wait_clean()

@@ -259,6 +259,17 @@ def test_what_killed_jobs_left_is_removed_but_not_what_is_in_use(node: Node, tmp
         shutil.rmtree(used)
 
 
+def test_a_node_finds_its_head_by_ipv6(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        address = f"[::1]:{server.getsockname()[1]}"
+        node = RayNode(tmp_path, "1.0", {"SLURM_NODEID": "1", "RAY_ADDRESS": address})
+        assert node._head_answers()
+        assert {f"--address={address}", "--node-ip-address=::1"} <= set(node._command({}))
+        assert node._ray_environment()["GLOO_SOCKET_IFNAME"] == "lo"
+        head = RayNode(tmp_path, "1.0", {"SLURM_NODEID": "0", "RAY_ADDRESS": address})
+        assert {f"--port={server.getsockname()[1]}", "--node-ip-address=::1"} <= set(head._command({}))
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_host_whose_tmp_has_no_locks_runs_jobs_and_removes_nothing_of_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int

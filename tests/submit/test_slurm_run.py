@@ -5,9 +5,10 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,12 +37,19 @@ case $1 in
         refuse=$(cat "$HERE/refuse" 2>/dev/null || echo 0)
         echo $((refuse - 1)) >"$HERE/refuse"
         [ "$refuse" -le 0 ] && echo "$2" >>"$HERE/requeued" ;;
-    show) if [ "$2" = job ]; then echo "$3" >"$HERE/shown"; cat "$HERE/job-state"; else printf "n1\\nn2\\n"; fi ;;
+    show) case $2 in
+        job) echo "$3" >"$HERE/shown"; cat "$HERE/job-state" ;;
+        node) echo "   NodeAddr=$(sed -n "s/^$3 //p" "$HERE/node-addresses" 2>/dev/null) NodeHostName=$3" ;;
+        hostnames) printf "n1\\n"; [ "$SLURM_JOB_NUM_NODES" -lt 2 ] || printf "n2\\n" ;;
+    esac ;;
 esac
 """,
-    # The second host, whose name stands for 127.0.1.1 as well, and the route to it.
-    "getent": '[ "$2" = n2 ] && printf "127.0.1.1 n2\\n10.1.2.4 n2\\n"',
-    "ip": '[ "$4" = 10.1.2.4 ] && echo "10.1.2.4 dev eth0 src 10.1.2.3 uid 0"',
+    # What names stand for, and the routes. An address stands for itself.
+    "getent": """
+[[ $1 = ahostsv4 && $2 = *:* ]] && exit 2
+if [[ $2 =~ ^[0-9.]+$|: ]]; then echo "$2 STREAM"; else sed -n "s/^$2 //p" "$HERE/names"; fi
+""",
+    "ip": 'echo "$3 dev eth0 src $(sed -n "s/^$3 //p" "$HERE/routes") uid 0"',
     # Seconds are short here, and what waits for Slurm to end it is ended.
     "sleep": '[ "$1" = 300 ] || exec /usr/bin/sleep 0.05',
 }
@@ -60,7 +68,9 @@ class Host:
     def state(self) -> Path:
         return submission(self.here / "it's the runs").root
 
-    def start(self, driver: str, *settings: str, restarts: int = 0, sweep: bool = False) -> "subprocess.Popen[bytes]":
+    def start(
+        self, driver: str, *settings: str, restarts: int = 0, sweep: bool = False, num_nodes: int = 2
+    ) -> "subprocess.Popen[bytes]":
         """Start a job whose driver is some lines of bash, or the second run of a sweep."""
         (self.here / "driver").write_text(driver)
         given = submission(self.here / "it's the runs", run_names=("a", "b") if sweep else (), sweep=sweep)
@@ -74,7 +84,8 @@ class Host:
             "SLURM_CONF": "/dev/null",  # a Slurm that is on this machine is not asked
             "SLURM_JOB_ID": self.job_id,
             "SLURM_JOB_NODELIST": "n1",
-            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NUM_NODES": str(num_nodes),
+            "SLURMD_NODENAME": "n1",
             "SLURM_CPUS_PER_TASK": "32",
             **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
             **({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"} if sweep else {}),
@@ -83,9 +94,14 @@ class Host:
             self.processes.append(subprocess.Popen(["bash", str(script)], env=environment, stdout=said, stderr=said))
         return self.processes[-1]
 
-    def run(self, driver: str, *settings: str, restarts: int = 0, sweep: bool = False) -> tuple[int, str]:
+    def set_network(self, *, names: Sequence[str], routes: Sequence[str], nodes: Sequence[str] = ()) -> None:
+        """What names of hosts resolve to, the own address on the way to each address, and Slurm's of each host."""
+        for file, lines in (("names", names), ("routes", routes), ("node-addresses", nodes)):
+            (self.here / file).write_text("".join(f"{line}\n" for line in lines))
+
+    def run(self, driver: str, *settings: str, **given: Any) -> tuple[int, str]:
         """The exit code of a job, and what it said."""
-        return self.end(self.start(driver, *settings, restarts=restarts, sweep=sweep))
+        return self.end(self.start(driver, *settings, **given))
 
     def end(self, process: "subprocess.Popen[bytes]") -> tuple[int, str]:
         return process.wait(_WAIT_S), (self.here / "said").read_text()
@@ -116,6 +132,8 @@ def host(tmp_path: Path) -> Iterator[Host]:
         (programs / name).chmod(0o755)
     made = Host(tmp_path, str(10_000_000 + os.getpid()))
     made.state.mkdir(parents=True)
+    # The name of the second host stands for 127.0.1.1 as well.
+    made.set_network(names=["n2 127.0.1.1", "n2 10.1.2.4"], routes=["10.1.2.4 10.1.2.3", "127.0.0.1 127.0.0.1"])
     yield made
     for process in made.processes:
         process.kill()
@@ -260,6 +278,58 @@ def test_without_an_address_nothing_is_started(host: Host, settings: tuple[str, 
     assert code == 2
     assert "no address of this host: is cluster.slurm.interface right" in said
     assert not (host.here / "driver-started").exists()
+
+
+_LOOP = ["127.0.0.1 127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "names", "nodes", "routes", "address"),
+    [
+        # Slurm's address is taken where no name resolves, or a name leads to the host itself.
+        (2, [], ["n2 10.9.0.2"], ["10.9.0.2 10.9.0.1"], "10.9.0.1"),
+        (2, ["n1 127.0.1.1", "n2 127.0.1.1"], ["n2 10.9.0.2"], ["10.9.0.2 10.9.0.1"], "10.9.0.1"),
+        (2, ["n2 10.1.2.4"], ["n2 10.9.0.2"], ["10.9.0.2 10.9.0.1", "10.1.2.4 10.1.2.3"], "10.9.0.1"),
+        (2, ["other 10.9.0.2"], ["n2 other"], ["10.9.0.2 10.9.0.1"], "10.9.0.1"),
+        # Of the other host nothing is known, of this one something is.
+        (2, [], ["n1 10.9.0.1"], ["10.9.0.1 10.9.0.1"], "10.9.0.1"),
+        (2, [], ["n2 fd00::2"], ["fd00::2 fd00::1"], "[fd00::1]"),
+        (2, ["n2 fe80::2", "n2 fd00::2"], ["n2 n2"], ["fd00::2 fd00::1"], "[fd00::1]"),
+        (1, [], [], _LOOP, "127.0.0.1"),
+        (1, ["n1 127.0.1.1"], ["n1 n1"], _LOOP, "127.0.0.1"),
+        (1, ["n1 10.9.0.1"], ["n1 n1"], ["10.9.0.1 10.9.0.1"], "10.9.0.1"),
+    ],
+)
+def test_ray_has_an_address_that_the_other_hosts_reach(
+    host: Host, num_nodes: int, names: list[str], nodes: list[str], routes: list[str], address: str
+) -> None:
+    host.set_network(names=names, nodes=nodes, routes=routes)
+    code, said = host.run("exit 0", num_nodes=num_nodes)
+    assert code == 0, said
+    environment = dict(
+        line.split("=", 1) for line in (host.here / "environment").read_text().splitlines() if "=" in line
+    )
+    assert environment["RAY_ADDRESS"].rpartition(":")[0] == address
+    assert environment["no_proxy"] == address.strip("[]")
+
+
+@pytest.mark.parametrize(
+    ("names", "nodes", "routes"),
+    [
+        ([], [], _LOOP),
+        (["n1 127.0.1.1", "n2 127.0.1.1"], ["n1 n1", "n2 n2"], _LOOP),
+        ([], ["n2 10.9.0.2"], ["10.9.0.2 127.0.0.1"]),
+        ([], ["n2 fd00::2"], ["fd00::2 ::1"]),
+    ],
+)
+def test_two_hosts_never_meet_at_an_address_of_one(
+    host: Host, names: list[str], nodes: list[str], routes: list[str]
+) -> None:
+    host.set_network(names=names, nodes=nodes, routes=routes)
+    code, said = host.run("exit 0")
+    assert (code, host.requeued, (host.here / "driver-started").exists()) == (2, False, False)
+    assert f"no address but {routes[0].split()[1]} of this host, which the other hosts cannot reach" in said
+    assert "set cluster.slurm.interface to the network between them" in said
 
 
 def test_a_driver_that_does_not_take_the_signal_yet_is_ended_by_it_and_the_job_requeued(host: Host) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clm_dist.config.ray_address import host_and_port
 from clm_dist.submit.ray_settings import RAY_SETTINGS, address_towards, answers, end_descendants, interface_of
 
 _POLL_S = 1.0
@@ -73,6 +74,9 @@ class RayNode:
         self._state, self._attempt = state, attempt
         self._is_head = environment["SLURM_NODEID"] == "0"
         self._address = environment["RAY_ADDRESS"]
+        head = host_and_port(self._address)
+        assert head is not None, "the batch script writes it"
+        self._head = head
         self._host = socket.gethostname()
         # A short and local path, because Ray's sockets lie there.
         self._local = Path(f"/tmp/clm-dist-job-{attempt}")
@@ -136,8 +140,7 @@ class RayNode:
         self._told = True
 
     def _head_answers(self) -> bool:
-        host, _, port = self._address.rpartition(":")
-        return answers(host, int(port))
+        return answers(*self._head)
 
     def _granted(self) -> dict[str, int]:
         free_shm = shutil.disk_usage("/dev/shm").free // _MIB
@@ -146,12 +149,12 @@ class RayNode:
         return granted(self._environment, available_mib=available, shm_mib=free_shm)
 
     def _command(self, amounts: Mapping[str, int]) -> list[str]:
-        host, _, port = self._address.rpartition(":")
+        host, port = self._head
         place = ["--head", f"--port={port}", "--include-dashboard=false"]
         if importlib.util.find_spec("grpc"):
             # With grpc, Ray also serves clients, by default at the same port for all jobs of a host. Without grpc it
             # refuses the option.
-            place.append(f"--ray-client-server-port={int(port) + 1}")
+            place.append(f"--ray-client-server-port={port + 1}")
         if not self._is_head:
             place = [f"--address={self._address}"]
         own = host if self._is_head else address_towards(host)
@@ -165,8 +168,7 @@ class RayNode:
 
     def _ray_environment(self) -> dict[str, str]:
         environment = {**RAY_SETTINGS, **self._environment, "TMPDIR": str(self._local)}
-        host = self._address.rpartition(":")[0]
-        if interface := interface_of(address_towards(host)):
+        if interface := interface_of(address_towards(self._head[0])):
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 environment.setdefault(name, interface)
         return {name: value for name, value in environment.items() if name not in _OF_A_TASK}

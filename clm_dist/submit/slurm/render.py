@@ -18,10 +18,18 @@ from clm_dist.submit.submission import Submission
 
 _FIELD = re.compile("@([A-Z_]+)@")
 _HEAD_BY_ROUTE = r"""
-# (A host's own name may stand for 127.0.1.1 in its /etc/hosts, so the route to another host tells.)
-other=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p)
-other=$(getent ahostsv4 "${other:-$(hostname)}" | awk '$1 !~ /^127\./ {print $1; exit}')
-head=$(ip -4 route get "${other:-127.0.0.1}" 2>/dev/null | sed -n 's/.* src \([0-9.]*\).*/\1/p')""".lstrip()
+# (Slurm has an address of each host. Names may resolve to nothing, and a host's own may stand for 127.0.1.1.)
+address_of() {
+    local node
+    node=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    for name in $node "$1"; do getent ahostsv4 "$name"; getent ahosts "$name"; done |
+        awk '$1 !~ /^(127\.|::1$|fe80:)/ {print $1; exit}'
+}
+for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p) "${SLURMD_NODENAME:-$HOSTNAME}"; do
+    other=$(address_of "$host")
+    [ -z "$other" ] || break
+done
+head=$(ip route get "${other:-127.0.0.1}" 2>/dev/null | sed -n 's/.* src \([^ ]*\).*/\1/p')""".lstrip()
 
 
 @dataclass(frozen=True)
@@ -198,4 +206,4 @@ def _environment_lines(slurm: SlurmConfig, request: Request) -> str:
 
 def _head_by_interface(interface: str) -> str:
     name = shlex.quote(interface)
-    return f'head=$(ip -4 -o addr show dev {name} | awk \'{{sub("/.*", "", $4); print $4; exit}}\')'
+    return f'head=$(ip -o addr show dev {name} | awk \'$4 !~ /^fe80:/ {{sub("/.*", "", $4); print $4; exit}}\')'
