@@ -5,14 +5,19 @@ and type checkers narrow a `Record` by it. `step` is the number of steps that we
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import BinaryIO, Literal, NotRequired, TypedDict
 
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import write_text, writing
 from clm_dist.metrics import EvalFigures
+
+logger = logging.getLogger(__name__)
+
+_TAIL_BYTES = 2**16
 
 
 class StartRecord(TypedDict):
@@ -177,7 +182,8 @@ class RecordReader:
         self._path = path
         self._position = self._inode = 0
         if from_end and path.exists():
-            self._inode, self._position = path.stat().st_ino, path.stat().st_size
+            with path.open("rb") as file:
+                self._inode, self._position = os.fstat(file.fileno()).st_ino, _end_of_records(file)
 
     def new(self) -> tuple[list[Record], bool]:
         """The records since the last call, and whether they are the whole file, because it was written anew.
@@ -214,11 +220,29 @@ def _parse_record(line: bytes, where: str) -> Record:
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:
-    """Add records; they are on the disk when this returns."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(_lines(records))
+    """Add records; they are on the disk when this returns. Only the driver of a run may call it.
+
+    They begin after the last line that is whole: what a full disk or a kill left of a record would be glued to them.
+    """
+    with writing(path), path.open("ab+") as file:
+        end = _end_of_records(file)
+        if fragment := file.seek(0, os.SEEK_END) - end:
+            logger.warning("%s ends in the middle of a record, whose %d bytes are cut off", path, fragment)
+            file.truncate(end)
+        file.write(_lines(records).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _end_of_records(file: BinaryIO) -> int:
+    """The end of the last line that is whole; 0 where there is none."""
+    start = file.seek(0, os.SEEK_END)
+    while start:
+        end, start = start, max(0, start - _TAIL_BYTES)
+        file.seek(start)
+        if newline := file.read(end - start).rfind(b"\n") + 1:
+            return start + newline
+    return 0
 
 
 def replace_records(path: Path, records: Sequence[Record]) -> None:

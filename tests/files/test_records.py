@@ -33,7 +33,10 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert path.read_text() == json.dumps(second) + "\n"
 
 
-@pytest.mark.parametrize("line", [b"", b"[]", b'{"kind": "step"}', b'{"step": 1}', b'{"kind": "st'])
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"[]", b'{"kind": "step"}', b'{"step": 1}', b'{"kind": "st', b'{"kind": "st{"kind": "step", "step": 1}'],
+)
 def test_a_line_that_is_no_record_is_named(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"kind": "phase", "step": 0, "phase": "Training"}\n' + line + b"\n")
@@ -57,3 +60,28 @@ def test_a_reader_gives_what_is_new_and_waits_for_the_end_of_a_line(tmp_path: Pa
         assert reader.new() == (records, False)
     replace_records(path, [two])
     assert reader.new() == ([two], True)
+
+
+@pytest.mark.parametrize("fragment", [b'{"kind": "st', b"\0" * 100_000], ids=["cut", "zeros"])
+def test_records_are_added_after_the_last_whole_line(
+    fragment: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    one: Record = {"kind": "phase", "step": 0, "phase": "Training"}
+    two: Record = {"kind": "rollback", "step": 7, "to": 4}
+    append_records(path, [one])
+    with path.open("ab") as file:
+        file.write(fragment)
+    follower = RecordReader(path, from_end=True)
+    assert read_records(path) == [one]
+    append_records(path, [two])
+    assert read_records(path) == [one, two]
+    assert follower.new() == ([two], False)
+    assert f"{path} ends in the middle of a record, whose {len(fragment)} bytes are cut off" in caplog.text
+
+
+def test_a_file_of_one_record_that_was_cut_begins_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "st')
+    append_records(path, [{"kind": "rollback", "step": 7, "to": 4}])
+    assert [record["kind"] for record in read_records(path)] == ["rollback"]

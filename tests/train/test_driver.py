@@ -125,6 +125,16 @@ def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_
     assert find_run(longer, run.root.parent) == (run, False)
 
 
+def test_a_record_that_was_cut_is_named_when_the_run_goes_on(
+    run: RunDir, make_job: MakeJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run.metrics.read_bytes()
+    run.metrics.write_bytes(whole + b'{"kind": "st')
+    driver._open_run(make_job(), run, overwrite=False)
+    assert run.metrics.read_bytes() == whole
+    assert f"{run.metrics} ends in the middle of a record" in caplog.text
+
+
 def test_checkpoints_of_an_unknown_job_are_not_taken_over(run: RunDir, make_job: MakeJob) -> None:
     run.job.unlink()
     with pytest.raises(ConfigError, match=r"has checkpoints, but .*job.yaml is missing"):

@@ -23,6 +23,7 @@ from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.lease import HeldError, Holder, Lease
 from clm_dist.files.markers import DamagedError, TrainerState, check_state
+from clm_dist.files.records import append_records
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
@@ -223,6 +224,9 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
     write_text(run.job, job_text(job))
+    if run.metrics.exists():
+        # What a full disk or a kill left of a record is named here, where a person reads it.
+        append_records(run.metrics, [])
     for file in (run.stop, run.save, run.hang, run.uncommitted):
         file.unlink(missing_ok=True)
     # Ray would take a run of this name for one to go on with; the markers say where that is.
