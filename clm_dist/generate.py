@@ -6,6 +6,7 @@ from typing import Any
 
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError
+from clm_dist.files.final import check_final
 from clm_dist.files.run_dir import RunDir
 
 
@@ -24,13 +25,12 @@ def find_model(model: str) -> str:
     """A model's directory or Hub id; of a run directory, the model that it wrote.
 
     Raises:
-        ConfigError: the run has written no model yet, or no path can be so.
+        ConfigError: the run has written no model yet, or its files are damaged, or no path can be so.
     """
     run = RunDir(local_path(model, "MODEL"))
     if not run.exists():
         return str(run.root) if run.root.is_dir() else model
-    if not run.final.is_dir():
-        raise ConfigError(f"the run {model} has no final model yet; `clm-dist run {run.job}` goes on with it")
+    check_final(run)
     return str(run.final)
 
 

@@ -154,8 +154,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores:
     run = RunDir(directory / "tiny")
     assert train_one(job, run, store).status == "done"
     run.job.write_text(job_text(job))
-    accept_export(job, run)
-    write_json(run.result, build_result(job, run, Manifest.read(store / "manifest.json"), "done"))
+    files = accept_export(job, run)
+    write_json(run.result, build_result(job, run, Manifest.read(store / "manifest.json"), "done", files=files))
     return run
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from clm_dist.errors import CheckpointError, ConfigError
-from clm_dist.files.blocks import file_sha256
 from clm_dist.files.checkpoints import Checkpoints, _scratch_dir
+from clm_dist.files.hashes import file_sha256
 from clm_dist.files.markers import Marker, RankFile, TrainerState, check_state, checkpoint_name
 from clm_dist.files.run_dir import RunDir
 from tests.conftest import MakeJob

@@ -106,18 +106,18 @@ def test_options_that_would_be_ignored_or_cannot_be(
 def test_a_model_that_is_damaged(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str], stores: Path
 ) -> None:
-    options = ("--store", stores) if command == ["evaluate"] else ()
+    options = ("--job", run.job, "--store", stores) if command == ["evaluate"] else ()
     weights = run.final / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:1000])
-    said = clm_dist(capsys, monkeypatch, *command, run.root, *options)
+    said = clm_dist(capsys, monkeypatch, *command, run.final, *options)
     assert said.code == 2
     assert f"error: the model {run.final}: {weights} is damaged (Error while deserializing header" in said.err
     # Weights of another configuration.
     weights.write_bytes(whole)
     config = run.final / "config.json"
     config.write_text(config.read_text().replace('"n_embd": 32', '"n_embd": 64'))
-    said = clm_dist(capsys, monkeypatch, *command, run.root, *options)
+    said = clm_dist(capsys, monkeypatch, *command, run.final, *options)
     assert (said.code, f"the model {run.final}: transformer.h.0.attn.c_attn.bias is 96 in its files" in said.err) == (
         2,
         True,

@@ -100,7 +100,7 @@ def test_verify_names_what_is_damaged_and_prepare_mends_it(prepare: Prepare, wri
     shard.write_bytes(damaged)
     said = clm_dist_verify(prepare)
     assert said.code == 1
-    assert f"{shard} has sha256 " in said.err
+    assert f"{shard} is not as it was written" in said.err
     assert "`clm-dist prepare` with the store's job makes it whole again" in said.err
     said = prepare(job)
     assert f"{shard} is not as its manifest says; preparing it again" in said.err
@@ -112,7 +112,7 @@ def test_verify_names_what_is_damaged_and_prepare_mends_it(prepare: Prepare, wri
     (prepare.store / "tokenizer" / "tokenizer.json").write_text("{}")
     said = clm_dist_verify(prepare)
     assert "bytes.npy is missing" in said.err
-    assert "tokenizer.json has sha256 " in said.err
+    assert "tokenizer.json is not as it was written" in said.err
     prepare(job)
     assert {path: path.read_bytes() for path in prepare.store.rglob("*") if path.is_file()} == before
     for field in ("num_blocks", "num_records", "num_document_ends"):

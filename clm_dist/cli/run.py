@@ -21,8 +21,9 @@ from clm_dist.cli.options import (
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
-from clm_dist.errors import ClmDistError, ConfigError, TryAgainError
+from clm_dist.errors import ClmDistError, TryAgainError
 from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.final import check_final
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import err, out
@@ -75,8 +76,7 @@ def push(
 
     directory = RunDir(run_dir)
     result = read_result(run_dir)
-    if not directory.final.is_dir():
-        raise ConfigError(f"the run {run_dir} has no final model yet; `clm-dist run {directory.job}` goes on with it")
+    check_final(directory, read_all=True)
     job = read_saved_job(directory.job)
     write_card(directory.final, job, result)
     url = hub.push(job, directory, directory.final, result["train"]["steps"], repo=repo, private=private)

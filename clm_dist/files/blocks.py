@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import whole_file, write_json, writing
+from clm_dist.files.hashes import file_sha256
 
 FORMAT_VERSION = 2
 EVAL_BYTES = "eval/bytes.npy"
@@ -250,8 +251,3 @@ def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator
 
 def _sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

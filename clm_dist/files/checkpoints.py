@@ -27,7 +27,7 @@ import fsspec
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, first_line
 from clm_dist.files.atomic import make_dir, write_json, writing
-from clm_dist.files.blocks import file_sha256
+from clm_dist.files.hashes import file_sha256
 from clm_dist.files.markers import FORMAT_VERSION, DamagedError, Marker, RankFile, TrainerState, best_of
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.storage import reaching

@@ -1,5 +1,7 @@
-"""A memory of what files held, so that one whose size and time are as they were is not read again."""
+"""Hashes of files, and a memory of them, so that a file whose size and time are as they were is not read again."""
 
+import contextlib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,10 +9,15 @@ from clm_dist.errors import ClmDistError
 from clm_dist.files.atomic import read_json, write_json
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class HashMemory:
     """Hashes of files by path, size and time of change, in one JSON file.
 
-    Only a memory: where the file is missing or damaged, files are read again.
+    Only a memory: where its file is missing or damaged, or cannot be written, files are read again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,9 +36,31 @@ class HashMemory:
         new = {_state_of(file): value for file, value in hashes.items()}
         if not self._known.keys() >= new.keys():
             self._known |= new
-            write_json(self._path, self._known)
+            with contextlib.suppress(ClmDistError):
+                write_json(self._path, self._known)
 
 
 def _state_of(file: Path) -> str:
     stat = file.stat()
     return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def changed_files(directory: Path, hashes: Mapping[str, str], known: HashMemory | None = None) -> dict[str, str]:
+    """The problem of each file that is not as it was written, by its name in the directory.
+
+    Args:
+        hashes: the sha256 that each file must have, by its name in the directory.
+        known: files that are as it remembers them are not read, and those that are right are remembered.
+    """
+    found, right = {}, {}
+    for name, sha256 in hashes.items():
+        file = directory / name
+        if not file.is_file():
+            found[name] = "is missing"
+        elif (known and known.get(file)) == sha256 or file_sha256(file) == sha256:
+            right[file] = sha256
+        else:
+            found[name] = "is not as it was written"
+    if known and not found:
+        known.remember(right)
+    return found

@@ -60,6 +60,8 @@ class Result(TypedDict):
     hardware: Hardware
     finished: str
     """ISO 8601, with the offset of its time zone."""
+    files: NotRequired[dict[str, str]]
+    """sha256 of each file of `final`, of a run that is done; see `final.hash_final`."""
     error: NotRequired[str]
     """Why the run failed."""
 
@@ -88,7 +90,14 @@ def last_figures(result: Result) -> EvalFigures | None:
     return result["final"] or (result["evals"][-1] if result["evals"] else None)
 
 
-def build_result(job: JobConfig, run: RunDir, manifest: Manifest, status: Status, error: str | None = None) -> Result:
+def build_result(
+    job: JobConfig,
+    run: RunDir,
+    manifest: Manifest,
+    status: Status,
+    error: str | None = None,
+    files: dict[str, str] | None = None,
+) -> Result:
     """The content of result.json, from the run's metrics."""
     records = read_records(run.metrics)
     steps = [r for r in records if r["kind"] == "step"]
@@ -121,6 +130,8 @@ def build_result(job: JobConfig, run: RunDir, manifest: Manifest, status: Status
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    if files is not None:
+        result["files"] = files
     if error is not None:
         result["error"] = error
     return result

@@ -49,6 +49,11 @@ class RunDir:
         return self.root / "final"
 
     @property
+    def hashes(self) -> Path:
+        """The memory of the hashes of `final`; result.json has those that count."""
+        return self.root / "hashes.json"
+
+    @property
     def exports(self) -> Path:
         """Models of earlier epochs that wait for their push."""
         return self.root / "exports"

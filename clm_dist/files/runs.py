@@ -1,5 +1,6 @@
 """Which run a job is, before anything heavy is loaded: new, begun, or done."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -8,25 +9,30 @@ from clm_dist.config.load import differing_fields, read_saved_job
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.final import find_damage
 from clm_dist.files.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[RunDir, bool]:
-    """The job's run directory, and whether the run in it is done already. Writes nothing.
+    """The job's run directory, and whether the run in it is done already. Changes nothing.
+
+    A run whose final model is lost or damaged is not done: it goes on from its last checkpoint, which is of its last
+    step, and only writes the model again.
 
     Raises:
-        ConfigError: a run of this name exists with another job, and neither `resume` nor `overwrite` says what to do.
+        ConfigError: a run of this name exists with another job, and neither `resume` nor `overwrite` says what to do;
+            or its final model is lost or damaged, and there is no checkpoint.
     """
     run = RunDir(runs / job.name)
     if overwrite:
         return run, False
     if not run.exists():
-        checkpoints = Checkpoints.of_run(job, run)
-        with checkpoints.reaching():
-            names = checkpoints.committed()
-        if names:
+        if _committed(job, run):
+            root = Checkpoints.of_run(job, run).root
             raise ConfigError(
-                f"{checkpoints.root} has checkpoints, but {run.job} is missing, so which job they are of is not known; "
+                f"{root} has checkpoints, but {run.job} is missing, so which job they are of is not known; "
                 "restore it, start again with --overwrite, or make another run with --set name=...",
                 field="name",
             )
@@ -48,7 +54,23 @@ def find_run(job: JobConfig, runs: Path, *, resume: bool = False, overwrite: boo
             field="name",
         )
     done = run.result.exists() and read_json(run.result).get("status") == "done"
-    return run, done and not different
+    if not done or different:
+        return run, False
+    if (damage := find_damage(run)) is None:
+        return run, True
+    if not _committed(job, run):
+        raise ConfigError(
+            f"{damage}, and the run has no checkpoint to write the model from; restore the files, or start again with "
+            "--overwrite"
+        )
+    logger.warning("%s; the model is written again from the last checkpoint", damage)
+    return run, False
+
+
+def _committed(job: JobConfig, run: RunDir) -> list[str]:
+    checkpoints = Checkpoints.of_run(job, run)
+    with checkpoints.reaching():
+        return checkpoints.committed()
 
 
 def remove_run(job: JobConfig, run: RunDir) -> None:

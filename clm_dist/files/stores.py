@@ -17,8 +17,8 @@ import fsspec
 from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import make_dir, whole_file, writing
-from clm_dist.files.blocks import Blocks, Manifest, file_sha256
-from clm_dist.files.hashes import HashMemory
+from clm_dist.files.blocks import Blocks, Manifest
+from clm_dist.files.hashes import HashMemory, changed_files, file_sha256
 from clm_dist.files.lease import HeldError, Lease
 from clm_dist.files.storage import reaching
 
@@ -129,18 +129,7 @@ class Store:
         Args:
             known: files that are as it remembers them are not read, and those that are right are remembered.
         """
-        found, right = {}, {}
-        for name, sha256 in self.manifest().sha256_of_files().items():
-            file = self.local / name
-            if not file.is_file():
-                found[name] = "is missing"
-            elif (known and known.get(file)) == sha256 or (actual := file_sha256(file)) == sha256:
-                right[file] = sha256
-            else:
-                found[name] = f"has sha256 {actual[:16]}..., its manifest says {sha256[:16]}..."
-        if known and not found:
-            known.remember(right)
-        return found
+        return changed_files(self.local, self.manifest().sha256_of_files(), known)
 
     def remember(self, known: HashMemory) -> None:
         """Remember the files of a store that was written just now."""

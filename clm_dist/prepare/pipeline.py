@@ -22,8 +22,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import make_dir, remove_unfinished, writing
-from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest, file_sha256
-from clm_dist.files.hashes import HashMemory
+from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest
+from clm_dist.files.hashes import HashMemory, file_sha256
 from clm_dist.files.lease import Holder
 from clm_dist.files.stores import PARTIAL_SUFFIX, Store, Stores
 from clm_dist.prepare.corpus import Corpus, Rows

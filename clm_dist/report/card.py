@@ -5,13 +5,14 @@ from pathlib import Path
 from clm_dist.config import yaml_text
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import write_text
+from clm_dist.files.final import CARD
 from clm_dist.files.result import Result, last_figures
 from clm_dist.report.table import COLUMNS, rows
 
 
 def write_card(directory: Path, job: JobConfig, result: Result) -> None:
     """Write the card into a model's directory."""
-    write_text(directory / "README.md", render_card(job, result))
+    write_text(directory / CARD, render_card(job, result))
 
 
 def render_card(job: JobConfig, result: Result) -> str:

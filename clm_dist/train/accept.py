@@ -3,6 +3,7 @@
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.files.atomic import replace_dir
+from clm_dist.files.final import hash_final
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 
@@ -10,8 +11,11 @@ from clm_dist.files.run_dir import RunDir
 _VERIFY_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 
 
-def accept_export(job: JobConfig, run: RunDir) -> None:
+def accept_export(job: JobConfig, run: RunDir) -> dict[str, str]:
     """Put the written model into place as `final`, once its loss is known to be that of the trained model.
+
+    Returns:
+        the sha256 of each of its files; see `hash_final`.
 
     Raises:
         RunError: the losses differ; the model stays where it was written.
@@ -27,3 +31,4 @@ def accept_export(job: JobConfig, run: RunDir) -> None:
             f"{unverified}, and the checkpoints are whole. This is a fault of clm-dist: please report it"
         )
     replace_dir(unverified, run.final)
+    return hash_final(run)

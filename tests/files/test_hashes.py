@@ -34,5 +34,5 @@ def test_a_second_preparation_reads_neither_its_sources_nor_its_store(
         raise AssertionError("a file that is as it was is read again")
 
     monkeypatch.setattr("clm_dist.prepare.identity._digest", fail)
-    monkeypatch.setattr("clm_dist.files.stores.file_sha256", fail)
+    monkeypatch.setattr("clm_dist.files.hashes.file_sha256", fail)
     assert prepare(job, Stores(tmp_path), Silent()) == store

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from clm_dist.files.blocks import EVAL_BYTES, Manifest, file_sha256
+from clm_dist.files.blocks import EVAL_BYTES, Manifest
+from clm_dist.files.hashes import file_sha256
 from clm_dist.progress import Silent
 from tests.pins.corpus import fixed_job
 from tests.support.stores import prepare

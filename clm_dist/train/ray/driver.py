@@ -121,8 +121,7 @@ def _train(
             outcome = fit(trainer, follower, watch)
         if outcome["status"] == "failed":
             raise (StorageError if outcome["try_again"] else RunError)(outcome["error"])
-        if outcome["status"] == "done":
-            accept_export(job, run)
+        files = accept_export(job, run) if outcome["status"] == "done" else None
     except WorkersFailedError as failed:
         error = with_first_death(failed, failures_of(run)[num_failures:])
         write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
@@ -134,7 +133,7 @@ def _train(
         for file in (run.stop, run.save, run.hang, run.uncommitted):
             file.unlink(missing_ok=True)
         shutil.rmtree(run.beats, ignore_errors=True)
-    result = build_result(job, run, manifest, outcome["status"])
+    result = build_result(job, run, manifest, outcome["status"], files=files)
     write_json(run.result, result)
     return result
 
