@@ -106,13 +106,13 @@ class NotReadyError(TryAgainError):
     """Nodes that the run needs are not there yet."""
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _AWAY = {errno.EIO, errno.ESTALE}
 """A disk does not answer. Other numbers that an absent server causes may come from a network connection."""
 
 
-def describe_os_error(error: Exception, path: Path) -> ClmDistError | None:
+def describe_os_error(error: BaseException, path: Path) -> ClmDistError | None:
     """The error that a person understands where a file cannot be written; None for anything else.
 
     Returns:
@@ -120,12 +120,13 @@ def describe_os_error(error: Exception, path: Path) -> ClmDistError | None:
     """
     if not isinstance(error, OSError):
         return None
-    if error.errno in _FULL:
+    if error.errno in FULL:
         existing = next(p for p in (path, *path.parents) if p.exists())
         free_mib = shutil.disk_usage(existing).free / 2**20
         return StorageError(
             f"no space left while writing {path} ({free_mib:.0f} MiB free there); free some space, or name another "
-            "disk with --runs or --store (TMPDIR for what is on its way there), and run the same command again"
+            "disk with --runs or --store (TMPDIR for what is on its way there, HF_HOME for what comes from the Hub), "
+            "and run the same command again"
         )
     if error.errno in REFUSED:
         return ConfigError(

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets.exceptions import DatasetGenerationError
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, HubError, StorageError
 from clm_dist.files.hub_errors import describe_hub_error
 from clm_dist.files.storage import reaching
 from clm_dist.generate import generate
+from clm_dist.prepare.sources import _reaching
 from clm_dist.pretrained.tokenizer import locate_tokenizer
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.train.model import load_config
@@ -78,6 +80,10 @@ class TransportError(Exception):
         (answered(503, response=SimpleNamespace(status_code=503)), HubError),
         (answered(404, response=SimpleNamespace(status_code=404)), ConfigError),
         (OSError("nobody/nothing is not a valid model identifier"), ConfigError),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), StorageError),
+        (RuntimeError("Data processing error: File error: No space left on device (os error 28)"), StorageError),
+        (OSError("Not enough disk space. Needed: 3 GiB"), StorageError),
     ],
 )
 def test_a_fault_of_the_hub_is_told_by_who_must_act(
@@ -87,9 +93,21 @@ def test_a_fault_of_the_hub_is_told_by_who_must_act(
     outer = OSError("cannot load")
     outer.__cause__ = error
     assert type(describe_hub_error(outer, "the model is not reachable", field="model.path")) is kind
-    # Without a network by choice nothing comes back later.
+    # Without a network by choice nothing comes back later, and a full disk is full all the same.
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
-    assert type(describe_hub_error(outer, "the model is not reachable")) is ConfigError
+    expected = StorageError if kind is StorageError else ConfigError
+    assert type(describe_hub_error(outer, "the model is not reachable")) is expected
+
+
+def test_a_disk_that_fills_up_while_a_data_set_is_read_is_no_fault_of_the_data_set(make_job: MakeJob) -> None:
+    data = make_job("data.source=hub", "data.path=null", "data.dataset=nobody/nothing").data
+    broken = DatasetGenerationError("An error occurred while generating the dataset")
+    broken.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(StorageError, match=r"no space left while writing .*; free some space, .* HF_HOME"),
+        _reaching(data),
+    ):
+        raise broken
 
 
 def test_an_error_keeps_its_field_on_its_way_from_another_process() -> None:

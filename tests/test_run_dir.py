@@ -2,13 +2,19 @@
 
 import errno
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError, StorageError
-from clm_dist.files.atomic import make_dir, read_json, replace_dir, write_json, write_text, writing
+from clm_dist.files.atomic import make_dir, read_json, replace_dir, whole_file, write_json, write_text, writing
 from tests.support.disks import mounted
 from tests.support.runs import metrics_of
 
@@ -34,6 +40,39 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=r"no space left .* run the same command again") as caught:
             write_text(disk / "metrics.jsonl", "x" * 2**20)
         assert caught.value.exit_code == 75
+        assert list(disk.iterdir()) == []
+
+
+def save_safetensors(file: Path, source: Path) -> None:
+    save_file({"a": torch.zeros(2**18)}, file)
+
+
+def save_tokenizer(file: Path, source: Path) -> None:
+    Tokenizer(models.WordLevel({str(i): i for i in range(2**15)}, "0")).save(str(file))
+
+
+def save_numpy(file: Path, source: Path) -> None:
+    with file.open("wb") as opened:
+        np.save(opened, np.zeros(2**17))
+
+
+def copy_tree(file: Path, source: Path) -> None:
+    (source / "tree").mkdir()
+    (source / "tree" / "file").write_bytes(bytes(2**20))
+    try:
+        shutil.copytree(source / "tree", file.parent / "tree")
+    finally:
+        shutil.rmtree(file.parent / "tree")
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_tokenizer, save_numpy, copy_tree])
+def test_a_full_disk_is_told_whatever_library_writes(save: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        with (
+            pytest.raises(StorageError, match=r"no space left while writing .*a.file"),
+            whole_file(disk / "a.file") as part,
+        ):
+            save(part, tmp_path)
         assert list(disk.iterdir()) == []
 
 

@@ -4,13 +4,14 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clm_dist.errors import ConfigError, describe_os_error, first_line
+from clm_dist.errors import ClmDistError, ConfigError, describe_os_error, first_line
 
 UNFINISHED_SUFFIX = ".part"
 """Suffix of files that are not whole yet; their names begin with a dot."""
@@ -34,13 +35,28 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a full or unwritable disk into an error that says so."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch and Arrow raise errors of their own where the disk is full.
-        full = not isinstance(error, OSError) and _is_full(path)
-        described = describe_os_error(OSError(errno.ENOSPC, "full") if full else error, path)
+    except ClmDistError:
+        raise
+    except Exception as error:  # libraries have errors of their own for what the disk says
+        described = describe_os_error(system_error(error, path), path)
         if described is None:
             raise
         raise described from error
+
+
+def system_error(error: BaseException, path: Path) -> BaseException:
+    """The error of the system behind what a library raised while it wrote to `path`; else the error itself."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    # Libraries in Rust and shutil.copytree have the number in their text alone.
+    if found := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error)):
+        number = int(found[1] or found[2])
+        return OSError(number, os.strerror(number))
+    # torch, numpy and Arrow do not have it at all where the disk is full; datasets asks before it writes.
+    is_full = isinstance(error, (OSError, RuntimeError)) and _is_full(path)
+    if is_full or str(error).startswith("Not enough disk space"):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return error
 
 
 def _is_full(path: Path) -> bool:
@@ -52,12 +68,13 @@ def _is_full(path: Path) -> bool:
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write what becomes the file at `path` once it is whole; of what fails nothing is left."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED_SUFFIX}")
-    with writing(path):
-        try:
+    try:
+        # Whether the disk is full is seen before what fills it is removed.
+        with writing(path):
             yield unfinished
             unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def remove_unfinished(directory: Path) -> None:

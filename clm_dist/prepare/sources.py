@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clm_dist.config.data import DataConfig, overlap
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.files.hub_errors import describe_full_disk, describe_hub_error
 from clm_dist.prepare.data_file import DataFile
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import find_files
@@ -226,6 +226,8 @@ class _reaching:  # noqa: N801  # a context manager reads as a verb
         from datasets.exceptions import DatasetGenerationError
 
         dataset = self.data.dataset
+        if error is not None and (full := describe_full_disk(error)):
+            raise full from None
         if isinstance(error, (ValueError, RuntimeError, DatasetGenerationError)):
             # An unknown split or configuration, a data set that is a script, or a broken file.
             cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error

@@ -244,6 +244,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
     assert json.dumps(result, allow_nan=False)
 
 
+def test_a_result_that_cannot_be_written_does_not_hide_why_the_run_failed(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("the ranks disagree")
+
+    def full(*_: Any) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(driver, "fit", fail)
+    monkeypatch.setattr(driver, "write_json", full)
+    with pytest.raises(RunError, match="the ranks disagree"):
+        fit(make_job(), tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed(
     fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path

@@ -1,6 +1,7 @@
 """The driver: starts Ray and the workers, follows the run, and says how it ended."""
 
 import contextlib
+import logging
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ from clm_dist.train.ray.follow import Follower
 from clm_dist.train.ray.trainer import build_trainer, fit
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
+
+logger = logging.getLogger(__name__)
 
 _LEASE_TIMEOUT_S = 180
 
@@ -124,10 +127,10 @@ def _train(
         files = accept_export(job, run) if outcome["status"] == "done" else None
     except WorkersFailedError as failed:
         error = with_first_death(failed, failures_of(run)[num_failures:])
-        write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
+        _write_failed(job, run, manifest, error)
         raise error from failed
     except ClmDistError as error:
-        write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
+        _write_failed(job, run, manifest, error)
         raise
     finally:
         for file in (run.stop, run.save, run.hang, run.uncommitted):
@@ -136,6 +139,14 @@ def _train(
     result = build_result(job, run, manifest, outcome["status"], files=files)
     write_json(run.result, result)
     return result
+
+
+def _write_failed(job: JobConfig, run: RunDir, manifest: Manifest, error: ClmDistError) -> None:
+    """Write the result of a run that failed. What the run failed of counts more than that this cannot be written."""
+    try:
+        write_json(run.result, build_result(job, run, manifest, "failed", str(error)))
+    except ClmDistError as also:
+        logger.warning("%s", also)
 
 
 def _check(

@@ -1,9 +1,10 @@
 """The driver's watch over workers and nodes."""
 
+import contextlib
 import logging
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ClmDistError
+from clm_dist.errors import ClmDistError, StorageError
 from clm_dist.files.atomic import write_text
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
@@ -29,7 +30,9 @@ class WorkerWatch:
         if lost := lost_process():
             raise RayEndedError.because(f"its process {lost} is gone")
         if hang := self._workers.look():
-            write_text(self._run.hang, hang.reason)
+            # On a full disk the workers end without the reason.
+            with contextlib.suppress(StorageError):
+                write_text(self._run.hang, hang.reason)
             self._progress.note(f"{hang.reason}. It is ended, and the workers start again from the last checkpoint")
             for beat in hang.beats:
                 kill_worker(beat.node, beat.pid)
