@@ -1,14 +1,17 @@
 """Whatever is wrong with a job: exit code 2, one message with cause, fix and place, and nothing half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clm_dist.config.load import job_text
+from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob, WriteJob
 from tests.support.command import Said, clm_dist
@@ -176,3 +179,42 @@ def test_commands_on_what_is_no_run(
     job.write_text(job_text(make_job("data.seed=77")))
     said = clm_dist(capsys, monkeypatch, "train", job, "--runs", tmp_path / "runs", "--store", tmp_path / "stores")
     assert (said.code, "run `clm-dist prepare`" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"name": ', '{"status": "done"}'])
+def test_a_damaged_result_is_named_by_each_command(
+    finished_run: RunDir,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    content: str,
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "runs" / "tiny")))
+    run.result.write_text(content)
+    again = "remove it, and the command that wrote it writes it again"
+    for command in (
+        ["run", run.job, "--runs", run.root.parent],
+        ["report", run.root],
+        ["push", run.root],
+        ["generate", run.root, "--prompt", "a"],
+        ["evaluate", run.root],
+    ):
+        said = clm_dist(capsys, monkeypatch, *command)
+        assert said.code == 2
+        assert f"error: {run.result} is damaged: " in said.err
+        assert said.err.endswith(f"; {again}\n")
+
+
+def test_sections_of_a_saved_job_that_are_none_are_named(
+    finished_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "runs" / "tiny")))
+    job = yaml.safe_load(run.job.read_text())
+    job["cluster"]["slurm"] = True
+    run.job.write_text(yaml.safe_dump(job))
+    said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent)
+    assert (said.code, f"{run.job}:" in said.err, "cluster.slurm is True" in said.err) == (2, True, True)
+    job["cluster"]["slurm"], job["model"]["config"] = {}, True
+    run.job.write_text(yaml.safe_dump(job))
+    said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent)
+    assert (said.code, f"{run.job}:" in said.err, "model.config is True" in said.err) == (2, True, True)

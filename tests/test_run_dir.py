@@ -117,7 +117,7 @@ def test_records_end_where_a_crash_cut_the_file(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    for bad in (b"", b'{"a": ', b"\xff"):
+    for bad in (b"", b'{"a": ', b"\xff", b"null", b"[]", b'"a"', b"3"):
         (tmp_path / "hub.json").write_bytes(bad)
         with pytest.raises(ConfigError, match=r"hub.json is damaged: .*; remove it, and the command that wrote it wri"):
             read_json(tmp_path / "hub.json")

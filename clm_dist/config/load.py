@@ -85,8 +85,9 @@ def read_saved_job(path: Path) -> JobConfig:
     if isinstance(cluster, dict):
         cluster.pop("max_restarts", None)  # it is train.max_failures now
         for section, removed in (("slurm", ("conda", "modules")), ("k8s", ("scheduler",))):
-            for key in removed:
-                (cluster.get(section) or {}).pop(key, None)
+            if isinstance(cluster.get(section), dict):
+                for key in removed:
+                    cluster[section].pop(key, None)
     if isinstance(checkpoint, dict) and checkpoint.get("keep") == 1:
         checkpoint["keep"] = 2
     origins = {field: f"{path}:{line}" for field, line in lines.items()}

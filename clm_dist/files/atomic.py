@@ -96,11 +96,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file that clm-dist wrote. Raises ConfigError where it is not JSON."""
+    """The object in a file that clm-dist wrote. Raises ConfigError where it is not one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise damaged(path, first_line(error)) from None
+    if not isinstance(value, dict):
+        raise damaged(path, "it is not a JSON object")
+    return value
 
 
 def damaged(path: Path, reason: str) -> ConfigError:

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import nn
@@ -110,6 +111,10 @@ def _load(path: Path | str, field: str | None, options: dict[str, Any]) -> Any:
             trust_remote_code=False,
             **options,
         )
+    except UnpicklingError:
+        files = ", ".join(map(str, sorted(Path(path).glob("*.bin")))) or "its weights"
+        problem = f"{files} cannot be read as tensors alone, and anything else in it could run code"
+        raise _wrong(path, f"{problem}; get the model as *.safetensors", field) from None
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise_if_passing(error, f"the model {path}")
         raise _wrong(path, f"{_unread(path, error)}; get the model again", field) from error

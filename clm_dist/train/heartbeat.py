@@ -212,7 +212,7 @@ def read_beats(directory: Path) -> list[Beat]:
     """The beats that lie in a directory, by rank."""
     beats = []
     for path in sorted(directory.glob("rank-*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
             content: dict[str, Any] = json.loads(path.read_text())
             beats.append(Beat(**content | {"stack": tuple(content["stack"])}))
     return beats

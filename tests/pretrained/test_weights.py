@@ -233,6 +233,8 @@ def test_a_damaged_bin_file_is_named(change: Change) -> None:
     content = (directory / "pytorch_model.bin").read_bytes()
     (directory / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
     refused(directory, "pytorch_model.bin cannot be read")
+    torch.save({"a": Path("other things than tensors")}, directory / "pytorch_model.bin")
+    refused(directory, r"pytorch_model.bin cannot be read as tensors alone, .*; get the model as \*.safetensors")
 
 
 def test_code_of_a_model_is_never_run(change: Change) -> None:
