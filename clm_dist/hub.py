@@ -122,14 +122,14 @@ def push(
     private = job.hub.private if private is None else private
     state = _state(run) | {"repo": _valid_name(job, repo), "private": private}
     state["pending"] = {"step": step, "path": str(directory), "error": "the push did not end"}
-    write_json(run.hub, state)
+    write_json(run.hub, state, private=True)
     try:
         state["repo"] = full_name = _retrying(lambda: repo_of(job, repo))
         commit, url = _retrying(lambda: _upload(full_name, directory, step, private))
     except Exception as error:  # whatever a push raises, the run's work must be left pending, not lost
         described = error if isinstance(error, ClmDistError) else _describe(error, str(state["repo"]))
         state["pending"]["error"] = str(described)
-        write_json(run.hub, state)
+        write_json(run.hub, state, private=True)
         raise described from error
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     asked = repo or job.hub.repo or job.name
@@ -137,7 +137,7 @@ def push(
         {"repo": full_name, "asked": asked, "step": step, "commit": commit, "url": url, "time": when}
     )
     state["pending"] = None
-    write_json(run.hub, state)
+    write_json(run.hub, state, private=True)
     return url
 
 

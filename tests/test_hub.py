@@ -27,6 +27,7 @@ from clm_dist.run import _push_epoch
 from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import ROOT, MakeJob, WriteJob
 from tests.support.command import clm_dist
+from tests.support.disks import mode
 from tests.support.fake_hub import FakeHub
 
 
@@ -53,6 +54,7 @@ def test_a_pushed_model_comes_back_bit_for_bit_with_its_card(
     said = clm_dist(capsys, monkeypatch, "push", run.root)
     assert said.code == 0
     assert f"pushed to {fake_hub.url}/alice/tiny" in said.out
+    assert mode(run.hub) == 0o600
     saved = tmp_path / "back"
     tokens = in_a_new_process(
         fake_hub,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError, StorageError
 from clm_dist.files.atomic import make_dir, read_json, replace_dir, whole_file, write_json, write_text, writing
-from tests.support.disks import mounted
+from tests.support.disks import mode, mounted
 from tests.support.runs import metrics_of
 
 
@@ -135,3 +135,18 @@ def test_a_directory_replaces_another(tmp_path: Path) -> None:
     replace_dir(tmp_path / "new", tmp_path / "old")
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["new"]
+
+
+def test_what_may_hold_a_secret_is_private_and_the_rest_is_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "public", "1")
+        write_text(tmp_path / "private", "1", private=True)
+        (tmp_path / "old").touch(0o644)
+        write_json(tmp_path / "old", {}, private=True)
+        (tmp_path / "directory").mkdir()
+        make_dir(tmp_path / "directory", private=True)
+    finally:
+        os.umask(before)
+    modes = {path.name: mode(path) for path in tmp_path.iterdir()}
+    assert modes == {"public": 0o640, "private": 0o600, "old": 0o600, "directory": 0o700}

@@ -19,10 +19,16 @@ _FULL_BYTES = 2**20
 """A disk with less is full: a write that failed took what was left, and may have given some of it back."""
 
 
-def make_dir(path: Path) -> Path:
-    """Create a directory. Raises ConfigError where that is not allowed, StorageError where the disk is full."""
+def make_dir(path: Path, *, private: bool = False) -> Path:
+    """Create a directory. Raises ConfigError where that is not allowed, StorageError where the disk is full.
+
+    Args:
+        private: nobody else may look into it, also if it is there with other permissions.
+    """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        if private:
+            path.chmod(0o700)
         # A directory may exist and still refuse files.
         probe = path / f".write-{secrets.token_hex(4)}"
         probe.touch()
@@ -83,16 +89,22 @@ def remove_unfinished(directory: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old content or the new, also after a crash."""
-    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file whole: a reader sees the old content or the new, also after a crash.
+
+    Args:
+        private: nobody else may read it, also if it is there with other permissions; else the umask decides.
+    """
+    with whole_file(path) as unfinished:
+        unfinished.touch(0o600 if private else 0o666)
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", private=private)
 
 
 def read_json(path: Path) -> Any:

@@ -27,8 +27,9 @@ Points = Sequence[tuple[float, float]]
 
 
 def write_page(run: RunDir, result: Result) -> None:
-    """Write `report.html`."""
-    write_text(run.report, render_page(result, read_records(run.metrics), run.job.read_text(encoding="utf-8")))
+    """Write `report.html`, which is as private as the job in it."""
+    page = render_page(result, read_records(run.metrics), run.job.read_text(encoding="utf-8"))
+    write_text(run.report, page, private=True)
 
 
 def render_page(result: Result, records: Sequence[Record], job: str) -> str:

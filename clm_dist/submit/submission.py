@@ -96,7 +96,7 @@ class Submission:
         return f"{self.job_id}_{task}" if self.sweep else str(self.job_id)
 
     def write(self) -> None:
-        write_json(self.root / "submission.json", asdict(self) | {"runs": str(self.runs)})
+        write_json(self.root / "submission.json", asdict(self) | {"runs": str(self.runs)}, private=True)
 
     @classmethod
     def read(cls, root: Path) -> "Submission":

@@ -32,6 +32,9 @@ def export(strategy: Strategy, tokenizer: Path, target: Path) -> None:
             model.config.use_cache = True
             model.save_pretrained(unfinished, state_dict=weights)
             model.config.use_cache = False
+            for file in unfinished.glob("*.safetensors"):
+                # safetensors 0.8 writes for the owner alone, whatever the umask says.
+                file.chmod((unfinished / "config.json").stat().st_mode)
             make_portable(unfinished)
             replace_dir(unfinished, target)
     strategy.barrier()

@@ -21,6 +21,7 @@ from clm_dist.report.compare import comparability, comparison_table
 from clm_dist.report.page import render_page
 from clm_dist.report.table import COLUMNS, change, checkpoint_table, result_table, rows
 from tests.support.command import clm_dist
+from tests.support.disks import mode
 from tests.support.runs import checkpoints_of
 
 
@@ -139,7 +140,7 @@ def test_report_writes_the_page_and_compares_runs(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = clm_dist(capsys, monkeypatch, "report", run.root)
-    assert (said.code, run.report.is_file()) == (0, True)
+    assert (said.code, mode(run.report)) == (0, 0o600)
     assert "baseline" in said.out
     other = RunDir(tmp_path / "other")
     other.root.mkdir()
@@ -167,7 +168,7 @@ def test_a_run_with_a_damaged_or_missing_file(
     again = "; remove it, and the command that wrote it writes it again\n"
     for text, reason in (
         ("{", "Expecting property name"),
-        ("[]", "Input should be a valid dictionary"),
+        ("[]", "it is not a JSON object"),
         (json.dumps({k: v for k, v in result.items() if k != "train"}), "train: Field required"),
         (json.dumps(result | {"baseline": {"step": 0}}), "baseline.epoch: Field required"),
     ):

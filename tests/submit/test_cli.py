@@ -1,6 +1,7 @@
 """`clm-dist submit slurm` and `cancel`: what is queued, what is refused, and what a person is told."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 
 from clm_dist.config.load import job_text, load_job
 from clm_dist.errors import ConfigError
-from clm_dist.files.atomic import write_json
+from clm_dist.files.run_dir import RunDir
 from clm_dist.submit.slurm import backend
 from clm_dist.submit.slurm.backend import local_places
 from clm_dist.submit.submission import Submission
+from tests.support.disks import mode
 from tests.support.fakes import Commands, FakeSlurm, request_of, submission
 
 
@@ -31,6 +33,17 @@ def test_a_submission_leaves_job_and_script_and_says_its_number(commands: Comman
     assert (job.train.seed, job.cluster.slurm.time, job.cluster.slurm.gpus_per_node) == (7, "2:00:00", 4)
     one = Submission.read(files)
     assert (one.job_id, one.prepare_id, one.run_names, one.sweep) == ("101", None, ("tiny",), False)
+
+
+def test_nobody_else_may_read_what_is_submitted(commands: Commands) -> None:
+    files = commands.files()
+    files.mkdir(parents=True)
+    for name in ("job.yaml", "script", "prepare-script"):
+        (files / name).touch(0o666)
+    assert commands.submit("--prepare-first").code == 0
+    modes = {path.name: mode(path) for path in files.iterdir() if path.is_file()}
+    assert modes == dict.fromkeys(("job.yaml", "script", "prepare-script", "submission.json"), 0o600)
+    assert mode(files) == 0o700
 
 
 def test_a_dry_run_prints_what_is_submitted_and_asks_nobody(commands: Commands, slurm: FakeSlurm) -> None:
@@ -129,27 +142,28 @@ def test_a_second_submission_of_a_queued_run_is_refused(commands: Commands, slur
     assert commands.submit().out.startswith("submitted tiny as job 103")
 
 
-def finish(commands: Commands, slurm: FakeSlurm) -> Path:
+def finish(commands: Commands, slurm: FakeSlurm, finished_run: RunDir) -> Path:
     """A run that is done, and of which Slurm knows nothing any more."""
     commands.submit()
     slurm.forget(101)
     run = commands.runs / "tiny"
-    run.mkdir()
+    shutil.copytree(finished_run.root, run)
     (run / "job.yaml").write_text(job_text(load_job(commands.job).config))
-    write_json(run / "result.json", {"name": "tiny", "status": "done"})
     return run
 
 
-def test_a_run_that_is_done_is_refused_and_stays(commands: Commands, slurm: FakeSlurm) -> None:
-    run = finish(commands, slurm)
+def test_a_run_that_is_done_is_refused_and_stays(commands: Commands, slurm: FakeSlurm, finished_run: RunDir) -> None:
+    run = finish(commands, slurm, finished_run)
     said = commands.submit()
     assert said.code == 2
     assert f"the run {run} is done already; start it again with --overwrite, or make another run" in said.err
     assert (len(slurm.calls("sbatch")), (run / "result.json").exists()) == (1, True)
 
 
-def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(commands: Commands, slurm: FakeSlurm) -> None:
-    run = finish(commands, slurm)
+def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(
+    commands: Commands, slurm: FakeSlurm, finished_run: RunDir
+) -> None:
+    run = finish(commands, slurm, finished_run)
     slurm.refuse("sbatch", "sbatch: error: no", call=2)
     assert commands.submit("--overwrite").code == 2
     assert (run / "result.json").exists()
@@ -162,9 +176,9 @@ def test_overwrite_removes_the_run_once_sbatch_has_taken_the_job(commands: Comma
 
 
 def test_a_run_that_cannot_be_removed_takes_its_new_job_with_it(
-    commands: Commands, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    commands: Commands, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, finished_run: RunDir
 ) -> None:
-    finish(commands, slurm)
+    finish(commands, slurm, finished_run)
     slurm.job(102, "JobState=PENDING Reason=JobHeldUser")
 
     def fail(job: object, run: object) -> None:
@@ -177,8 +191,8 @@ def test_a_run_that_cannot_be_removed_takes_its_new_job_with_it(
     assert not [call for call in slurm.calls("scontrol") if call[0] == "release"]
 
 
-def test_a_run_with_another_job_goes_on_with_resume(commands: Commands, slurm: FakeSlurm) -> None:
-    finish(commands, slurm)
+def test_a_run_with_another_job_goes_on_with_resume(commands: Commands, slurm: FakeSlurm, finished_run: RunDir) -> None:
+    finish(commands, slurm, finished_run)
     said = commands.submit("--set", "train.epochs=9")
     assert "exists with another job (different: train.epochs)" in said.err
     assert commands.submit("--set", "train.epochs=9", "--resume").code == 0
@@ -281,9 +295,9 @@ def test_one_run_of_a_sweep_is_cancelled_alone(commands: Commands, slurm: FakeSl
 
 
 def test_a_job_that_fails_at_once_is_not_taken_for_the_run_that_it_goes_on_with(
-    commands: Commands, slurm: FakeSlurm
+    commands: Commands, slurm: FakeSlurm, finished_run: RunDir
 ) -> None:
-    run = finish(commands, slurm)
+    run = finish(commands, slurm, finished_run)
     os.utime(run / "result.json", (1, 1))
     commands.submit("--set", "train.epochs=9", "--resume")
     slurm.job(102, "JobState=FAILED Reason=NonZeroExitCode ExitCode=2:0")

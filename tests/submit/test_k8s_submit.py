@@ -9,7 +9,9 @@ import pytest
 from clm_dist.errors import SubmitError
 from clm_dist.submit.k8s import made
 from clm_dist.submit.k8s.kubectl import Kubectl
+from clm_dist.submit.submission import submitted_dir
 from tests.support.clusters import RAY_JOB, Kubernetes, KubernetesCommands
+from tests.support.disks import mode
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +45,13 @@ def test_pods_that_still_save_are_waited_for(
     assert said.code == 2
     assert "kubectl describe pod tiny-stuck --namespace=default" in said.err.replace("\n", " ")
     assert "rayjobs/tiny" not in kubernetes.names()
+
+
+def test_nobody_else_may_read_what_is_remembered(kubernetes: Kubernetes, k8s_commands: KubernetesCommands) -> None:
+    assert k8s_commands.submit().code == 0
+    files = submitted_dir(k8s_commands.runs, "tiny")
+    assert {path.name: mode(path) for path in files.iterdir()} == {"job.yaml": 0o600, "submission.json": 0o600}
+    assert mode(files) == 0o700
 
 
 def test_a_job_that_is_being_deleted_is_waited_for(

@@ -1,6 +1,7 @@
-"""Small disks of their own, which a test fills or makes read-only."""
+"""Small disks of their own, which a test fills or makes read-only; permissions of files."""
 
 import contextlib
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,3 +19,8 @@ def mounted(disk: Path, options: str) -> Iterator[Path]:
         yield disk
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def mode(path: Path) -> int:
+    """The permissions of a file or a directory."""
+    return stat.S_IMODE(path.stat().st_mode)

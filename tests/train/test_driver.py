@@ -25,7 +25,7 @@ from clm_dist.progress import Silent
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster, _check_resources
 from tests.conftest import MakeJob
-from tests.support.disks import mounted
+from tests.support.disks import mode, mounted
 from tests.support.notes import Notes
 from tests.support.runs import checkpoints_of, metrics_of, saved_steps
 from tests.support.training import losses_of, train_one
@@ -64,6 +64,8 @@ def test_a_run_leaves_what_the_design_promises(
     assert [result["baseline"]["step"], *(e["step"] for e in result["evals"])] == [0, 12, 24]
     assert result["final"] == result["evals"][-1]
     assert result["final"]["loss"] < result["baseline"]["loss"]
+    private = {path for path in run.root.rglob("*") if path.is_file() and not mode(path) & 0o044}
+    assert private == {run.job}
     assert {path.name for path in run.final.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert not (run.root / "final.unverified").exists()
     assert saved_steps(run) == [22, 24]

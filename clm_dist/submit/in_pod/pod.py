@@ -54,7 +54,7 @@ class Pod:
         """Add a line to the submission's log of this pod, and to the pod's own log."""
         print(f"{now()} {text}", flush=True)
         with contextlib.suppress(OSError):  # a full or absent disk ends nothing
-            self.nodes.mkdir(parents=True, exist_ok=True)
+            self.nodes.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.nodes / f"{self.name}.log").open("a", encoding="utf-8") as log:
                 log.write(f"{now()} {text}\n")
 

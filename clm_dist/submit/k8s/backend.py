@@ -115,8 +115,8 @@ class K8sBackend:
 
     def submit(self, launch: Launch) -> Submission:
         kubectl, submission = launch.kubectl, launch.submission
-        make_dir(submission.root)
-        write_text(submission.files(0).job, job_text(launch.job))
+        make_dir(submission.root, private=True)
+        write_text(submission.files(0).job, job_text(launch.job), private=True)
         for found in made.jobs_named(kubectl, submission.name):
             made.delete_and_wait(kubectl, found)
         made.wait_for_pods(kubectl, submission.name)

@@ -70,16 +70,18 @@ class SlurmBackend:
 
     def submit(self, launch: Launch) -> Submission:
         jobs, submission = launch.jobs, launch.submission
+        # Logs of Ray are kept in it, and they hold environments.
+        make_dir(submission.root, private=True)
         for task, job in enumerate(jobs):
             run_files = submission.files(task)
             make_dir(run_files.nodes)
-            write_text(run_files.job, job_text(job))
-        write_text(submission.script, render_run(jobs[0], launch.request))
+            write_text(run_files.job, job_text(job), private=True)
+        write_text(submission.script, render_run(jobs[0], launch.request), private=True)
         # A run that is overwritten stays until sbatch has accepted the job, and is removed before the job starts.
         prepare_id, options = None, ["--hold"] if launch.overwrite else []
         if launch.prepare_first:
             prepare_script = submission.root / "prepare-script"
-            write_text(prepare_script, render_prepare(jobs[0], launch.request))
+            write_text(prepare_script, render_prepare(jobs[0], launch.request), private=True)
             prepare_id = commands.submit_script(prepare_script)
             own = jobs[0].cluster.slurm.options.get("dependency")
             dependencies = [f"afterok:{prepare_id}", *([str(own)] if own else [])]

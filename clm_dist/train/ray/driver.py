@@ -233,7 +233,7 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     checkpoints.check_access()
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
-    write_text(run.job, job_text(job))
+    write_text(run.job, job_text(job), private=True)
     if run.metrics.exists():
         # What a full disk or a kill left of a record is named here, where a person reads it.
         append_records(run.metrics, [])
