@@ -102,7 +102,14 @@ def left(place: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "kept"), [(RunError("r"), True), (NotReadyError("n"), True), (KeyboardInterrupt(), False), (DataError("d"), False), (None, False)]
+    ("error", "kept"),
+    [
+        (RunError("r"), True),
+        (NotReadyError("n"), True),
+        (KeyboardInterrupt(), False),
+        (DataError("d"), False),
+        (None, False),
+    ],
 )
 def test_its_logs_are_kept_where_they_may_tell_why_a_run_failed(
     no_ray: list[dict[str, Any]], tmp_path: Path, error: BaseException | None, kept: bool
