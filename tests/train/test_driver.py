@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from clm_dist.config.job import ClusterConfig, JobConfig
@@ -231,6 +234,41 @@ def test_a_driver_does_not_wait_for_ever_for_the_one_before_it(tmp_path: Path, m
         driver._only_driver(RunDir(tmp_path / "run"), Silent()),
     ):
         pass
+
+
+_HOLDER = """
+import sys, time
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+group = ray.util.placement_group([{"CPU": float(sys.argv[2])}], name="theirs")
+ray.get(group.ready())
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_whose_cpus_another_holds_is_named_and_tried_again(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
+) -> None:
+    address, num_cpus = ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"]
+    command = [sys.executable, "-c", _HOLDER, address, str(num_cpus)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "holds\n"
+    words = (
+        f"cluster.workers 1 x 1 CPU need 1, and 0 of {num_cpus:g} in the Ray cluster are free; the others are held by "
+        f"placement group theirs ({num_cpus:g} CPU)"
+    )
+    progress = Notes()
+    try:
+        with pytest.raises(NotReadyError) as ended:
+            fit(make_job("train.start_timeout_s=30"), tmp_path / "run", progress=progress)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert f"no worker began to train within train.start_timeout_s (30 s): {words}" in str(ended.value)
+    assert ended.value.exit_code == 75
+    assert f"Waiting for resources: {words}, for 30 s at most (train.start_timeout_s)" in progress.notes
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(

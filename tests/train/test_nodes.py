@@ -30,6 +30,8 @@ class Fakes:
         monkeypatch.setattr(nodes, "alive_nodes", lambda: dict(self.alive))
         monkeypatch.setattr(nodes, "draining_nodes", lambda: dict(self.draining))
         monkeypatch.setattr(nodes, "this_node", lambda: OWN)
+        self.held: str | None = None
+        monkeypatch.setattr(nodes, "describe_holders", lambda cluster, gpus_each: self.held)
         monkeypatch.setattr(nodes, "tell_of_other_nodes", self._tell)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "time", lambda: self.now)
@@ -158,3 +160,44 @@ def test_elastic_workers_wait_for_the_fewest_alone_and_tell_ray_train_of_nodes(d
     driver.fakes.alive[OTHER] = {"CPU": 1.0}
     driver.look()
     assert driver.fakes.told == 2
+
+
+def test_who_holds_the_resources_is_said_soon_and_when_it_changes(drive: Callable[..., Driver]) -> None:
+    driver = drive(*TWO_WORKERS, "train.start_timeout_s=60")
+    # For a moment, as in every start.
+    driver.fakes.held = "2 needed, 0 free, held by a"
+    for _ in range(6):
+        driver.look()
+    driver.fakes.held = None
+    for _ in range(6):
+        driver.look()
+    assert driver.notes.notes == []
+    for held in ("2 needed, 0 free, held by a", "2 needed, 1 free, held by b"):
+        driver.fakes.held = held
+        for _ in range(12):
+            driver.look()
+    most = ", for 60 s at most (train.start_timeout_s)"
+    waits = [f"Waiting for resources: 2 needed, {held}{most}" for held in ("0 free, held by a", "1 free, held by b")]
+    assert driver.notes.notes == waits
+    with pytest.raises(NotReadyError, match=r"start_timeout_s \(60 s\): 2 needed, 1 free, held by b\. ") as ended:
+        driver.look(after_s=60)
+    assert ended.value.exit_code == 75
+    # Workers that have their place and load their model wait for nobody.
+    driver.fakes.held = None
+    for _ in range(2):
+        with pytest.raises((NotReadyError, RunError)):
+            driver.look(after_s=6)
+    with pytest.raises(RunError, match="may be in use"):
+        driver.look(after_s=61)
+
+
+def test_a_ray_that_does_not_say_who_holds_what_does_not_prolong_the_wait(
+    drive: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    driver = drive(*TWO_WORKERS, "train.start_timeout_s=60")
+    monkeypatch.setattr(nodes, "describe_holders", fail)
+    with pytest.raises(RunError, match="may be in use"):
+        driver.look(after_s=61)

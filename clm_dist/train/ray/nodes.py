@@ -1,5 +1,6 @@
-"""The driver's watch over nodes that are drained, lost, or not there yet."""
+"""The driver's watch over nodes that are drained, lost, or not there yet, or whose resources others hold."""
 
+import logging
 import time
 from collections.abc import Set
 
@@ -14,9 +15,14 @@ from clm_dist.train.ray.cluster import (
     find_shortage,
     this_node,
 )
+from clm_dist.train.ray.holders import describe_holders
 from clm_dist.train.ray.private import draining_nodes, tell_of_other_nodes
 
+logger = logging.getLogger(__name__)
+
 _INTERVAL_S = 1.0
+_HOLDERS_S = 5.0
+"""How often Ray is asked who holds what the workers wait for."""
 _SAVE_BEFORE_S = 15.0
 """How long before a node is taken away the second checkpoint is saved."""
 
@@ -33,6 +39,9 @@ class NodeWatch:
         self._saves: list[float] = []
         self._worked = time.monotonic()
         self._waits = False
+        self._asked = time.monotonic()
+        self._held: str | None = None
+        self._told: str | None = None
 
     def look(self, used: Set[str]) -> None:
         """Do what is to be done now.
@@ -54,7 +63,8 @@ class NodeWatch:
         self._alive, self._used = alive.keys(), used or self._used
         self._heed_drains(draining, used)
         if used:
-            self._worked, self._waits = time.monotonic(), False
+            self._worked = self._asked = time.monotonic()
+            self._waits, self._held, self._told = False, None, None
         else:
             self._wait([resources for node, resources in alive.items() if node not in draining])
 
@@ -78,14 +88,33 @@ class NodeWatch:
     def _wait(self, nodes: list[dict[str, float]]) -> None:
         timeout_s = self._job.train.start_timeout_s
         shortage = find_shortage(self._job.cluster, self._cluster.num_gpus_per_worker, nodes)
+        most = "" if timeout_s is None else f", for {timeout_s:g} s at most (train.start_timeout_s)"
         if shortage and not self._waits:
             self._waits = True
-            most = "" if timeout_s is None else f", for {timeout_s:g} s at most (train.start_timeout_s)"
             self._progress.note(f"Waiting for nodes: {shortage.describe()}{most}")
+        if not shortage:
+            self._ask_for_holders(most)
         if timeout_s is not None and time.monotonic() - self._worked > timeout_s:
-            why = shortage.describe() if shortage else "the resources of the Ray cluster may be in use"
-            # Under a scheduler the same job may get other nodes.
-            raise (NotReadyError if expected_nodes() else RunError)(
+            held = None if shortage else self._told
+            why = shortage.describe() if shortage else held or "the resources of the Ray cluster may be in use"
+            # Under a scheduler the same job may get other nodes, and others may end.
+            raise (NotReadyError if expected_nodes() or held else RunError)(
                 f"no worker began to train within train.start_timeout_s ({timeout_s:g} s): {why}. The committed "
                 "checkpoints are whole; the same command goes on from the last"
             )
+
+    def _ask_for_holders(self, most: str) -> None:
+        """Tell who holds what the workers wait for, where it stays so, and again when it changes."""
+        if time.monotonic() - self._asked < _HOLDERS_S:
+            return
+        self._asked = time.monotonic()
+        before, self._held = self._held, None
+        try:
+            self._held = describe_holders(self._job.cluster, self._cluster.num_gpus_per_worker)
+        except Exception as error:  # Ray may be away for a moment; the wait must end all the same
+            logger.debug("Ray did not say who holds its resources", exc_info=error)
+        if not self._held and not before:
+            self._told = None
+        if self._held and before and self._held != self._told:
+            self._told = self._held
+            self._progress.note(f"Waiting for resources: {self._held}{most}")
