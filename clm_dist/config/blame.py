@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.schema import section_of
+from clm_dist.config.shown import shown
 
 
 def describe_problem(error: dict[str, Any]) -> tuple[tuple[str, ...], str]:
@@ -21,11 +22,11 @@ def describe_problem(error: dict[str, Any]) -> tuple[tuple[str, ...], str]:
         valid = list(_model_at(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
-        return (field,), f"unknown key {field}; {advice}"
+        return (field,), f"unknown key {shown(field)}; {advice}"
     if error["type"] == "missing":
         return (field,), f"{field} is missing; add it to the job file"
     problem = str(error["msg"][0]).lower() + str(error["msg"][1:])
-    return (field,), f"{field} is {shortened(repr(error['input']))}: {problem}"
+    return (field,), f"{field} is {shown(repr(error['input']))}: {problem}"
 
 
 def _known_prefix(location: Sequence[str]) -> str:
@@ -57,7 +58,3 @@ def where_set(origins: Mapping[str, str], field: str) -> str | None:
             return origins[field]
         field = field.rpartition(".")[0]
     return None
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from clm_dist.config.section import MOST, Section, Seed, wrong
+from clm_dist.config.shown import shown
 
 
 class Template(NamedTuple):
@@ -87,8 +88,8 @@ class DataConfig(Section):
         if name is not None and not _is_text_encoding(name):
             raise wrong(
                 "data.encoding",
-                f"data.encoding {name!r} is not an encoding of text that Python knows; name one, such as utf-16, "
-                "latin-1 or cp1252, or null for UTF-8",
+                f"data.encoding {shown(repr(name))} is not an encoding of text that Python knows; name one, such as "
+                "utf-16, latin-1 or cp1252, or null for UTF-8",
             )
         return name
 
@@ -96,7 +97,7 @@ class DataConfig(Section):
     @classmethod
     def _delimiter_is_one_character(cls, value: str | None) -> str | None:
         if value is not None and (len(value) != 1 or not value.isascii() or value in '"\r\n\0'):
-            problem = f"data.delimiter {value!r} is not one ASCII character that can be between fields"
+            problem = f"data.delimiter {shown(repr(value))} is not one ASCII character that can be between fields"
             raise wrong("data.delimiter", f'{problem}; write one, such as ";", "|" or, in double quotes, "\\t"')
         return value
 
@@ -134,7 +135,9 @@ class DataConfig(Section):
             raise wrong("data.min_score", problem, "data.score")
         literals, paths = self.text_template
         if "{" in self.text and (not all(paths) or any(c in literal for literal in literals for c in "{}")):
-            raise wrong("data.text", f"data.text {self.text!r} is no template such as '{{title}}: {{answers.text}}'")
+            raise wrong(
+                "data.text", f"data.text {shown(repr(self.text))} is no template such as '{{title}}: {{answers.text}}'"
+            )
         return self
 
     @model_validator(mode="after")

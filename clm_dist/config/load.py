@@ -15,15 +15,17 @@ import yaml
 from pydantic import ValidationError
 
 from clm_dist.config import yaml_text
-from clm_dist.config.blame import describe_problem, shortened, where_set
+from clm_dist.config.blame import describe_problem, where_set
 from clm_dist.config.job import JobConfig
 from clm_dist.config.paths import local_path
+from clm_dist.config.shown import shown
 from clm_dist.errors import ConfigError, first_line
 
 # What YAML raises over a text that a person wrote, also for numbers of thousands of digits and nesting of thousands of
 # levels.
 _MALFORMED = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 _MOST_BYTES = 1 << 20
+_PATH_MAX = 4096
 # What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
 _NOT_COMPUTED: Mapping[str, Any] = {
     **dict.fromkeys(("cluster", "hub", "tracking"), True),
@@ -61,7 +63,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         origins |= {field: f"{file}:{line}" for field, line in lines.items()}
     for override in overrides:
         field, equals, _ = override.partition("=")
-        place = f"--set {shortened(override)}"
+        place = f"--set {shown(override)}"
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", field):
             raise ConfigError(
                 f"{place}: write it as section.field=value, for example --set train.epochs=1; a list is set as a "
@@ -126,7 +128,7 @@ def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, i
             return chain[::-1]
         named_by = f"{path}:{lines['extends']}: extends: "
         if not isinstance(base, str):
-            raise ConfigError(f"{named_by}must be the name of one job file, not {base!r}")
+            raise ConfigError(f"{named_by}must be the name of one job file, not {shown(repr(base))}")
         path = Path(os.path.normpath(path.parent / base))
 
 
@@ -140,12 +142,12 @@ def _read(path: Path, named_by: str) -> str:
             raise ConfigError(f"{named_by}{path} has {about.st_size:,} bytes, and a job file at most {_MOST_BYTES:,}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{named_by}there is no job file {path}") from None
+        raise ConfigError(f"{named_by}there is no job file {shown(str(path), _PATH_MAX)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file: {error.reason} at byte {error.start}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(f"{named_by}cannot read the job file {shortened(str(path))}: {reason}") from None
+        raise ConfigError(f"{named_by}cannot read the job file {shown(str(path))}: {reason}") from None
 
 
 def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -258,4 +260,4 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return getattr(error, "problem", None) or first_line(error)
+    return shown(getattr(error, "problem", None) or first_line(error))

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from clm_dist.config.shown import shown
 from clm_dist.errors import ConfigError, first_line
 
 
@@ -18,8 +19,7 @@ def local_path(path: str, name: str) -> Path:
             local.stat()
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        shown = path if len(path) <= 80 else f"{path[:80]}..."
-        raise ConfigError(f"{name} {shown} cannot be used as a path: {reason}; name another") from None
+        raise ConfigError(f"{name} {shown(path, 80)} cannot be used as a path: {reason}; name another") from None
     return local
 
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from clm_dist.config.section import MOST, Count, Section, without_removed, wrong
+from clm_dist.config.shown import shown
 
 _OWN_OPTIONS = {
     "account": "account",
@@ -98,10 +99,12 @@ def _gpus_in_gres(gres: object) -> int:
         if gpus := _GRES_GPU.fullmatch(item):
             found += int(gpus[1] or 1)
         elif re.match(r"(gres[/:])?gpu\b", item):
-            problem = f"{item} is not understood; write gres=gpu:2, or gres=gpu:a100:2 for GPUs of a type"
+            problem = f"{shown(item)} is not understood; write gres=gpu:2, or gres=gpu:a100:2 for GPUs of a type"
             raise PydanticCustomError("option", problem)
         elif re.match(r"(gres[/:])?(mps|shard)\b", item):
-            problem = f"{item} is a share of a GPU, and a worker takes a whole one; write gres=gpu:1, or gpus_per_node"
+            problem = (
+                f"{shown(item)} is a share of a GPU, and a worker takes a whole one; write gres=gpu:1, or gpus_per_node"
+            )
             raise PydanticCustomError("option", problem)
     return found
 
@@ -160,7 +163,8 @@ class SlurmPart(Section):
             if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
                 raise PydanticCustomError(
                     "option",
-                    f"{name!r} is not a long option of sbatch; write it without leading dashes, as in mail-user",
+                    f"{shown(repr(name))} is not a long option of sbatch; write it without leading dashes, as in "
+                    "mail-user",
                 )
             if isinstance(value, str):
                 _one_line(value)

@@ -30,6 +30,14 @@ class _Words:
 
 
 class _Loader(_Words, yaml.SafeLoader):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, IndexError, KeyError):  # from PyYAML, where a written tag does not fit its value
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"found a value that {tag} does not fit"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
