@@ -72,7 +72,7 @@ def train_rank(rank: int, world_size: int, job: JobConfig, root: Path, store: Pa
 
 
 def figures_of(run: RunDir) -> Figures:
-    records = read_records(run.metrics)
+    records = list(read_records(run.metrics))
     # The last save has no step after it that could be held up.
     saves = [r for r in records if r["kind"] == "checkpoint"][:-1]
     quiet = [r["seconds"] for r in records if r["kind"] == "step" and r["step"] % EVERY == 0]

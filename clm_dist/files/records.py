@@ -7,17 +7,20 @@ and type checkers narrow a `Record` by it. `step` is the number of steps that we
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NotRequired, TypedDict
 
 from clm_dist.errors import ConfigError
-from clm_dist.files.atomic import write_text, writing
+from clm_dist.files.atomic import whole_file, writing
 from clm_dist.metrics import EvalFigures
 
 logger = logging.getLogger(__name__)
 
 _TAIL_BYTES = 2**16
+# As they are written; a quote inside of a text has a backslash before it.
+_START, _STEP = b'"kind": "start"', b'"kind": "step"'
 
 
 class StartRecord(TypedDict):
@@ -158,21 +161,34 @@ Record = (
 )
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics file; a last line that a crash cut short is skipped.
+def read_records(path: Path, *, last_steps: int | None = None) -> Iterator[Record]:
+    """The records of a metrics file, one after the other; a last line that a crash cut short is skipped.
+
+    Args:
+        last_steps: only this many of the records of steps, the last ones, which come after all others. Those before
+            them are not parsed, because a long run has hundreds of thousands.
 
     Raises:
         ConfigError: another line is not a record; the message names it.
     """
-    if not path.exists():
-        return []
-    lines = _whole_lines(path.read_bytes())
-    return [_parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    steps: deque[tuple[int, bytes]] = deque(maxlen=last_steps)
+    with file:
+        for number, line in enumerate(_whole_lines(file), 1):
+            if last_steps is not None and _STEP in line:
+                steps.append((number, line))
+            else:
+                yield _parse_record(line, f"{path}:{number}")
+    for number, line in steps:
+        yield _parse_record(line, f"{path}:{number}")
 
 
-def _whole_lines(content: bytes) -> list[bytes]:
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines that are whole: each ends with a newline, so what follows the last one is a fragment or nothing."""
-    return content.split(b"\n")[:-1]
+    return (line for line in file if line.endswith(b"\n"))
 
 
 class RecordReader:
@@ -186,7 +202,8 @@ class RecordReader:
                 self._inode, self._position = os.fstat(file.fileno()).st_ino, _end_of_records(file)
 
     def new(self) -> tuple[list[Record], bool]:
-        """The records since the last call, and whether they are the whole file, because it was written anew.
+        """The records since the last call, and whether the file was written anew; then they are the last start of
+        workers, for which it was, and what follows.
 
         Raises:
             ConfigError: a line is not a record.
@@ -198,14 +215,24 @@ class RecordReader:
             return [], False
         with file:
             inode = os.fstat(file.fileno()).st_ino
-            is_whole = inode != self._inode
-            if is_whole:
-                self._inode, self._position = inode, 0
+            is_new = inode != self._inode
+            if is_new:
+                self._inode, self._position = inode, _last_start(file)
             file.seek(self._position)
-            lines = _whole_lines(file.read())
+            lines = list(_whole_lines(file))
         records = [_parse_record(line, str(self._path)) for line in lines]
-        self._position += sum(len(line) + 1 for line in lines)
-        return records, is_whole
+        self._position += sum(map(len, lines))
+        return records, is_new
+
+
+def _last_start(file: BinaryIO) -> int:
+    """The place of the last record of a start; 0 where there is none."""
+    found = place = 0
+    for line in _whole_lines(file):
+        if _START in line:
+            found = place
+        place += len(line)
+    return found
 
 
 def _parse_record(line: bytes, where: str) -> Record:
@@ -229,9 +256,7 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
         if fragment := file.seek(0, os.SEEK_END) - end:
             logger.warning("%s ends in the middle of a record, whose %d bytes are cut off", path, fragment)
             file.truncate(end)
-        file.write(_lines(records).encode())
-        file.flush()
-        os.fsync(file.fileno())
+        _write(file, records)
 
 
 def _end_of_records(file: BinaryIO) -> int:
@@ -245,10 +270,13 @@ def _end_of_records(file: BinaryIO) -> int:
     return 0
 
 
-def replace_records(path: Path, records: Sequence[Record]) -> None:
+def replace_records(path: Path, records: Iterable[Record]) -> None:
     """Write the file anew, in one step: a process that follows it sees the old records or these."""
-    write_text(path, _lines(records))
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        _write(file, records)
 
 
-def _lines(records: Sequence[Record]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+def _write(file: BinaryIO, records: Iterable[Record]) -> None:
+    file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+    file.flush()
+    os.fsync(file.fileno())

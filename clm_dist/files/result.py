@@ -14,7 +14,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import damaged, read_json
 from clm_dist.files.blocks import Manifest
-from clm_dist.files.records import EvalRecord, read_records
+from clm_dist.files.records import EvalRecord, StartRecord, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
 
@@ -99,12 +99,19 @@ def build_result(
     files: dict[str, str] | None = None,
 ) -> Result:
     """The content of result.json, from the run's metrics."""
-    records = read_records(run.metrics)
-    steps = [r for r in records if r["kind"] == "step"]
-    starts = [r for r in records if r["kind"] == "start"]
-    evals = [_figures(r) for r in records if r["kind"] == "eval"]
-    seconds = sum(r["seconds"] for r in steps)
-    tokens = sum(r["tokens"] for r in steps)
+    starts: list[StartRecord] = []
+    evals: list[EvalFigures] = []
+    last_step = tokens = 0
+    seconds = 0.0
+    for record in read_records(run.metrics):
+        if record["kind"] == "step":
+            last_step = record["step"]
+            tokens += record["tokens"]
+            seconds += record["seconds"]
+        elif record["kind"] == "start":
+            starts.append(record)
+        elif record["kind"] == "eval":
+            evals.append(_figures(record))
     result: Result = {
         "name": job.name,
         "status": status,
@@ -112,7 +119,7 @@ def build_result(
         "evals": [e for e in evals if e["step"] > 0],
         "final": evals[-1] if evals and status == "done" else None,
         "train": {
-            "steps": steps[-1]["step"] if steps else 0,
+            "steps": last_step,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_s": tokens / seconds if seconds else None,

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from clm_dist.files.atomic import write_text
 from clm_dist.files.records import Record, read_records
@@ -32,11 +32,15 @@ def write_page(run: RunDir, result: Result) -> None:
     write_text(run.report, page, private=True)
 
 
-def render_page(result: Result, records: Sequence[Record], job: str) -> str:
+def render_page(result: Result, records: Iterable[Record], job: str) -> str:
     """The page's HTML."""
-    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "step"]
-    evals = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]
-    speed = [(r["step"], r["tokens_per_s"]) for r in records if r["kind"] == "step"]
+    train, evals, speed = [], [], []
+    for record in records:
+        if record["kind"] == "step":
+            train.append((record["step"], record["loss"]))
+            speed.append((record["step"], record["tokens_per_s"]))
+        elif record["kind"] == "eval":
+            evals.append((record["step"], record["loss"]))
     name = html.escape(result["name"])
     figures = result["train"]
     body = [

@@ -3,14 +3,16 @@
 import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from clm_dist.files.records import Record
+from clm_dist.files.records import Record, StartRecord, StepRecord
 
 MARK = "clm-dist training: "
 """Begins the text of a line that is for programs."""
-_RECENT_STEPS = 50
+RECENT_STEPS = 50
+"""Steps of which the time that is left is estimated."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,21 @@ class Training:
     """Estimated from the last steps; does not include evaluations."""
 
     @classmethod
-    def of_records(cls, records: Sequence[Record]) -> "Training | None":
+    def of_records(cls, records: Iterable[Record]) -> "Training | None":
         """From the records of a run, or those that `recent` keeps; None if no worker has begun."""
-        starts = [record for record in records if record["kind"] == "start"]
-        steps = [record for record in records if record["kind"] == "step"]
-        if not starts:
+        start: StartRecord | None = None
+        steps: list[StepRecord] = []
+        for record in recent(records):
+            if record["kind"] == "start":
+                start = record
+            elif record["kind"] == "step":
+                steps.append(record)
+        if start is None:
             return None
-        num_steps = starts[-1]["num_steps"]
+        num_steps = start["num_steps"]
         if not steps:
-            return cls(starts[-1]["step"], num_steps)
-        each = statistics.median(record["seconds"] for record in steps[-_RECENT_STEPS:])
+            return cls(start["step"], num_steps)
+        each = statistics.median(record["seconds"] for record in steps)
         step = steps[-1]["step"]
         return cls(step, num_steps, steps[-1]["loss"], (num_steps - step) * each)
 
@@ -55,8 +62,13 @@ class Training:
         return found
 
 
-def recent(records: Sequence[Record]) -> list[Record]:
+def recent(records: Iterable[Record]) -> list[Record]:
     """The records that say how far a run is: the last start and the last steps."""
-    starts = [record for record in records if record["kind"] == "start"]
-    steps = [record for record in records if record["kind"] == "step"]
-    return [*starts[-1:], *steps[-_RECENT_STEPS:]]
+    starts: deque[Record] = deque(maxlen=1)
+    steps: deque[Record] = deque(maxlen=RECENT_STEPS)
+    for record in records:
+        if record["kind"] == "start":
+            starts.append(record)
+        elif record["kind"] == "step":
+            steps.append(record)
+    return [*starts, *steps]

@@ -20,7 +20,7 @@ def accept_export(job: JobConfig, run: RunDir) -> dict[str, str]:
     Raises:
         RunError: the losses differ; the model stays where it was written.
     """
-    records = read_records(run.metrics)
+    records = list(read_records(run.metrics, last_steps=0))
     trained = [r for r in records if r["kind"] == "eval"][-1]["loss"]
     written = [r for r in records if r["kind"] == "verify"][-1]["loss"]
     unverified = run.root / "final.unverified"

@@ -8,7 +8,8 @@ checkpoint is committed when every rank has said that its file is on the storage
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ class Recorder:
             if time.time() - self._run.hang.stat().st_mtime < _HANG_S:
                 reason = self._run.hang.read_text(encoding="utf-8")
             self._run.hang.unlink()
-        records = read_records(self._run.metrics)
-        step = next((record["step"] for record in reversed(records) if record["kind"] == "step"), 0)
+        records = read_records(self._run.metrics, last_steps=1)
+        step = max((record["step"] for record in records if record["kind"] == "step"), default=0)
         self._append([{"kind": "failure", "step": step, "worker": rank, "error": reason, "time": time.time()}])
 
     def _conclude_save(self, name: str, saved: dict[int, Saved], state: TrainerState) -> None:
@@ -140,8 +141,8 @@ class Recorder:
             kept = surviving_records(self._run.metrics, starts[0])
             if any(record.get("owes_evaluation") for record in records):
                 # It comes again, if it came in a part of the run that was lost.
-                kept = [r for r in kept if (r["kind"], r["step"]) != ("eval", starts[0])]
-            replace_records(self._run.metrics, [*kept, *records])
+                kept = (r for r in kept if (r["kind"], r["step"]) != ("eval", starts[0]))
+            replace_records(self._run.metrics, chain(kept, records))
         else:
             append_records(self._run.metrics, records)
         if self._tensorboard:
@@ -159,9 +160,7 @@ class Recorder:
         self._writer.flush()
 
 
-def surviving_records(metrics: Path, step: int) -> list[Record]:
+def surviving_records(metrics: Path, step: int) -> Iterator[Record]:
     """A metrics file's records without those of steps that are trained again after a start from a step."""
-    if not metrics.exists():
-        return []
     always = ("start", "failure")
-    return [r for r in read_records(metrics) if r["kind"] in always or (r["step"] <= step and step > 0)]
+    return (r for r in read_records(metrics) if r["kind"] in always or (r["step"] <= step and step > 0))

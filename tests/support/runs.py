@@ -20,7 +20,7 @@ def saved_steps(run: RunDir) -> list[int]:
 
 def metrics_of(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file, as tests compare them with what they expect."""
-    return cast(list[dict[str, Any]], read_records(path))
+    return cast(list[dict[str, Any]], list(read_records(path)))
 
 
 class RunView:

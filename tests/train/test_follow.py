@@ -1,11 +1,12 @@
 """What the driver shows of a run's metrics."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from clm_dist.files.atomic import write_text
+from clm_dist.files.records import Record, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray.follow import Follower
 from clm_dist.train.recorder import Recorder
@@ -26,12 +27,12 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
     follower.look()
     assert (len(notes.notes), exported) == (1, [2])
 
-    def look_at_once(path: Path, text: str) -> None:
-        write_text(path, text)
+    def look_at_once(path: Path, records: Iterable[Record]) -> None:
+        replace_records(path, records)
         follower.look()
 
     # The follower may look between any two writes.
-    monkeypatch.setattr("clm_dist.files.records.write_text", look_at_once)
+    monkeypatch.setattr("clm_dist.train.recorder.replace_records", look_at_once)
     recorder.receive([sent(start | {"step": 2})])
     follower.look()
     assert (notes.notes[1:], exported) == (["Resuming from the checkpoint of step 2"], [2])

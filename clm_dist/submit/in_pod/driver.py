@@ -27,7 +27,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
 from clm_dist.submit.in_pod.ray_jobs import RayJobs
-from clm_dist.submit.training import Training, recent
+from clm_dist.submit.training import RECENT_STEPS, Training, recent
 
 _GOES_ON = TryAgainError.exit_code
 _MEND_FIRST = MendFirstError.exit_code
@@ -57,7 +57,7 @@ class PodDriver:
         self._told = self._gave_way = False
         self._over = threading.Event()
         self._seen = (0, 0)
-        self._records = RecordReader(run.metrics)
+        self._records = RecordReader(run.metrics, from_end=True)
         self._recent: list[Record] = []
         self._training: Training | None = None
 
@@ -125,7 +125,7 @@ class PodDriver:
     def _progress(self) -> tuple[int, int]:
         """How often workers have started, and the last step whose checkpoint is committed."""
         with contextlib.suppress(OSError):  # the claim may be away for a moment
-            records = read_records(self._run.metrics)
+            records = list(read_records(self._run.metrics, last_steps=0))
             starts = sum(record["kind"] == "start" for record in records)
             committed = [r["step"] for r in records if r["kind"] == "checkpoint" and "error" not in r]
             self._seen = starts, max(committed, default=0)
@@ -162,8 +162,10 @@ class PodDriver:
     def _tell(self) -> None:
         """Write how far training is, if it is further."""
         with contextlib.suppress(OSError, ClmDistError):  # the claim may be away for a moment
-            added, is_whole = self._records.new()
-            self._recent = recent(added if is_whole else [*self._recent, *added])
+            added, is_new = self._records.new()
+            if is_new or not self._recent:  # also steps before the last start count
+                self._recent = list(read_records(self._run.metrics, last_steps=RECENT_STEPS))
+            self._recent = recent([*self._recent, *added])
         training = Training.of_records(self._recent)
         if training and training != self._training:
             self._training = training

@@ -41,7 +41,7 @@ def cause_of(error: Exception) -> BaseException:
 
 def failures_of(run: RunDir) -> list[FailureRecord]:
     """The records of workers' deaths."""
-    return [record for record in read_records(run.metrics) if record["kind"] == "failure"]
+    return [record for record in read_records(run.metrics, last_steps=0) if record["kind"] == "failure"]
 
 
 def with_first_death(failed: WorkersFailedError, failures: list[FailureRecord]) -> RunError:

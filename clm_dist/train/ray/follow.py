@@ -17,17 +17,13 @@ class Follower:
 
     def __init__(self, run: RunDir, progress: Progress, on_export: Callable[[Path, int], None]) -> None:
         self._run, self._progress, self._on_export = run, progress, on_export
-        self._num_starts = sum(record["kind"] == "start" for record in read_records(run.metrics))
+        self._num_starts = sum(record["kind"] == "start" for record in read_records(run.metrics, last_steps=0))
         self._reader = RecordReader(run.metrics, from_end=True)
         self._num_steps: int | None = None
 
     def look(self) -> None:
         """Show what is new."""
-        records, is_whole = self._reader.new()
-        if is_whole:
-            # A restart wrote the file anew; only its last start and what follows is news.
-            starts = [place for place, record in enumerate(records) if record["kind"] == "start"]
-            records = records[starts[-1] :] if starts else records
+        records, _ = self._reader.new()
         for record in records:
             self._show(record)
 
