@@ -80,7 +80,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield unfinished
             unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what hinders it is said already
+            unfinished.unlink(missing_ok=True)
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -121,8 +121,8 @@ def test_the_card_of_a_hub_job_links_model_and_data_set(result: Any) -> None:
     [
         (("data.eval_split=validation1",), "dany0407/eli5_category, validation1"),
         (("data.source=files", "data.path=a/b.txt", "data.eval_path=[a/c.txt, d.txt]"), "c.txt, d.txt"),
-        (("data.source=files", "data.path=a/b", "data.eval_split='train[90%:]'"), "b, train[90%:]"),
-        (("data.source=builtin", "data.eval_split='train[90%:]'"), "train[90%:]"),
+        (("data.source=files", "data.path=a/b", "data.eval_split='train[5000:]'"), "b, train[5000:]"),
+        (("data.source=builtin", "data.eval_split='train[5000:]'"), "train[5000:]"),
     ],
 )
 def test_the_card_says_which_records_were_for_evaluation(result: Any, settings: tuple[str, ...], name: str) -> None:
