@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.atomic import write_json
@@ -22,6 +21,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.train.checkpointing.saver import Saved
 from clm_dist.train.messages import Message
+from clm_dist.train.tensorboard import EventFile
 
 _HANG_S = 60
 """The end of a worker that hangs comes within this time of the reason for it."""
@@ -50,7 +50,7 @@ class Recorder:
         self._run, self._checkpoints, self._keep = run, checkpoints, keep
         self._num_micros, self._num_tokens = num_micros, num_tokens
         self._tensorboard = tensorboard
-        self._writer: Any = None
+        self._events: EventFile | None = None
         self._eval_losses: dict[int, float] = {}
         self._saved: dict[str, dict[int, Saved]] = {}
         self._states: dict[str, TrainerState] = {}
@@ -146,18 +146,9 @@ class Recorder:
         else:
             append_records(self._run.metrics, records)
         if self._tensorboard:
-            self._write_tensorboard(records)
-
-    def _write_tensorboard(self, records: Sequence[Record]) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = self._writer or SummaryWriter(str(self._run.tensorboard))
-        for record in records:
-            if record["kind"] in ("step", "eval"):
-                for name, value in record.items():
-                    if isinstance(value, int | float) and name not in ("step", "epoch"):
-                        self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-        self._writer.flush()
+            # Not before there is something to write.
+            self._events = self._events or EventFile(self._run.tensorboard)
+            self._events.add(records)
 
 
 def surviving_records(metrics: Path, step: int) -> Iterator[Record]:
