@@ -17,7 +17,7 @@ from clm_dist.submit.slurm.logs import HostLogs
 from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.states import JobState, RunState, Status
 from clm_dist.submit.submission import Submission
-from clm_dist.submit.training import Training
+from clm_dist.submit.training import RECENT_STEPS, Training
 
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/local", "/scratch/local", "/localscratch")
 
@@ -117,7 +117,7 @@ class SlurmBackend:
             # An older result is that of the run which this submission continues.
             if run.result.exists() and run.result.stat().st_mtime >= submission.submitted:
                 result = read_json(run.result)
-            training = Training.of_records(read_records(run.metrics))
+            training = Training.of_records(read_records(run.metrics, last_steps=RECENT_STEPS))
             runs.append(RunState(name, job_id, states.get(job_id), training, result))
         prepare = _prepare_state(submission)
         if prepare is None or prepare.state == "COMPLETED":

@@ -255,7 +255,10 @@ def _stop_on_signals(run: RunDir, progress: Progress) -> Iterator[None]:
             raise KeyboardInterrupt
         again = " Ctrl-C again stops at once." if number == signal.SIGINT else ""
         progress.note(f"{signal.Signals(number).name}: saving a checkpoint, then stopping.{again}")
-        run.stop.touch()
+        try:
+            run.stop.touch()
+        except OSError as error:  # a full disk: raised here, it would come out of whatever runs now
+            progress.note(f"{run.stop} cannot be written ({error.strerror}), so the run goes on; free some space")
 
     with handling((*STOPS, signal.SIGINT), stop):
         yield
