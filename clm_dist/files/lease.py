@@ -217,13 +217,14 @@ class Lease:
                 os.utime(self.file)
 
     def _release(self) -> None:
-        own = self._token
+        """Remove the lease; a full disk must not keep it, so it is renamed, not locked by another file."""
+        own, aside = self._token, self._right(f"{self._token}.ended")
         with contextlib.suppress(OSError):  # who comes next finds that this process has ended
-            right = self._right(own)
-            if self._take(right) is None:
-                if _token_of(self.file) == own:
-                    self.file.unlink()
-                right.unlink(missing_ok=True)
+            self.file.rename(aside)
+            if _token_of(aside) != own:
+                # Another has taken it over, and not ended this process yet.
+                os.link(aside, self.file)
+            aside.unlink()
 
     def _right(self, token: str) -> Path:
         return self.file.with_name(f"{self.file.name}.{token}")
