@@ -1,18 +1,19 @@
-"""Who may write a directory: one process at a time, over all hosts that see it.
+"""Lets one process at a time write a directory, over all hosts that see it.
 
-`flock` is not asked: NFS without lockd, Lustre without `-o flock` and some FUSE file systems refuse it, or grant it to
-everybody. A lease is a file beside the directory that says which process holds it. Two operations are atomic on all of
-these file systems, and all rests on them: a file is created if it is not there, and renamed.
+`flock` is not used: NFS without lockd, Lustre without `-o flock` and some FUSE file systems refuse it, or grant it to
+everybody. A lease is a file beside the directory that says which process holds it. Two operations are
+atomic on all of these file systems: a file is created if it is not there, and renamed.
 
     .NAME.lease          the lease: host, process, since when; its holder touches it every few seconds
     .NAME.lease.TOKEN    the right to remove or replace the lease that has this token; itself a lease
 
 A holder on this host is looked up in /proc: when it has ended, the next process takes over at once. A holder on another
-host has ended when it no longer touches its lease. The age of a lease is measured by the clock of the file system,
-which sets the time of the lease and that of a file that is touched now; clocks of two hosts are not compared.
+host has ended when it no longer touches its lease while another process watches it for half a minute. Clocks of hosts
+are never compared.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -52,6 +53,8 @@ class Holder:
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        if not self.host:
+            return f"a process that has not written its name, since {since}"
         return f"process {self.pid} on {self.host}, since {since}"
 
     def runs(self) -> bool | None:
@@ -82,11 +85,12 @@ class _Look:
     """What was seen of a lease of another host."""
 
     touched_ns: int
-    age_s: float
-    """Since it was touched, by the clock of the file system."""
     at: float
-    """When that was seen, by this process's monotonic clock."""
-    renewed: bool = False
+    """When that was seen last, by this process's monotonic clock."""
+    renewed: bool
+    """Whether it was touched while this process watched."""
+    still_s: float = 0.0
+    """For how long this process has seen it untouched."""
 
 
 class Lease:
@@ -131,7 +135,8 @@ class Lease:
             waited = time.monotonic() - began
             if runs and timeout_s is not None and waited >= timeout_s:
                 raise HeldError(holder)
-            if holder.token != told:
+            # Who has just made its lease writes its name into it in a moment.
+            if holder.token != told and (holder.host or waited > _RENEW_S):
                 on_wait(holder)
                 told = holder.token
             time.sleep(_POLL_S)
@@ -151,8 +156,10 @@ class Lease:
                 return other
             if _token_of(file) == holder.token:
                 logger.info("%s was left by %s", file, holder)
-                right.replace(file)
-                return None
+                # Not there if this process stood still, and another has taken the right.
+                with contextlib.suppress(FileNotFoundError):
+                    right.replace(file)
+                    return None
             right.unlink(missing_ok=True)
         return None
 
@@ -162,13 +169,17 @@ class Lease:
             handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
+        inode = os.fstat(handle).st_ino
         token = secrets.token_hex(8)
         own = Holder(token, socket.gethostname(), os.getpid(), time.time(), _space(), _started(os.getpid()))
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as opened:
                 json.dump(asdict(own), opened)
         except OSError:
-            file.unlink(missing_ok=True)
+            # Unless it took so long that another has taken the empty lease for a dead one.
+            with contextlib.suppress(OSError):
+                if _token_of(file) == f"{inode}":
+                    file.unlink()
             raise
         # It may have taken too long.
         if _token_of(file) != token:
@@ -181,40 +192,29 @@ class Lease:
         if (runs := holder.runs()) is not None:
             return runs
         now, look = time.monotonic(), self._looks.get(holder.token)
-        if look is None:
-            age_s = max(0.0, (self._now_ns() - touched_ns) / 1e9)
-            self._looks[holder.token] = _Look(touched_ns, age_s, now)
-            return None
-        if touched_ns != look.touched_ns:
-            look = self._looks[holder.token] = _Look(touched_ns, 0.0, now, renewed=True)
-        watched_s = now - look.at
-        # Storage that was away for a while comes back for its holder, too, who touches it then.
-        if watched_s > 2 * _RENEW_S and look.age_s + watched_s > _STALE_S:
-            return False
-        return look.renewed or None
-
-    def _now_ns(self) -> int:
-        """The time by the clock of the file system."""
-        probe = self._right(secrets.token_hex(8))
-        probe.touch()
-        try:
-            return probe.stat().st_mtime_ns
-        finally:
-            probe.unlink(missing_ok=True)
+        if look is None or touched_ns != look.touched_ns:
+            look = self._looks[holder.token] = _Look(touched_ns, now, renewed=look is not None)
+        # A look that took long says nothing: storage that was away comes back for the holder, too, who touches it then.
+        look.still_s += min(now - look.at, _RENEW_S)
+        look.at = now
+        return False if look.still_s > _STALE_S else look.renewed or None
 
     def _renew(self, token: str, released: threading.Event) -> None:
-        """Touch the lease until it is released. End this process where another holds it: two must not write."""
+        """Touch the lease until it is released. End this process where it has it no more: two must not write."""
         while not released.wait(_RENEW_S):
             with contextlib.suppress(OSError):  # the storage may be away for a moment
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(self.file)
                 read = _read(self.file)
-                if read is not None and read[0].token != token and not released.is_set():
-                    logger.error(
-                        "this process or its storage stood still for more than %.0f s, and %s has taken over %s; "
-                        "this one ends, and the same command may work later",
-                        *(_STALE_S, read[0], self.file),
-                    )
-                    os._exit(TryAgainError.exit_code)
-                os.utime(self.file)
+                if released.is_set() or (read is not None and read[0].token == token):
+                    continue
+                what = f"{read[0]} has taken it over" if read else "it was removed"
+                logger.error(
+                    "this process has lost %s: %s, perhaps because it or its storage stood still for more than %.0f s; "
+                    "it ends, and the same command may work later",
+                    *(self.file, what, _STALE_S),
+                )
+                os._exit(TryAgainError.exit_code)
 
     def _release(self) -> None:
         """Remove the lease; a full disk must not keep it, so it is renamed, not locked by another file."""
@@ -239,13 +239,16 @@ def _read(file: Path) -> tuple[Holder, int] | None:
         # NFS asks its server when a file is opened, and may answer from memory otherwise.
         with file.open("rb") as opened:
             text, status = opened.read(), os.fstat(opened.fileno())
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        # On NFS another may have replaced it between the open and the read.
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise
     try:
         return Holder(**json.loads(text)), status.st_mtime_ns
     except (ValueError, TypeError):
         # It is being written, or its writer was killed.
-        return Holder(f"{status.st_ino}", "a host", 0, status.st_mtime, None, None), status.st_mtime_ns
+        return Holder(f"{status.st_ino}", "", 0, status.st_mtime, None, None), status.st_mtime_ns
 
 
 def _token_of(file: Path) -> str | None:
@@ -265,5 +268,6 @@ def _started(pid: int) -> str | None:
     with contextlib.suppress(OSError):
         # The name of the program, in brackets, may have blanks.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
+        # A process is shown so from the end of its main thread on, while others may still write.
+        return "" if fields[0] in "ZX" and int(fields[17]) <= 1 else fields[19]
     return None

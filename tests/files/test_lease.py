@@ -1,5 +1,6 @@
 """One process at a time writes a directory, also where a host dies in the middle."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,16 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, StorageError
 from clm_dist.files import lease as leases
 from clm_dist.files.lease import HeldError, Holder, Lease
 
 _KILLED = """
 import os, sys
 from pathlib import Path
+from typing import TextIO
 from clm_dist.files.lease import Lease
 with Lease(Path(sys.argv[1])).hold(timeout_s=0):
     os.kill(os.getpid(), 9)
@@ -26,6 +29,7 @@ with Lease(Path(sys.argv[1])).hold(timeout_s=0):
 _STOOD_STILL = """
 import sys, time
 from pathlib import Path
+from typing import TextIO
 from clm_dist.files import lease
 lease._RENEW_S = 0.1
 with lease.Lease(Path(sys.argv[1])).hold(timeout_s=0):
@@ -178,15 +182,75 @@ def test_of_many_that_find_a_dead_holder_one_takes_over_at_a_time(path: Path, so
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_process_that_stood_still_and_was_replaced_ends(path: Path) -> None:
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_a_process_that_has_lost_its_lease_ends(path: Path, how: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", _STOOD_STILL, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout and process.stdout.readline() == "holds\n"
-    write_lease(path)
-    _, said = process.communicate(timeout=60)
+    try:
+        assert process.stdout and process.stdout.readline() == "holds\n"
+        if how == "replaced":
+            write_lease(path)
+        else:
+            Lease(path).file.unlink()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 75
-    assert "process 7 on far, since" in said
+    assert ("process 7 on far, since" if how == "replaced" else "it was removed, perhaps") in said
+
+
+def test_who_releases_leaves_the_lease_of_another(path: Path) -> None:
+    with Lease(path).hold(timeout_s=0):
+        file = write_lease(path)
+    assert json.loads(file.read_text())["host"] == "far"
+    assert list(path.parent.iterdir()) == [file]
+
+
+def test_a_write_that_fails_leaves_the_lease_of_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        # Another host has taken the empty lease for one that was left.
+        Lease(path).file.unlink()
+        write_lease(path)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(json, "dump", fail)
+    with pytest.raises(StorageError), Lease(path).hold(timeout_s=0):
+        pass
+    assert json.loads(Lease(path).file.read_text())["host"] == "far"
+
+
+def test_a_lease_that_was_replaced_while_it_was_written_is_not_held(
+    path: Path, soon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump, file = json.dump, Lease(path).file
+
+    def replaced(value: object, opened: TextIO) -> None:
+        monkeypatch.setattr(json, "dump", dump)
+        dump(value, opened)
+        file.unlink()
+        write_lease(path)
+
+    monkeypatch.setattr(json, "dump", replaced)
+    waited_for: list[Holder] = []
+    with Lease(path).hold(timeout_s=None, on_wait=waited_for.append):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert [holder.host for holder in waited_for] == ["far"]
+
+
+def test_a_look_that_took_long_is_no_sign_of_death(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lease, holder = Lease(path), Holder("abc", "far", 7, 0.0, "other", "1")
+    assert lease._runs(holder, 1) is None
+    now[0] += 10 * leases._STALE_S  # the storage was away
+    assert lease._runs(holder, 1) is None
+    assert lease._runs(holder, 2) is True
+    for _ in range(round(leases._STALE_S / leases._RENEW_S)):
+        now[0] += leases._RENEW_S
+        assert lease._runs(holder, 2) is True
+    now[0] += leases._RENEW_S
+    assert lease._runs(holder, 2) is False
 
 
 def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
