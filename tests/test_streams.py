@@ -49,6 +49,14 @@ def test_an_error_keeps_its_exit_code(tmp_path: Path) -> None:
     assert subprocess.run([*COMMAND, "run", tmp_path / "none.yaml"], preexec_fn=close(0, 1, 2)).returncode == 2
 
 
+def test_what_a_command_starts_has_streams_too() -> None:
+    code = (
+        "import subprocess, sys; from clm_dist.cli.streams import open_missing; open_missing(); "
+        "sys.exit(subprocess.run(['sh', '-c', '[ -e /proc/self/fd/0 ] && echo a && echo b >&2']).returncode)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], preexec_fn=close(0, 1, 2)).returncode == 0
+
+
 def test_what_only_shows_ends_with_its_reader() -> None:
     read, write = os.pipe()
     os.close(read)

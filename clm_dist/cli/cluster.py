@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from clm_dist.cli.options import located
+from clm_dist.cli.streams import unfailing
 from clm_dist.config.load import Job
 from clm_dist.progress import err, out
 from clm_dist.submit.backend import Backend, LaunchT
@@ -38,5 +39,6 @@ def submit_to(backend: Backend[LaunchT], launch: LaunchT, job: Job, *, dry_run: 
     submitted = backend.submit(launch)
     name = submitted.name
     first = f" after job {submitted.prepare_id}, which prepares" if submitted.prepare_id else ""
-    out.print(f"submitted {name} as {backend.describe(submitted)}{first}", soft_wrap=True)
-    out.print(f"clm-dist status {name} · clm-dist logs -f {name} · clm-dist cancel {name}")
+    with unfailing("stdout"):
+        out.print(f"submitted {name} as {backend.describe(submitted)}{first}", soft_wrap=True)
+        out.print(f"clm-dist status {name} · clm-dist logs -f {name} · clm-dist cancel {name}")

@@ -80,7 +80,8 @@ def push(
     job = read_saved_job(directory.job)
     write_card(directory.final, job, result)
     url = hub.push(job, directory, directory.final, result["train"]["steps"], repo=repo, private=private)
-    out.print(f"pushed to {url}", soft_wrap=True)
+    with unfailing("stdout"):
+        out.print(f"pushed to {url}", soft_wrap=True)
 
 
 def report(

@@ -12,14 +12,14 @@ def open_missing() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free is this one.
-            os.open(os.devnull, os.O_RDWR)
+            # The lowest number that is free is this one. Processes that are started have it, too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # it lasts as long as the process
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 class _Unfailing:
-    """A text stream whose writes never fail: what a closed terminal or pipe, or a full disk, does not take is lost."""
+    """A text stream whose writes never fail. What a closed terminal or pipe or a full disk refuses is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from clm_dist.cli.options import DEFAULT_RUNS, Runs
+from clm_dist.cli.streams import unfailing
 from clm_dist.config.paths import local_dir
 from clm_dist.progress import clock, out
 from clm_dist.submit.launch import backend_of
@@ -77,4 +78,5 @@ def logs(
 def cancel(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     """End a submission. What its runs have saved stays, and submitting again continues from it."""
     submission, task = find_submission(local_dir(runs, "--runs"), which)
-    out.print(backend_of(submission).cancel(submission, task), soft_wrap=True, markup=False)
+    with unfailing("stdout"):
+        out.print(backend_of(submission).cancel(submission, task), soft_wrap=True, markup=False)

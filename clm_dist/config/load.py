@@ -81,7 +81,10 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def read_saved_job(path: Path) -> JobConfig:
-    """The resolved job that a run directory holds, also as an earlier version wrote it."""
+    """The resolved job that a run directory holds, also as an earlier version wrote it.
+
+    Options of sbatch that this version refuses are left out: nothing that is done with a saved job needs them.
+    """
     values, lines = _parse(path, _read(path, ""))
     cluster, checkpoint = values.get("cluster"), values.get("checkpoint")
     if isinstance(cluster, dict):
@@ -93,7 +96,16 @@ def read_saved_job(path: Path) -> JobConfig:
     if isinstance(checkpoint, dict) and checkpoint.get("keep") == 1:
         checkpoint["keep"] = 2
     origins = {field: f"{path}:{line}" for field, line in lines.items()}
-    return _with_absolute_paths(_validated(values, origins, path), origins)
+    try:
+        config = _validated(values, origins, path)
+    except ConfigError:
+        slurm: Any = cluster.get("slurm") if isinstance(cluster, dict) else None
+        prepare: Any = slurm.get("prepare") if isinstance(slurm, dict) else None
+        for options_of in (slurm, prepare):
+            if isinstance(options_of, dict):
+                options_of.pop("options", None)
+        config = _validated(values, origins, path)
+    return _with_absolute_paths(config, origins)
 
 
 def job_text(config: JobConfig) -> str:

@@ -25,7 +25,7 @@ def check_ray_address(address: str) -> None:
     plain = address.removeprefix("ray://")
     found = host_and_port(plain)
     if found is None:
-        if plain.count(":") > 1:
+        if plain.count(":") > 1 and "://" not in plain:
             raise no_ray(address, "an IPv6 address is in brackets, as in [fd00::1]:6379")
         return
     try:

@@ -26,8 +26,17 @@ _OWN_OPTIONS = {
     "tres-per-task": "gpus_per_node and cpus_per_node",
 }
 """Options of sbatch that have a field of their own, with the field's name."""
-_FIXED_OPTIONS = {"error", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "wrap"}
-_FIXED_OPTIONS |= {"ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"}
+_FIXED_OPTIONS = {
+    "error",
+    "no-kill",
+    "ntasks",
+    "ntasks-per-gpu",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "parsable",
+    "wrap",
+}
 # With these, sbatch does not queue the job, or queues it elsewhere.
 _FIXED_OPTIONS |= {"clusters", "help", "test-only", "version", "wait"}
 _FLAGS = {

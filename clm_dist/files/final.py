@@ -1,5 +1,7 @@
 """The final model of a run: the hashes of its files, and whether they are as they were when the run was done."""
 
+import os
+
 from clm_dist.errors import ConfigError
 from clm_dist.files.hashes import HashMemory, changed_files, file_sha256
 from clm_dist.files.result import read_result
@@ -10,9 +12,17 @@ CARD = "README.md"
 
 
 def hash_final(run: RunDir) -> dict[str, str]:
-    """The sha256 of each file of a run's final model but the card, by its name in the model's directory."""
+    """The sha256 of each file of a run's final model but the card, by its name in the model's directory.
+
+    The files are on the disk when this returns.
+    """
     names = (str(file.relative_to(run.final)) for file in run.final.rglob("*") if file.is_file())
-    hashes = {name: file_sha256(run.final / name) for name in sorted(names) if name != CARD}
+    hashes = {}
+    for name in sorted(names):
+        if name != CARD:
+            with (run.final / name).open("rb") as file:
+                os.fsync(file.fileno())
+            hashes[name] = file_sha256(run.final / name)
     HashMemory(run.hashes).remember({run.final / name: sha256 for name, sha256 in hashes.items()})
     return hashes
 

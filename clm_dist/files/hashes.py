@@ -55,12 +55,15 @@ def changed_files(directory: Path, hashes: Mapping[str, str], known: HashMemory 
     found, right = {}, {}
     for name, sha256 in hashes.items():
         file = directory / name
-        if not file.is_file():
-            found[name] = "is missing"
-        elif (known and known.get(file)) == sha256 or file_sha256(file) == sha256:
-            right[file] = sha256
-        else:
-            found[name] = "is not as it was written"
+        try:
+            if not file.is_file():
+                found[name] = "is missing"
+            elif (known and known.get(file)) == sha256 or file_sha256(file) == sha256:
+                right[file] = sha256
+            else:
+                found[name] = "is not as it was written"
+        except OSError as error:
+            found[name] = f"cannot be read ({error.strerror})"
     if known and not found:
         known.remember(right)
     return found

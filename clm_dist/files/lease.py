@@ -59,7 +59,7 @@ class Holder:
 
     def runs(self) -> bool | None:
         """Whether the process runs; None if that cannot be seen from here."""
-        if self.space is None or (self.host, self.space) != (socket.gethostname(), _space()):
+        if self.space is None or (self.host, self.space) != (socket.gethostname(), process_space()):
             return None
         try:
             os.kill(self.pid, 0)
@@ -171,7 +171,7 @@ class Lease:
             return False
         inode = os.fstat(handle).st_ino
         token = secrets.token_hex(8)
-        own = Holder(token, socket.gethostname(), os.getpid(), time.time(), _space(), _started(os.getpid()))
+        own = Holder(token, socket.gethostname(), os.getpid(), time.time(), process_space(), _started(os.getpid()))
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as opened:
                 json.dump(asdict(own), opened)
@@ -256,7 +256,8 @@ def _token_of(file: Path) -> str | None:
     return None if read is None else read[0].token
 
 
-def _space() -> str | None:
+def process_space() -> str | None:
+    """The boot and the namespace in which the number of this process is its own; None if the system does not say."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -202,8 +202,9 @@ class RecordReader:
                 self._inode, self._position = os.fstat(file.fileno()).st_ino, _end_of_records(file)
 
     def new(self) -> tuple[list[Record], bool]:
-        """The records since the last call, and whether the file was written anew; then they are the last start of
-        workers, for which it was, and what follows.
+        """The records since the last call, and whether the file was written anew.
+
+        It is written anew when workers start again; then the records are that start and what follows it.
 
         Raises:
             ConfigError: a line is not a record.

@@ -69,8 +69,8 @@ class Store:
             ConfigError, StorageError: the URL cannot be reached.
             DataError: a file is not as the manifest says.
         """
-        if self.url is None:
-            # The directory is as every node sees it, and may be read-only here.
+        if self.url is None or self.is_here:
+            # The manifest is written last; and the directory may be read-only here.
             return self.is_here
         make_dir(self.local.parent)
         with self.lease().hold(timeout_s=None):

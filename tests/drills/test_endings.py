@@ -87,7 +87,10 @@ def test_a_ray_that_ends(name: str, command: list[str], started: list[subprocess
     os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 75, err
-    assert f"error: Ray has ended before the run (its process {name} is gone). The committed checkpoints" in err
+    assert (
+        f"error: Ray, or a part of it, has ended before the run (its process {name} is gone). The committed checkpoints"
+        in err
+    )
     assert f"Ray's logs lie in {run.ray_logs}" in err
     assert (run.ray_logs / "raylet.out").is_file()
     assert read_json(run.result)["status"] == "failed"

@@ -100,7 +100,7 @@ def test_a_holder_of_this_host_that_was_killed_is_followed_at_once(path: Path, m
 
 @pytest.mark.parametrize("started", ["1", ""])
 def test_a_process_with_the_number_of_the_holder_is_not_the_holder(path: Path, started: str) -> None:
-    write_lease(path, host=os.uname().nodename, space=leases._space(), pid=os.getpid(), started=started)
+    write_lease(path, host=os.uname().nodename, space=leases.process_space(), pid=os.getpid(), started=started)
     with Lease(path).hold(timeout_s=0):
         pass
 
@@ -158,7 +158,7 @@ def test_who_takes_over_may_be_killed_too(path: Path, soon: None) -> None:
 
 @pytest.mark.parametrize("dead", ["here", "far"])
 def test_of_many_that_find_a_dead_holder_one_takes_over_at_a_time(path: Path, soon: None, dead: str) -> None:
-    here = {"host": os.uname().nodename, "space": leases._space(), "pid": os.getpid()}
+    here = {"host": os.uname().nodename, "space": leases.process_space(), "pid": os.getpid()}
     inside, most, done = 0, 0, 0
     guard = threading.Lock()
 

@@ -211,6 +211,12 @@ def test_a_job_that_an_earlier_version_saved_is_read(path: Path) -> None:
         path.write_text(f"{GOOD}cluster: {{slurm: {{{text}}}, k8s: {{scheduler: default}}}}\n")
         assert read_saved_job(path).cluster == ClusterConfig()
     assert slurm_of(path, "modules: [], conda: null") == SlurmConfig()
+    # Options that are refused now are not needed any more, but the run is.
+    options = "options: {gres: 'gpu:a100:2', hold: 1}, gpus_per_node: 2, prepare: {options: {exclusive: 'yes'}}"
+    path.write_text(f"{GOOD}cluster: {{slurm: {{{options}}}}}\n")
+    with pytest.raises(ConfigError):
+        load_job(path)
+    assert read_saved_job(path).cluster.slurm.gpus_per_node == 2
 
 
 def test_an_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:

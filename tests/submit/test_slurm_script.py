@@ -156,6 +156,6 @@ def test_apptainer_sees_gpus_where_the_job_has_some() -> None:
 
 def test_an_interface_that_is_named_gives_the_head_its_address() -> None:
     named = render_run(full_job("cluster.slurm.interface=ib0"), request_of(submission()))
-    assert "\nhead=$(ip -4 -o addr show dev ib0 |" in named
-    assert "ip -4 route get" not in named
-    assert "ip -4 route get" in render_run(full_job(), request_of(submission()))
+    assert "\nhead=$(ip -o addr show dev ib0 |" in named
+    assert "ip route get" not in named
+    assert "ip route get" in render_run(full_job(), request_of(submission()))

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from clm_dist.errors import ClmDistError, ConfigError, DataError, NotReadyError, RunError
+from clm_dist.files.lease import process_space
 from clm_dist.train.ray import own, private
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.own import log_dir, own_ray
@@ -53,7 +54,7 @@ def test_it_listens_on_this_machine_alone_and_apart_from_signals(cluster: Cluste
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64])
-def test_who_has_not_its_token_is_refused(cluster: Cluster, token: str | None) -> None:
+def test_a_client_without_the_token_is_refused(cluster: Cluster, token: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     address = ray.get_runtime_context().gcs_address
@@ -147,11 +148,11 @@ def test_a_ray_that_does_not_start_is_a_reason_to_try_again(
 def test_what_a_killed_process_left_is_removed(no_ray: list[dict[str, Any]], tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here = own._namespace()
+    here = process_space()
     for name, owner in {
         "gone": f"{gone.pid} {here}",
         "alive": f"{os.getpid()} {here}",
-        "elsewhere": f"{gone.pid} {here + 1}",
+        "elsewhere": f"{gone.pid} another-boot {str(here).split(' ', 1)[1]}",
         "cut": "",
     }.items():
         (tmp_path / f"clm-dist-ray-{name}").mkdir()
@@ -178,6 +179,36 @@ def test_names_of_sockets_are_short_enough(monkeypatch: pytest.MonkeyPatch, tmp_
         own._remove(directory)
     longest = "/" + "t" * (own._LONGEST - 1) + str(name).removeprefix("/tmp")
     assert len(longest) <= 107
+
+
+_END = """
+import os, signal, sys, time
+from pathlib import Path
+from clm_dist.errors import NotReadyError
+from clm_dist.signals import STOPS, handling
+from clm_dist.train.ray import private
+from clm_dist.train.ray.own import own_ray
+
+def stop(number, frame):
+    raise KeyboardInterrupt
+
+try:
+    with handling(STOPS, stop), own_ray(Path(sys.argv[1])):
+        (info,) = private.ray._private.worker._global_node.all_processes["gcs_server"]
+        os.kill(info.process.pid, signal.SIGKILL)
+        time.sleep(50)
+except NotReadyError as error:
+    print(error, flush=True)
+    os._exit(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_that_ends_while_nothing_is_asked_of_it_is_seen(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", _END, str(tmp_path / "logs")], capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr
+    assert "Ray, or a part of it, has ended before the run (its process gcs_server is gone)" in ended.stdout
+    assert (tmp_path / "logs" / "gcs_server.out").exists()
 
 
 def test_without_any_place_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

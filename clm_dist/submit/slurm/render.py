@@ -20,9 +20,9 @@ _FIELD = re.compile("@([A-Z_]+)@")
 _HEAD_BY_ROUTE = r"""
 # (Slurm has an address of each host. Names may resolve to nothing, and a host's own may stand for 127.0.1.1.)
 address_of() {
-    local node
+    local node name
     node=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    for name in $node "$1"; do getent ahostsv4 "$name"; getent ahosts "$name"; done |
+    for name in "$1" $node; do getent ahostsv4 "$name"; getent ahosts "$name"; done |
         awk '$1 !~ /^(127\.|::1$|fe80:)/ {print $1; exit}'
 }
 for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p) "${SLURMD_NODENAME:-$HOSTNAME}"; do

@@ -76,6 +76,7 @@ def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Clus
 
 @contextlib.contextmanager
 def _joined(address: str, cluster: ClusterConfig, options: Mapping[str, Any]) -> Iterator[None]:
+    private.forget_token()
     if expected := expected_nodes():
         _join_once_there(address, expected, options, elastic=cluster.elastic)
     else:
@@ -83,7 +84,10 @@ def _joined(address: str, cluster: ClusterConfig, options: Mapping[str, Any]) ->
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError) as error:
-            raise no_ray(address, first_line(error)) from None
+            problem = (
+                f"{first_line(error)} (one that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)"
+            )
+            raise no_ray(address, problem) from None
     with parting():
         yield
 

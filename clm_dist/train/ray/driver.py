@@ -229,7 +229,8 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
         remove_run(job, run)
     make_dir(run.ray)
     # Of a driver that was killed, like the files below: they would be taken for this one's.
-    shutil.rmtree(run.beats, ignore_errors=True)
+    for directory in (run.beats, run.ray_logs):
+        shutil.rmtree(directory, ignore_errors=True)
     checkpoints.check_access()
     # With the result of an earlier job it would say of itself that it is done.
     run.result.unlink(missing_ok=True)
@@ -253,12 +254,16 @@ def _stop_on_signals(run: RunDir, progress: Progress) -> Iterator[None]:
     def stop(number: int, _frame: Any) -> None:
         if number == signal.SIGINT and run.stop.exists():
             raise KeyboardInterrupt
-        again = " Ctrl-C again stops at once." if number == signal.SIGINT else ""
-        progress.note(f"{signal.Signals(number).name}: saving a checkpoint, then stopping.{again}")
+        name = signal.Signals(number).name
         try:
             run.stop.touch()
         except OSError as error:  # a full disk: raised here, it would come out of whatever runs now
-            progress.note(f"{run.stop} cannot be written ({error.strerror}), so the run goes on; free some space")
+            progress.note(
+                f"{name}: {run.stop} cannot be written ({error.strerror}), so the run goes on; free some space"
+            )
+            return
+        again = " Ctrl-C again stops at once." if number == signal.SIGINT else ""
+        progress.note(f"{name}: saving a checkpoint, then stopping.{again}")
 
     with handling((*STOPS, signal.SIGINT), stop):
         yield

@@ -24,7 +24,7 @@ def cause_of(error: Exception) -> BaseException:
     for cause in (*causes_of(failures).values(), own):
         if isinstance(cause, ClmDistError):
             return cause
-        if isinstance(cause, OSError) and (described := describe_os_error(cause, Path(cause.filename or "/"))):
+        if isinstance(cause, OSError) and (described := describe_os_error(cause, Path(str(cause.filename or "/")))):
             return described
     if isinstance(own, ray.exceptions.RayError):
         return RayEndedError.because(first_line(own))

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import runpy
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def check_gpus(nodes: Sequence[str]) -> None:
     }
     waiting = {node: answer.remote() for node, answer in answers.items()}
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    deadline = time.monotonic() + _TIMEOUT_S
     for node, answer in waiting.items():
         try:
-            problem = ray.get(answer, timeout=_TIMEOUT_S)
+            problem = ray.get(answer, timeout=max(0, deadline - time.monotonic()))
         except ray.exceptions.RayError as error:
             # The node may be gone, or have no clm-dist: the start of the workers says that.
             logger.debug("node %s does not say whether its GPUs can be used", node, exc_info=error)

@@ -1,11 +1,14 @@
 """A Ray of this process's own on this machine: closed to others, and gone with the process."""
 
+import _thread
 import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any, Self
 
 import ray
 
-from clm_dist.errors import ConfigError, MendFirstError, NotReadyError, first_line
+from clm_dist.errors import ClmDistError, ConfigError, MendFirstError, NotReadyError, first_line
+from clm_dist.files.atomic import make_dir
+from clm_dist.files.lease import process_space
 from clm_dist.train.ray import private
 
 _LOGS = "CLM_DIST_RAY_LOGS"
@@ -24,6 +29,7 @@ _OWNER = "owner"
 _LONGEST = 19
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 _REMOVE_TIMEOUT_S = 5.0
+_WATCH_S = 2.0
 _PRIVATE = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": None,
@@ -41,7 +47,7 @@ def own_ray(logs: Path | None, **options: Any) -> Iterator[None]:
     reads, and that is removed at the end. Signals to the group of this process do not reach its processes.
 
     Args:
-        logs: directory that Ray's logs are moved to where the run fails for reasons that they may tell.
+        logs: directory that Ray's logs are copied to where the run fails for reasons that they may tell.
         options: of `ray.init`.
 
     Raises:
@@ -56,7 +62,7 @@ def own_ray(logs: Path | None, **options: Any) -> Iterator[None]:
     try:
         with _environment(variables):
             _start(directory, options)
-            with parting():
+            with parting(), _watched():
                 yield
     except MendFirstError:
         raise
@@ -68,28 +74,59 @@ def own_ray(logs: Path | None, **options: Any) -> Iterator[None]:
         _remove(directory)
 
 
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Interrupt this process where Ray ends: Ray would end it after a minute, without a word of ours."""
+    done = threading.Event()
+
+    def watch() -> None:
+        was_lost = False
+        while not done.wait(_WATCH_S):
+            is_lost = private.lost_process() is not None
+            # While a run trains, `WorkerWatch` sees it first.
+            if is_lost and was_lost:
+                _thread.interrupt_main(signal.SIGTERM)
+                return
+            was_lost = is_lost
+
+    threading.Thread(target=watch, name="ray-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 class RayEndedError(NotReadyError):
-    """Ray has ended before the run."""
+    """Ray, or a part of it that the run needs, has ended before the run."""
 
     ends_process = True
 
     @classmethod
     def because(cls, reason: str) -> Self:
         return cls(
-            f"Ray has ended before the run ({reason}). The committed checkpoints are whole; the same command goes on "
-            f"from the last. Ray's logs lie in {log_dir()}"
+            f"Ray, or a part of it, has ended before the run ({reason}). The committed checkpoints are whole; the same "
+            f"command goes on from the last. Ray's logs lie in {log_dir()}"
         )
 
 
 @contextlib.contextmanager
 def parting() -> Iterator[None]:
-    """Part from Ray at the end. One that has ended would end this process if it were asked to part."""
+    """Disconnect from Ray at the end. One that has ended would end this process if it were asked to.
+
+    Raises:
+        RayEndedError: it has ended; whatever else was raised is a consequence.
+    """
     has_ended = False
     try:
         yield
     except RayEndedError:
         has_ended = True
         raise
+    except BaseException as error:
+        if (lost := private.lost_process()) is None:
+            raise
+        has_ended = True
+        raise RayEndedError.because(f"its process {lost} is gone") from error
     finally:
         if has_ended:
             private.abandon()
@@ -142,13 +179,15 @@ def _make_directory() -> Path:
     """A directory of this user's own with a short name; those that killed processes left are removed."""
     places = [os.environ.get(name, "") for name in ("RAY_TMPDIR", "TMPDIR")]
     problem = ""
-    for place in [Path(place) for place in (*places, *_PLACES) if place and len(place) <= _LONGEST]:
+    for place in [Path(place).absolute() for place in (*places, *_PLACES) if place]:
+        if len(str(place)) > _LONGEST:
+            continue
         for left in place.glob(f"{_PREFIX}*"):
             if _is_left(left):
                 shutil.rmtree(left, ignore_errors=True)
         try:
             directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-            (directory / _OWNER).write_text(f"{os.getpid()} {_namespace()}")
+            (directory / _OWNER).write_text(f"{os.getpid()} {process_space()}")
             return directory
         except OSError as error:
             problem = problem or f"{place}: {error.strerror}"
@@ -159,10 +198,10 @@ def _make_directory() -> Path:
 
 
 def _is_left(directory: Path) -> bool:
-    """Whether the process whose directory this was is gone; false where that cannot be said."""
+    """Whether the process whose directory this was is gone; false where that cannot be said, as from another host."""
     with contextlib.suppress(OSError, ValueError):
-        pid, namespace = (directory / _OWNER).read_text().split()
-        if directory.stat().st_uid == os.getuid() and int(namespace) == _namespace():
+        pid, space = (directory / _OWNER).read_text().split(" ", 1)
+        if directory.stat().st_uid == os.getuid() and space == process_space():
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:
@@ -170,17 +209,14 @@ def _is_left(directory: Path) -> bool:
     return False
 
 
-def _namespace() -> int:
-    """Where this process's number is its own: containers may share a directory and not their processes."""
-    own = Path("/proc/self/ns/pid")
-    return own.stat().st_ino if own.exists() else 0
-
-
 def _keep_logs(directory: Path, logs: Path) -> None:
-    with contextlib.suppress(OSError, shutil.Error):  # a full disk hides no error of the run
+    with contextlib.suppress(OSError, shutil.Error, ClmDistError):  # a full disk hides no error of the run
         shutil.rmtree(logs, ignore_errors=True)
-        shutil.copytree((directory / "r" / "session_latest").resolve() / "logs", logs)
-        logs.chmod(0o700)
+        make_dir(logs, private=True)
+        try:
+            shutil.copytree((directory / "r" / "session_latest").resolve() / "logs", logs, dirs_exist_ok=True)
+        finally:
+            logs.chmod(0o700)
 
 
 def _remove(directory: Path) -> None:

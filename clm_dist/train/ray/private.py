@@ -42,7 +42,7 @@ def keep_lost_nodes_quiet(logger: logging.Logger) -> None:
 
 
 def forget_token() -> None:
-    """Let Ray read again which token it takes, and whether it takes one; it keeps what it read first."""
+    """Let Ray read its variables about tokens again: it keeps what it has read once in a process."""
     # In this order: with tokens on, a thread that asks for one between the two would end the process.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
@@ -97,7 +97,10 @@ def lost_process() -> str | None:
 
 
 def abandon() -> None:
-    """End what is left of a Ray that has ended: to part from it as from one that runs would end this process."""
+    """End what is left of a Ray that has ended. `ray.shutdown` would end this process.
+
+    This process cannot use Ray any more, and has to end by `os._exit`: see `ClmDistError.ends_process`.
+    """
     atexit.unregister(ray.shutdown)
     if (node := ray._private.worker._global_node) is None:
         return
