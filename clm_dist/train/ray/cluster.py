@@ -83,11 +83,11 @@ def _joined(address: str, cluster: ClusterConfig, options: Mapping[str, Any]) ->
         check_ray_address(address)
         try:
             ray.init(address=address, **options)
-        except (ConnectionError, ValueError) as error:
-            problem = (
-                f"{first_line(error)} (one that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)"
-            )
-            raise no_ray(address, problem) from None
+        except ValueError as error:
+            raise no_ray(address, first_line(error)) from None
+        except ConnectionError as error:
+            problem = "(one that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)"
+            raise no_ray(address, f"{first_line(error)} {problem}") from None
     with parting():
         yield
 
