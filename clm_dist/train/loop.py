@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from clm_dist.config.job import Every, JobConfig
-from clm_dist.errors import ClmDistError, ConfigError, RunError
+from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
@@ -30,9 +30,8 @@ from clm_dist.train.checkpointing.saves import NotSavedError, Saves
 from clm_dist.train.documents import document_end_of, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
-from clm_dist.train.forward import check_router_loss, first_pass, predict
+from clm_dist.train.forward import predict
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.mixing import find_future, find_mixing
 from clm_dist.train.model import load_config, load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
@@ -53,6 +52,7 @@ from clm_dist.train.strategies.base import REPORT_FAULT
 from clm_dist.train.strategies.build import build_strategy
 from clm_dist.train.strategies.environment import set_up_worker
 from clm_dist.train.throughput import Throughput
+from clm_dist.train.trial import check_training
 from clm_dist.train.unused import find_unused, freeze
 
 logger = logging.getLogger(__name__)
@@ -142,9 +142,7 @@ class _Loop:
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
-        self._check_sees_the_past_alone()
-        strategy.check_gradients(self._first_loss)
-        self._check_documents_are_apart()
+        check_training(job, strategy, self.blocks, self.document_end)
         resumed = self._resume()
         self.reporter.add(
             {
@@ -218,51 +216,6 @@ class _Loop:
             then = "the run stops without it, and the same command goes on from the one before"
             raise NotSavedError(f"{problem}; {then}")
         return Outcome("preempted", self.step)
-
-    def _first_loss(self, model: torch.nn.Module) -> torch.Tensor:
-        """The loss of the first block, the same on every rank and each time."""
-        # As in training, where activations may be recomputed; dropout is that of the seed.
-        model.train()
-        torch.manual_seed(self.job.train.seed)
-        ids_BT = torch.from_numpy(self.blocks[np.arange(1)]).to(self.strategy.device)
-        with first_pass(model):
-            prediction = predict(model, ids_BT, None)
-        check_router_loss(model, prediction.router_loss)
-        loss = next_token_loss(prediction.logits, ids_BT).mean()
-        return loss if prediction.router_loss is None else loss + prediction.router_loss
-
-    def _check_sees_the_past_alone(self) -> None:
-        """Raise ConfigError where a prediction depends on tokens after it. Collective."""
-        strategy = self.strategy
-        model = strategy.model if strategy.sharded else strategy.plain_model
-        with first_pass(model):
-            problem = find_future(
-                model,
-                block_size=self.blocks.block_size,
-                device=strategy.device,
-                sharded=strategy.sharded,
-                autocast=strategy.autocast,
-                any_rank=lambda found: strategy.all_reduce([float(found)])[0] > 0,
-            )
-        if problem:
-            raise ConfigError(problem, field="model")
-
-    def _check_documents_are_apart(self) -> None:
-        """Raise RunError where the model does not see what `data.document_mask` tells it. Collective."""
-        if self.document_end is None:
-            return
-        strategy = self.strategy
-        problem = find_mixing(
-            strategy.model if strategy.sharded else strategy.plain_model,
-            self.document_end,
-            block_size=self.blocks.block_size,
-            device=strategy.device,
-            precision=self.job.train.precision,
-            autocast=strategy.autocast,
-            any_rank=lambda found: strategy.all_reduce([float(found)])[0] > 0,
-        )
-        if problem:
-            raise RunError(problem)
 
     def _num_targets(self, batch: npt.NDArray[np.int64], micros: Sequence[MicroBatch]) -> int:
         """Predicted tokens of a global batch. Collective where documents are masked."""
