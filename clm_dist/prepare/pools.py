@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from clm_dist.config.ray_address import check_ray_address
+from clm_dist.config.ray_address import check_ray_address, no_ray
+from clm_dist.errors import NotReadyError, first_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,6 +71,11 @@ class RayTasks:
                 return value
             except ray.exceptions.RayTaskError as error:
                 raise getattr(error, "cause", None) or error from None
+            except ray.exceptions.RayError as error:
+                raise NotReadyError(
+                    f"Ray has lost a task of the preparation ({first_line(error)}); the same command goes on with the "
+                    "partitions that are left"
+                ) from error
             finally:
                 del self._running[ref]
 
@@ -112,7 +118,10 @@ def open_pool(num_tasks: int | None, *, is_small: bool) -> Iterator[Pool]:
 
             if not initialised:
                 check_ray_address(str(address))
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+                try:
+                    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+                except (ConnectionError, ValueError) as error:
+                    raise no_ray(str(address), first_line(error)) from None
                 stack.callback(ray.shutdown)
             pool = RayTasks(num_tasks or max(1, int(ray.cluster_resources().get("CPU", 1))))
         stack.callback(pool.close)

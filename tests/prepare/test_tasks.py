@@ -1,5 +1,6 @@
 """Where the work over partitions runs."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.errors import DataError
+from clm_dist.errors import DataError, NotReadyError
 from clm_dist.files.blocks import Manifest
 from clm_dist.prepare import pools as tasks
 from clm_dist.prepare.encode import Effort
@@ -50,6 +51,14 @@ def test_what_a_task_raises_is_raised_here(cluster: Cluster) -> None:
             with pytest.raises(DataError, match="broken: here") as caught:
                 pool.submit(_raises)()
             assert caught.value.field == "data.path"
+
+
+def test_a_task_that_ray_has_lost_is_a_reason_to_try_again(cluster: Cluster) -> None:
+    with (
+        tasks.open_pool(2, is_small=False) as pool,
+        pytest.raises(NotReadyError, match=r"Ray has lost a task of the preparation \(.*; the same command goes on"),
+    ):
+        pool.submit(os._exit, 1)()
 
 
 def _raises() -> None:
