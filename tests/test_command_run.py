@@ -195,6 +195,43 @@ def test_a_run_that_is_done_says_if_its_data_has_changed_since(
     assert (said.code, "has changed since" in said.err) == (0, False)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_before_training_is_a_reason_to_try_again(
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    write_job: WriteJob,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("clm_dist.run.run_job", lambda *_, **__: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    said = clm_dist(capsys, monkeypatch, "run", write_job(), "--runs", tmp_path)
+    assert (said.code, said.err) == (75, f"stopped by {number.name}; the same command goes on with what is left\n")
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ([], "stopped before the first checkpoint; the same command starts again\n"),
+        (["step-7"], "stopped after step 7 with a checkpoint saved; the same command goes on from it\n"),
+    ],
+)
+def test_a_checkpoint_is_said_to_be_saved_where_it_is(
+    saved: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    write_job: WriteJob,
+    tmp_path: Path,
+) -> None:
+    result = {"status": "preempted", "train": {"steps": 7}}
+    monkeypatch.setattr("clm_dist.run.run_job", lambda *_, **__: result)
+    monkeypatch.setattr("clm_dist.files.checkpoints.Checkpoints.committed", lambda _: saved)
+    said = clm_dist(capsys, monkeypatch, "run", write_job(), "--runs", tmp_path)
+    assert (said.code, said.err) == (75, words)
+
+
 @pytest.mark.slow
 def test_two_interrupts_end_a_run_at_once(start: Start, long_job: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "tiny")
