@@ -34,8 +34,16 @@ def train_here(
             gathered: list[Message | None] = [None] * world_size
             dist.all_gather_object(gathered, message)
             messages = gathered
+        problem: list[Exception | None] = [None]
         if rank == 0:
-            recorder.receive([m for m in messages if m is not None])
+            try:
+                recorder.receive([m for m in messages if m is not None])
+            except Exception as error:  # raised below, on every rank: alone, this one would leave the others waiting
+                problem = [error]
+        if world_size > 1:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise problem[0]
 
     session = Session(
         rank=rank,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.job import JobConfig
+from clm_dist.errors import RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.documents import document_end_of
@@ -51,6 +52,20 @@ def train_several(rank: int, world_size: int, jobs: list[JobConfig], runs: list[
 
 
 def train_one_here(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> Outcome:
+    return train_one(job, run, store, rank, world_size)
+
+
+def train_with_a_recorder_that_fails_once(
+    rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path
+) -> Outcome:
+    receive = Recorder.receive
+
+    def fail(*_: object) -> None:
+        Recorder.receive = receive  # type: ignore[method-assign]
+        raise RunError("the recorder fails")
+
+    # In a process of its own.
+    Recorder.receive = fail  # type: ignore[method-assign, assignment]
     return train_one(job, run, store, rank, world_size)
 
 

@@ -19,7 +19,8 @@ from clm_dist.train.recorder import Recorder
 from clm_dist.train.session import Session
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, saved_steps
-from tests.support.training import train_one
+from tests.support.training import train_one, train_with_a_recorder_that_fails_once
+from tests.support.workers import run_workers
 
 
 def test_a_save_waits_until_the_one_before_is_committed(
@@ -53,6 +54,14 @@ def test_a_save_waits_until_the_one_before_is_committed(
     assert [before for _, before in saved] == [[], [True], [True, True]]
     assert saved_steps(run) == [2, 4, 6]
     assert Checkpoints.of_run(job, run).root == checkpoints_of(run).root
+
+
+def test_an_error_of_the_recorder_ends_every_rank(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    job = make_job("train.max_steps=2")
+    outcomes = run_workers(train_with_a_recorder_that_fails_once, 2, job, RunDir(tmp_path), prepared(job))
+    assert [(outcome.status, outcome.error) for outcome in outcomes] == [("failed", "the recorder fails")] * 2
 
 
 def test_a_step_that_leaves_out_blocks_ends_the_run(
