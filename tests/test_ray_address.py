@@ -9,7 +9,7 @@ from clm_dist.config.job import ClusterConfig
 from clm_dist.config.ray_address import check_ray_address, host_and_port
 from clm_dist.errors import ConfigError, NotReadyError
 from clm_dist.prepare.pools import open_pool
-from clm_dist.train.ray import cluster
+from clm_dist.train.ray import cluster, private
 from clm_dist.train.ray.cluster import start_ray
 
 
@@ -73,6 +73,12 @@ def test_both_who_join_a_ray_say_so(address: str, problem: str, monkeypatch: pyt
     if problem == "Connection refused":
         with pytest.raises(ConfigError, match=said), open_pool(None, is_small=False):
             pass
+
+
+@pytest.fixture(autouse=True)
+def token_of_the_tests_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test's Ray may run in this process, whose token must stay."""
+    monkeypatch.setattr(private, "forget_token", lambda: None)
 
 
 @pytest.fixture
