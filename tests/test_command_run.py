@@ -111,7 +111,7 @@ def long_job(write_job: WriteJob) -> Path:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(start: Start, long_job: Path, tmp_path: Path) -> None:
     def command(runs: Path) -> list[object]:
         return ["run", long_job, "--runs", runs, "--store", tmp_path / "store"]

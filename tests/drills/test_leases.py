@@ -21,6 +21,7 @@ from tests.support.runs import metrics_of
 __all__ = ["records"]
 pytestmark = pytest.mark.slow
 LOCKS = {"refused": errno.ENOLCK, "missing": errno.ENOSYS, "for everybody": 0}
+WORST = "for everybody"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=LOCKS)
+@pytest.fixture(params=[pytest.param(name, marks=() if name == WORST else pytest.mark.long) for name in LOCKS])
 def storage(request: pytest.FixtureRequest, library: Path, tmp_path: Path) -> dict[str, str]:
     """Environment in which files below tmp_path have such locks."""
     return {

@@ -203,7 +203,7 @@ except NotReadyError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_ray_that_ends_while_nothing_is_asked_of_it_is_seen(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", _END, str(tmp_path / "logs")], capture_output=True, text=True)
     assert ended.returncode == 75, ended.stderr
