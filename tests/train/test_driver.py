@@ -253,7 +253,9 @@ def test_a_ray_whose_cpus_another_holds_is_named_and_tried_again(
 ) -> None:
     address, num_cpus = ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"]
     command = [sys.executable, "-c", _HOLDER, address, str(num_cpus)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # As this process started it: with its token, and on 127.0.0.1.
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert holder.stdout and holder.stdout.readline() == "holds\n"
     words = (
         f"cluster.workers 1 x 1 CPU need 1, and 0 of {num_cpus:g} in the Ray cluster are free; the others are held by "
