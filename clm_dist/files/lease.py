@@ -1,11 +1,11 @@
 """Lets one process at a time write a directory, over all hosts that see it.
 
 `flock` is not used: NFS without lockd, Lustre without `-o flock` and some FUSE file systems refuse it, or grant it to
-everybody. A lease is a file beside the directory that says which process holds it. Two operations are
-atomic on all of these file systems: a file is created if it is not there, and renamed.
+everybody. A lease is a file beside the directory that says which process holds it. Two operations are atomic on all of
+these file systems: a file is created if it is not there, and renamed.
 
     .NAME.lease          the lease: host, process, since when; its holder touches it every few seconds
-    .NAME.lease.TOKEN    the right to remove or replace the lease that has this token; itself a lease
+    .NAME.lease.TOKEN    the right to replace the lease that has this token; itself a lease
 
 A holder on this host is looked up in /proc: when it has ended, the next process takes over at once. A holder on another
 host has ended when it no longer touches its lease while another process watches it for half a minute. Clocks of hosts
@@ -217,14 +217,10 @@ class Lease:
                 os._exit(TryAgainError.exit_code)
 
     def _release(self) -> None:
-        """Remove the lease; a full disk must not keep it, so it is renamed, not locked by another file."""
-        own, aside = self._token, self._right(f"{self._token}.ended")
+        """Remove the lease, unless another has taken it over. That takes no space, which a full disk would not have."""
         with contextlib.suppress(OSError):  # who comes next finds that this process has ended
-            self.file.rename(aside)
-            if _token_of(aside) != own:
-                # Another has taken it over, and not ended this process yet.
-                os.link(aside, self.file)
-            aside.unlink()
+            if _token_of(self.file) == self._token:
+                self.file.unlink()
 
     def _right(self, token: str) -> Path:
         return self.file.with_name(f"{self.file.name}.{token}")

@@ -102,14 +102,14 @@ def test_a_holder_of_this_host_that_was_killed_is_followed_at_once(path: Path, m
 def test_a_process_with_the_number_of_the_holder_is_not_the_holder(path: Path, started: str) -> None:
     write_lease(path, host=os.uname().nodename, space=leases.process_space(), pid=os.getpid(), started=started)
     with Lease(path).hold(timeout_s=0):
-        pass
+        assert json.loads(Lease(path).file.read_text())["started"] not in ("1", "")
 
 
 def test_a_zombie_holds_nothing(path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", _KILLED, str(path)])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with Lease(path).hold(timeout_s=0):
-        pass
+        assert json.loads(Lease(path).file.read_text())["pid"] == os.getpid()
     process.wait()
 
 
@@ -135,7 +135,9 @@ def test_a_holder_touches_its_lease(path: Path, soon: None) -> None:
     with Lease(path).hold(timeout_s=0):
         file = Lease(path).file
         os.utime(file, (1, 1))
+        deadline = time.monotonic() + 60
         while file.stat().st_mtime == 1:
+            assert time.monotonic() < deadline
             time.sleep(0.05)
 
 

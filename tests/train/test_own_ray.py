@@ -1,10 +1,12 @@
 """The Ray that a run starts by itself: nobody else gets in, and nothing of it stays."""
 
+import _thread
 import os
 import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import psutil  # type: ignore[import-untyped]  # accelerate depends on it
 import pytest
 import ray
 
-from clm_dist.errors import ClmDistError, ConfigError, DataError, NotReadyError, RunError
+from clm_dist.errors import ClmDistError, ConfigError, DataError, NotReadyError, RunError, StorageError
 from clm_dist.files.lease import process_space
 from clm_dist.train.ray import own, private
 from clm_dist.train.ray.cluster import Cluster
-from clm_dist.train.ray.own import log_dir, own_ray
+from clm_dist.train.ray.own import RayEndedError, log_dir, own_ray
 from clm_dist.train.ray.private import lost_process
 
 _ASK = """
@@ -142,6 +144,44 @@ def test_a_ray_that_does_not_start_is_a_reason_to_try_again(
     with pytest.raises(NotReadyError, match="Ray does not start on this machine") as said, own_ray(None):
         pass
     assert str(error).strip("'") in str(said.value)
+    assert left(tmp_path) == []
+
+
+def test_whatever_is_raised_after_ray_has_ended_is_a_consequence(
+    no_ray: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned: list[bool] = []
+    monkeypatch.setattr(private, "lost_process", lambda: "raylet")
+    monkeypatch.setattr(private, "abandon", lambda: abandoned.append(True))
+    monkeypatch.setattr(ray, "shutdown", lambda **_: pytest.fail("it would end this process"))
+    with pytest.raises(RayEndedError, match=r"\(its process raylet is gone\)"), own_ray(tmp_path / "logs"):
+        raise KeyboardInterrupt
+    assert abandoned == [True]
+    assert (tmp_path / "logs" / "raylet.err").exists()
+
+
+def test_a_process_that_waits_is_interrupted_where_ray_ends(
+    no_ray: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = threading.Event()
+    monkeypatch.setattr(own, "_WATCH_S", 0.01)
+    monkeypatch.setattr(_thread, "interrupt_main", lambda number: interrupted.set())
+    with own_ray(None):
+        assert not interrupted.wait(0.1)
+        with monkeypatch.context() as lost:
+            lost.setattr(private, "lost_process", lambda: "raylet")
+            assert interrupted.wait(60)
+
+
+def test_a_full_disk_at_the_start_is_a_reason_to_try_again(
+    no_ray: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: bool) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(own, "write_text", full)
+    with pytest.raises(StorageError), own_ray(None):
+        pass
     assert left(tmp_path) == []
 
 

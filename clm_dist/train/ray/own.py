@@ -17,7 +17,7 @@ from typing import Any, Self
 import ray
 
 from clm_dist.errors import ClmDistError, ConfigError, MendFirstError, NotReadyError, first_line
-from clm_dist.files.atomic import make_dir
+from clm_dist.files.atomic import make_dir, write_text
 from clm_dist.files.lease import process_space
 from clm_dist.train.ray import private
 
@@ -52,14 +52,15 @@ def own_ray(logs: Path | None, **options: Any) -> Iterator[None]:
 
     Raises:
         NotReadyError: Ray does not start.
+        StorageError: the disk of its directory is full.
         ConfigError: no directory is there for it.
     """
     directory = _make_directory()
     token = directory / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
     variables = {"RAY_AUTH_TOKEN_PATH": str(token), _LOGS: str(logs) if logs else ""}
     try:
+        write_text(directory / _OWNER, f"{os.getpid()} {process_space()}")
+        write_text(token, secrets.token_hex(32), private=True)
         with _environment(variables):
             _start(directory, options)
             with parting(), _watched():
@@ -186,9 +187,7 @@ def _make_directory() -> Path:
             if _is_left(left):
                 shutil.rmtree(left, ignore_errors=True)
         try:
-            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-            (directory / _OWNER).write_text(f"{os.getpid()} {process_space()}")
-            return directory
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         except OSError as error:
             problem = problem or f"{place}: {error.strerror}"
     raise ConfigError(
