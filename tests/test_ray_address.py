@@ -76,9 +76,11 @@ def test_both_who_join_a_ray_say_so(address: str, problem: str, monkeypatch: pyt
 
 
 @pytest.fixture(autouse=True)
-def token_of_the_tests_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another test's Ray may run in this process, whose token must stay."""
-    monkeypatch.setattr(private, "forget_token", lambda: None)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a token would be forgotten: another test's Ray may run in this process, whose token must stay."""
+    forgotten: list[bool] = []
+    monkeypatch.setattr(private, "forget_token", lambda: forgotten.append(True))
+    return forgotten
 
 
 @pytest.fixture
@@ -108,10 +110,13 @@ def join(address: str, settings: ClusterConfig) -> None:
         pass
 
 
-def test_nodes_that_are_started_beside_the_driver_are_waited_for(starting: list[str]) -> None:
+def test_nodes_that_are_started_beside_the_driver_are_waited_for(starting: list[str], forgotten: list[bool]) -> None:
     starting += ["", ""]
+    assert forgotten == []
     join("10.0.0.1:1", ClusterConfig())
     assert len(starting) == 5
+    # That of a Ray that this process had before.
+    assert forgotten == [True]
 
 
 def test_nodes_that_do_not_come_are_a_reason_to_try_again(starting: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from clm_dist.cli.streams import unfailing
 from tests.conftest import WriteJob
+from tests.support.command import clm_dist
 
 COMMAND = (sys.executable, "-m", "clm_dist")
 
@@ -61,6 +62,22 @@ def test_what_only_shows_ends_with_its_reader() -> None:
     read, write = os.pipe()
     os.close(read)
     assert subprocess.run([*COMMAND, "schema"], stdout=write, stderr=subprocess.PIPE).returncode != 0
+
+
+def test_an_error_that_ends_the_process_is_told_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, write_job: WriteJob, tmp_path: Path
+) -> None:
+    from clm_dist.train.ray.own import RayEndedError
+
+    def fail(*_: object, **__: object) -> None:
+        raise RayEndedError.because("a test")
+
+    ended: list[int] = []
+    monkeypatch.setattr("clm_dist.run.run_job", fail)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    said = clm_dist(capsys, monkeypatch, "run", write_job(), "--runs", tmp_path)
+    assert ended == [75]
+    assert "error: Ray, or a part of it, has ended before the run (a test)" in said.err
 
 
 def test_a_stream_is_as_it_was_afterwards(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A final model that was lost or damaged after its run is found, and written again."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import read_json, write_json
 from clm_dist.files.final import find_damage
-from clm_dist.files.hashes import HashMemory
+from clm_dist.files.hashes import HashMemory, changed_files
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store
@@ -118,6 +119,17 @@ def test_a_model_is_read_once_unless_it_is_pushed(run: RunDir, monkeypatch: pyte
         find_damage(run, read_all=True)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr("clm_dist.files.hashes.file_sha256", fail)
+    assert changed_files(tmp_path, {"a": "abc"}) == {"a": "cannot be read (Permission denied)"}
+
+
 def test_a_memory_of_hashes_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    HashMemory(tmp_path / "a" / "hashes.json").remember({tmp_path / "a": "abc"})
+    memory = HashMemory(tmp_path / "a" / "hashes.json")
+    memory.remember({tmp_path / "a": "abc"})
+    assert memory.get(tmp_path / "a") == "abc"

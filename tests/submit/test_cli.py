@@ -1,4 +1,4 @@
-"""`clm-dist submit slurm` and `cancel`: what is queued, what is refused, and what a person is told."""
+"""`clm-dist submit slurm`: what is queued, what is refused, and what a person is told."""
 
 import os
 import shutil
@@ -253,29 +253,6 @@ def test_a_directory_that_sbatch_cannot_write_to_is_refused(commands: Commands, 
     assert slurm.calls("sbatch") == []
 
 
-def test_what_is_cancelled_twice_had_ended(commands: Commands, slurm: FakeSlurm) -> None:
-    commands.submit("--prepare-first")
-    slurm.job(101, "JobState=RUNNING Reason=None NodeList=n1")
-    slurm.job(102, "JobState=PENDING Reason=Dependency")
-    said = commands.call("cancel")
-    assert said.out == "cancelled job 102; submitting the same job again goes on from its last checkpoint\n"
-    assert slurm.calls("scancel") == [["101"], ["102"]]
-    said = commands.call("cancel", "tiny")
-    assert (said.code, said.out) == (0, "job 102 has ended already; nothing to cancel\n")
-    assert len(slurm.calls("scancel")) == 2
-
-
-@pytest.mark.parametrize("command", ["status", "logs", "cancel"])
-def test_where_nothing_was_submitted_each_command_says_how(commands: Commands, command: str) -> None:
-    said = commands.call(command)
-    assert (said.code, said.out) == (2, "")
-    assert said.err == (
-        f"error: nothing was submitted from {commands.runs}; --runs names another directory, and "
-        "`clm-dist submit slurm|k8s JOB` submits\n"
-    )
-    assert "no submission x from" in commands.call(command, "x").err
-
-
 def test_a_sweep_of_a_name_that_is_queued_is_refused_though_its_runs_are_others(
     commands: Commands, slurm: FakeSlurm
 ) -> None:
@@ -284,14 +261,6 @@ def test_a_sweep_of_a_name_that_is_queued_is_refused_though_its_runs_are_others(
     said = commands.submit("--array", "learning_rate=5e-5,6e-5")
     assert (said.code, len(slurm.calls("sbatch"))) == (2, 1)
     assert "tiny is queued or running already, as job 101" in said.err
-
-
-@pytest.mark.parametrize("which", ["tiny-learning_rate-2e-5", "101_1"])
-def test_one_run_of_a_sweep_is_cancelled_alone(commands: Commands, slurm: FakeSlurm, which: str) -> None:
-    commands.submit("--array", "learning_rate=1e-5,2e-5")
-    slurm.job("101_1", "ArrayJobId=101 ArrayTaskId=1 JobState=RUNNING Reason=None NodeList=n1")
-    assert commands.call("cancel", which).out.startswith("cancelled job 101_1; ")
-    assert slurm.calls("scancel") == [["101_1"]]
 
 
 def test_a_job_that_fails_at_once_is_not_taken_for_the_run_that_it_goes_on_with(

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from safetensors.torch import load_file
 
-from clm_dist.config.job import ClusterConfig, JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import CheckpointError, ConfigError, NotReadyError, RunError, StorageError
 from clm_dist.files.atomic import read_json
@@ -26,7 +23,7 @@ from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
 from clm_dist.train.ray import driver
-from clm_dist.train.ray.cluster import Cluster, _check_resources
+from clm_dist.train.ray.cluster import Cluster
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted
 from tests.support.notes import Notes
@@ -174,27 +171,6 @@ def test_a_resume_with_another_schedule_says_so(
     assert said.startswith("The learning rate goes on from step 24 with ")
 
 
-def test_fp16_needs_gpus(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.precision fp16 needs GPUs; use fp32 or bf16"):
-        fit(make_job("train.precision=fp16"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_workers_must_fit_on_nodes() -> None:
-    cluster = ClusterConfig(workers=3, cpus_per_worker=2)
-    nodes = [{"CPU": 3.0}, {"CPU": 3.0, "memory": 1.0}]
-    with pytest.raises(ConfigError, match=r"has 6 on 2 nodes, which fit 2 workers; set cluster.workers to 2 or less"):
-        _check_resources(cluster, nodes, local=False)
-    assert _check_resources(cluster, [*nodes, {"CPU": 2.0}], local=False) == 0
-    assert _check_resources(ClusterConfig(workers=2), [{"CPU": 8.0, "GPU": 2.0}, {}], local=False) == 1
-    with pytest.raises(ConfigError, match=r"need 3, the Ray cluster has 0; use a cluster with CPUs"):
-        _check_resources(ClusterConfig(workers=3), [{}], local=False)
-    # Of a range the fewest must fit; of nodes that come later nothing is known.
-    assert _check_resources(ClusterConfig(workers=(2, 8), cpus_per_worker=2), nodes, local=False) == 0
-    with pytest.raises(ConfigError, match=r"cluster.workers 3 x 2 CPU need 6, .* set cluster.workers to 2 or less"):
-        _check_resources(ClusterConfig(workers=(3, 8), cpus_per_worker=2), nodes, local=False)
-
-
 def test_a_run_has_one_driver(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
     with (
         Lease(tmp_path / "run").hold(timeout_s=0),
@@ -234,43 +210,6 @@ def test_a_driver_does_not_wait_for_ever_for_the_one_before_it(tmp_path: Path, m
         driver._only_driver(RunDir(tmp_path / "run"), Silent()),
     ):
         pass
-
-
-_HOLDER = """
-import sys, time
-import ray
-ray.init(address=sys.argv[1], log_to_driver=False)
-group = ray.util.placement_group([{"CPU": float(sys.argv[2])}], name="theirs")
-ray.get(group.ready())
-print("holds", flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_a_ray_whose_cpus_another_holds_is_named_and_tried_again(
-    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
-) -> None:
-    address, num_cpus = ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"]
-    command = [sys.executable, "-c", _HOLDER, address, str(num_cpus)]
-    # As this process started it: with its token, and on 127.0.0.1.
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert holder.stdout and holder.stdout.readline() == "holds\n"
-    words = (
-        f"cluster.workers 1 x 1 CPU need 1, and 0 of {num_cpus:g} in the Ray cluster are free; the others are held by "
-        f"placement group theirs ({num_cpus:g} CPU)"
-    )
-    progress = Notes()
-    try:
-        with pytest.raises(NotReadyError) as ended:
-            fit(make_job("train.start_timeout_s=30"), tmp_path / "run", progress=progress)
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert f"no worker began to train within train.start_timeout_s (30 s): {words}" in str(ended.value)
-    assert ended.value.exit_code == 75
-    assert f"Waiting for resources: {words}, for 30 s at most (train.start_timeout_s)" in progress.notes
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_blocks(
@@ -318,28 +257,10 @@ def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_what_was_committed
             assert load_file(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_to_the_driver_asks_the_workers_to_stop(number: signal.Signals, tmp_path: Path) -> None:
-    run, notes = RunDir(tmp_path), Notes()
-    before = signal.getsignal(number)
-    with driver._stop_on_signals(run, notes):
-        os.kill(os.getpid(), number)
-        assert run.stop.exists()
-        assert f"{number.name}: saving a checkpoint, then stopping." in notes.notes[0]
-        if number == signal.SIGINT:
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == before
-
-
-def test_a_run_under_nohup_goes_on_when_its_terminal_closes(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with driver._stop_on_signals(RunDir(tmp_path), Notes()):
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert not RunDir(tmp_path).stop.exists()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_logs_of_an_attempt_that_failed_are_gone_with_the_next(run: RunDir) -> None:
+    run.ray_logs.mkdir()
+    driver._open_run(read_saved_job(run.job), run, overwrite=False)
+    assert not run.ray_logs.exists()
 
 
 def test_checkpoints_that_the_job_looks_for_elsewhere_are_not_forgotten(run: RunDir, tmp_path: Path) -> None:

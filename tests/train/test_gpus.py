@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from clm_dist.config.job import ClusterConfig
 from clm_dist.errors import ConfigError
-from clm_dist.train.ray.cluster import Cluster, this_node
+from clm_dist.train.ray import cluster as cluster_module
+from clm_dist.train.ray.cluster import Cluster, start_ray, this_node
 from clm_dist.train.ray.gpus import check_gpus, find_problem
 
 
@@ -66,8 +68,15 @@ def test_a_node_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="this torch has GPUs")
-def test_each_node_is_asked(cluster: Cluster) -> None:
+def test_each_node_is_asked(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     check_gpus([])
+    gpus = {this_node(): {"CPU": 2.0, "GPU": 1.0}}
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster_module, "alive_nodes", lambda: gpus)
+        with pytest.raises(ConfigError, match="has no CUDA"), start_ray(ClusterConfig()):
+            pass
+        with start_ray(ClusterConfig(gpus_per_worker=0)) as started:
+            assert started.num_gpus_per_worker == 0
     with pytest.raises(ConfigError) as said:
         check_gpus([this_node()])
     assert said.value.field == "cluster.gpus_per_worker"

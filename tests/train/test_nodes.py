@@ -11,6 +11,8 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import nodes
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.nodes import NodeWatch
+from clm_dist.train.ray.own import RayEndedError
+from clm_dist.train.ray.watch import WorkerWatch
 from tests.conftest import MakeJob
 from tests.support.notes import Notes
 
@@ -201,3 +203,14 @@ def test_a_ray_that_does_not_say_who_holds_what_does_not_prolong_the_wait(
     monkeypatch.setattr(nodes, "describe_holders", fail)
     with pytest.raises(RunError, match="may be in use"):
         driver.look(after_s=61)
+
+
+def test_a_ray_whose_process_is_gone_ends_the_run(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Fakes(monkeypatch)
+    watch = WorkerWatch(make_job(), RunDir(tmp_path), Cluster(0), Notes())
+    watch.look()
+    monkeypatch.setattr("clm_dist.train.ray.watch.lost_process", lambda: "raylet")
+    with pytest.raises(RayEndedError, match=r"its process raylet is gone"):
+        watch.look()
