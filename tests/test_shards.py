@@ -74,7 +74,21 @@ def test_datasets_opens_a_shard_as_it_is(tmp_path: Path, blocks: Ids) -> None:
 
 def test_reading_a_block_copies_only_that_block(tmp_path: Path, blocks: Ids) -> None:
     read = Blocks(store_of(tmp_path, blocks), "train")
-    assert not read._arrays[0].flags.owndata
+    assert not read._shard(0).ids.flags.owndata
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_blocks_that_will_be_needed_may_lie_anywhere(
+    shuffled: bool, tmp_path: Path, blocks: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300 * 16)
+    read = Blocks(store_of(tmp_path, blocks), "train", shuffled=shuffled)
+    order = np.array([999, 0, 299, 300, 0])
+    read.will_need(order)
+    # Only the shards that have some are mapped.
+    assert sorted(read._mapped) == [0, 1, 3]
+    read.will_need(np.arange(1000))
+    assert np.array_equal(read[order], blocks[order])
 
 
 def test_ids_take_two_bytes_where_they_fit() -> None:
@@ -93,9 +107,14 @@ def test_broken_stores_say_what_to_do(tmp_path: Path, blocks: Ids) -> None:
     with pytest.raises(DataError, match="is no manifest"):
         Blocks(store, "train")
     (store / "manifest.json").write_text(json.dumps(manifest))
-    (store / "train" / "00000.arrow").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="cannot read the shard"):
+    shard = store / "train" / "00000.arrow"
+    size = shard.stat().st_size
+    shard.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"cannot read the shard .*: it has 8 bytes, and 1,000 blocks have more"):
         Blocks(store, "train")
+    shard.write_bytes(b"nonsense".ljust(size))
+    with pytest.raises(DataError, match=r"cannot read the shard .*; remove its store to prepare again"):
+        Blocks(store, "train")[np.arange(3)]
     (store / "train" / "00000.arrow").unlink()
     with pytest.raises(DataError, match="cannot read the shard"):
         Blocks(store, "train")

@@ -8,6 +8,7 @@ and of those that it predicts with `data.document_mask`.
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,20 +187,34 @@ def _write_shard(store: Path, name: str, ids: Ids) -> Shard:
 
 
 class Blocks:
-    """The blocks of a split, mapped from its shards; indexing copies just the rows that are asked for."""
+    """The blocks of a split; indexing copies just the rows that are asked for.
 
-    def __init__(self, store: Path, split: str) -> None:
+    A shard is mapped when it is first read from, which takes 10 ms from a disk; that each is there and long enough is
+    seen at once.
+
+    Args:
+        shuffled: whether blocks are read in no order, so that the system need not read what lies around them.
+
+    Raises:
+        DataError: here or where blocks are read, a shard is not as it was written.
+    """
+
+    def __init__(self, store: Path, split: str, *, shuffled: bool = False) -> None:
         manifest = Manifest.read(store / "manifest.json")
         self.block_size = manifest.block_size
-        shards = manifest.splits[split].shards
-        self._arrays = [_map_shard(store / shard.file, manifest.block_size) for shard in shards]
-        for shard, array in zip(shards, self._arrays, strict=True):
-            if len(array) != shard.num_blocks:
-                raise DataError(
-                    f"{store / shard.file} holds {len(array)} blocks, its manifest says {shard.num_blocks}; "
-                    f"remove {store} to prepare again"
-                )
-        self._ends = np.cumsum([len(array) for array in self._arrays])
+        self._store, self._shuffled = store, shuffled
+        self._shards = manifest.splits[split].shards
+        self._ends = np.cumsum([shard.num_blocks for shard in self._shards])
+        self._mapped: dict[int, _MappedShard] = {}
+        row_bytes = manifest.block_size * np.dtype(manifest.dtype).itemsize
+        for shard in self._shards:
+            path = store / shard.file
+            try:
+                num_bytes = path.stat().st_size
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            if num_bytes < shard.num_blocks * row_bytes:
+                raise _unreadable(path, f"it has {num_bytes:,} bytes, and {shard.num_blocks:,} blocks have more")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -207,27 +222,76 @@ class Blocks:
     def __getitem__(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Blocks by index: (n,) -> (n, block_size) int64."""
         rows = np.empty((len(indices), self.block_size), dtype=np.int64)
-        shard_of = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            first = self._ends[shard] - len(self._arrays[shard])
-            rows[here] = self._arrays[shard][indices[here] - first]
+        for number, here, rows_there in self._places(indices):
+            rows[here] = self._shard(number).ids[rows_there]
         return rows
+
+    def will_need(self, indices: npt.NDArray[np.int64]) -> None:
+        """Let the system begin to read blocks, so that they are in memory when they are asked for."""
+        for number, _, rows_there in self._places(indices):
+            self._shard(number).will_need(rows_there)
+
+    def _places(
+        self, indices: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, npt.NDArray[np.bool_], npt.NDArray[np.int64]]]:
+        """For each shard that has some: its number, which of the indices are there, and their rows in it."""
+        shard_of = np.searchsorted(self._ends, indices, side="right")
+        for number in map(int, np.unique(shard_of)):
+            here = shard_of == number
+            yield number, here, indices[here] - (self._ends[number] - self._shards[number].num_blocks)
 
     def highest_id(self) -> int:
         """Reads all blocks."""
-        return max(int(array.max()) for array in self._arrays if len(array))
+        shards = (self._shard(number).ids for number in range(len(self._shards)))
+        return max(int(ids.max()) for ids in shards if len(ids))
+
+    def check(self) -> None:
+        """Map every shard. Raise DataError where one does not hold what the manifest says."""
+        for number in range(len(self._shards)):
+            self._shard(number)
+
+    def _shard(self, number: int) -> "_MappedShard":
+        if number not in self._mapped:
+            shard = self._shards[number]
+            path = self._store / shard.file
+            mapped = _MappedShard(path, self.block_size, shuffled=self._shuffled)
+            if len(mapped.ids) != shard.num_blocks:
+                raise DataError(
+                    f"{path} holds {len(mapped.ids)} blocks, its manifest says {shard.num_blocks}; remove "
+                    f"{self._store} to prepare again"
+                )
+            self._mapped[number] = mapped
+        return self._mapped[number]
 
 
-def _map_shard(path: Path, block_size: int) -> Ids:
-    try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-            column = reader.read_all().column("input_ids")
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise DataError(f"cannot read the shard {path}: {error}; remove its store to prepare again") from None
-    values = column.chunk(0).values.to_numpy(zero_copy_only=True)
-    ids: Ids = values.reshape(-1, block_size)
-    return ids
+class _MappedShard:
+    """A shard's blocks, (num_blocks, block_size), as they lie in its file."""
+
+    def __init__(self, path: Path, block_size: int, *, shuffled: bool) -> None:
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            whole = pa.py_buffer(self._map)
+            with pa.ipc.open_stream(pa.BufferReader(whole)) as reader:
+                column = reader.read_all().column("input_ids")
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(path, error) from None
+        if shuffled:
+            self._map.madvise(mmap.MADV_RANDOM)
+        values = column.chunk(0).values.to_numpy(zero_copy_only=True)
+        self.ids: Ids = values.reshape(-1, block_size)
+        self._begin = self.ids.ctypes.data - whole.address
+
+    def will_need(self, rows: npt.NDArray[np.int64]) -> None:
+        """Let the system begin to read rows."""
+        row_bytes = self.ids.strides[0]
+        for begin in (self._begin + rows * row_bytes).tolist():
+            page = begin - begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, begin + row_bytes - page)
+
+
+def _unreadable(path: Path, problem: object) -> DataError:
+    return DataError(f"cannot read the shard {path}: {problem}; remove its store to prepare again")
 
 
 def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator[Ids]:

@@ -158,7 +158,7 @@ class Store:
                 yield f"{name} has {split.num_tokens:,} tokens, which its blocks and what was dropped do not add up to"
             if problems.keys().isdisjoint(shard.file for shard in split.shards):
                 try:
-                    Blocks(self.local, name)
+                    Blocks(self.local, name).check()
                 except DataError as error:
                     yield str(error)
 

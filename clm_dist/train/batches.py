@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clm_dist.config.job import JobConfig
+from clm_dist.files.blocks import Blocks
 from clm_dist.train.order import permute
 
 
@@ -68,9 +69,8 @@ class BatchOrder:
         places = np.arange(start, min(start + self.global_size, self.num_blocks))
         return permute(places, self.num_blocks, self.seed, epoch)
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
-        """This rank's passes of a step; every rank has equally many, in short batches too."""
-        blocks = self.global_batch(step)
+    def micro_batches(self, blocks: npt.NDArray[np.int64], rank: int, world_size: int) -> Iterator[MicroBatch]:
+        """This rank's passes of a global batch; every rank has equally many, in short batches too."""
         num_micros = -(-self.global_size // self.micro_size)
         for number in range(-(-num_micros // world_size)):
             index = number * world_size + rank
@@ -79,6 +79,38 @@ class BatchOrder:
                 yield MicroBatch(index, own, counts=True)
             else:
                 yield MicroBatch(index, blocks[: self.micro_size], counts=False)
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """What one rank computes of a step."""
+
+    step: int
+    num_blocks: int
+    """Of the global batch, over all ranks."""
+    micros: list[MicroBatch]
+
+
+class Feed:
+    """The passes of one rank, step after step; the system reads the blocks of the next step during each."""
+
+    def __init__(self, order: BatchOrder, blocks: Blocks, rank: int, world_size: int) -> None:
+        self._order, self._blocks = order, blocks
+        self._rank, self._world_size = rank, world_size
+        self._ahead: StepPasses | None = None
+
+    def take(self, step: int) -> StepPasses:
+        """The passes of a step; the first is 0."""
+        passes = self._ahead if self._ahead and self._ahead.step == step else self._passes_of(step)
+        if step + 1 < self._order.num_steps:
+            self._ahead = self._passes_of(step + 1)
+            for micro in self._ahead.micros:
+                self._blocks.will_need(micro.blocks)
+        return passes
+
+    def _passes_of(self, step: int) -> StepPasses:
+        batch = self._order.global_batch(step)
+        return StepPasses(step, len(batch), list(self._order.micro_batches(batch, self._rank, self._world_size)))
 
 
 def block_checksum(numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> int:

@@ -23,8 +23,8 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
 from clm_dist.files.records import OutlierRecord, StepRecord
 from clm_dist.pretrained.tokenizer import load_tokenizer
-from clm_dist.train.batches import BatchOrder, MicroBatch, block_checksum, pass_seed
-from clm_dist.train.checkpointing.reporter import Reporter, Wish
+from clm_dist.train.batches import BatchOrder, Feed, MicroBatch, block_checksum, pass_seed
+from clm_dist.train.checkpointing.reporter import Reporter, StopCheck, Wish
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import NotSavedError, Saves
 from clm_dist.train.documents import document_end_of, num_predicted
@@ -114,6 +114,7 @@ class _Loop:
         saver = Saver(Checkpoints.of_run(job, session.run), session.rank, session.world_size)
         self.reporter = Reporter(session, saver, heart)
         self.strategy = build_strategy(job, rank=session.rank, world_size=session.world_size, use_gpu=session.use_gpu)
+        self.stops = StopCheck(self.reporter, self.strategy.all_reduce)
         self.fingerprint = Manifest.read(session.store / "manifest.json").fingerprint
         self.saves = Saves(
             job,
@@ -124,10 +125,11 @@ class _Loop:
             reporter=self.reporter,
             heart=heart,
         )
-        self.blocks = Blocks(session.store, "train")
+        self.blocks = Blocks(session.store, "train", shuffled=True)
         self.document_end = document_end_of(session.store) if job.data.document_mask else None
         self.eval_split = EvalSplit.of_store(session.store, job.eval.micro_size, self.document_end)
         self.order = BatchOrder.of_job(job, len(self.blocks))
+        self.feed = Feed(self.order, self.blocks, session.rank, session.world_size)
         self.learning_rate = build_schedule(job.train, self.order.num_steps)
 
         # Random weights that are drawn shard by shard are others.
@@ -217,10 +219,10 @@ class _Loop:
             raise NotSavedError(f"{problem}; {then}")
         return Outcome("preempted", self.step)
 
-    def _num_targets(self, batch: npt.NDArray[np.int64], micros: Sequence[MicroBatch]) -> int:
+    def _num_targets(self, num_blocks: int, micros: Sequence[MicroBatch]) -> int:
         """Predicted tokens of a global batch. Collective where documents are masked."""
         if self.document_end is None:
-            return len(batch) * (self.blocks.block_size - 1)
+            return num_blocks * (self.blocks.block_size - 1)
         own = (num_predicted(self.blocks[micro.blocks], self.document_end) for micro in micros if micro.counts)
         return int(self.strategy.all_reduce([float(sum(own))])[0])
 
@@ -229,10 +231,10 @@ class _Loop:
         job, strategy = self.job, self.strategy
         began = time.perf_counter()
         data_wait = 0.0
-        batch = self.order.global_batch(self.step)
-        micros = list(self.order.micro_batches(self.step, strategy.rank, strategy.world_size))
+        passes = self.feed.take(self.step)
+        num_blocks, micros = passes.num_blocks, passes.micros
         # Where every document has one token there is nothing to predict, and the loss is 0.
-        num_targets = max(1, self._num_targets(batch, micros))
+        num_targets = max(1, self._num_targets(num_blocks, micros))
         # Ranks average their gradients; this makes the average the gradient of the mean over all tokens.
         scale = strategy.world_size / num_targets
         loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
@@ -246,7 +248,7 @@ class _Loop:
             ids_BT = torch.from_numpy(ids).to(strategy.device)
             data_wait += time.perf_counter() - reading
             self.heart.at(self.step, f"pass {number + 1} of {len(micros)}")
-            torch.manual_seed(pass_seed(job.train.seed, self.step, micro.index))
+            strategy.seed(pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
                 prediction = predict(model, ids_BT, self.document_end)
                 losses = next_token_loss(prediction.logits, ids_BT, self.document_end)
@@ -266,8 +268,8 @@ class _Loop:
         total, router_total, all_computed, all_checksums, *wishes = strategy.all_reduce(
             [loss_sum.item(), router_sum.item(), num_computed, checksum, *self.reporter.wishes()]
         )
-        if all_computed != len(batch):
-            raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {len(batch)}. {REPORT_FAULT}")
+        if all_computed != num_blocks:
+            raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {num_blocks}. {REPORT_FAULT}")
         wish = Wish(*(value > 0 for value in wishes))
         loss = total / num_targets
         limit = self.outliers.limit()
@@ -278,13 +280,13 @@ class _Loop:
         verdict = self.outliers.judge(loss, grad_norm, limit)
         self.step += 1
         if verdict.kind:
-            blocks = self._record_outlier(verdict, loss, grad_norm, batch, block_losses)
+            blocks = self._record_outlier(verdict, loss, grad_norm, block_losses)
             if verdict.kind == "nonfinite":
                 self._leave_out(verdict.action, loss, blocks)
         if not verdict.is_trained:
             return wish
         seconds = time.perf_counter() - began
-        tokens = len(batch) * self.blocks.block_size
+        tokens = num_blocks * self.blocks.block_size
         record: StepRecord = {
             "kind": "step",
             "step": self.step,
@@ -306,13 +308,11 @@ class _Loop:
             self.reporter.send()
         return wish
 
-    def _record_outlier(
-        self, verdict: Verdict, loss: float, grad_norm: float, batch: npt.NDArray[np.int64], block_losses: BlockLosses
-    ) -> list[int]:
+    def _record_outlier(self, verdict: Verdict, loss: float, grad_norm: float, block_losses: BlockLosses) -> list[int]:
         """Write down the blocks of a step that stands out, and return them, the worst first. Collective."""
         assert verdict.kind
         losses = gather_losses(block_losses, self.strategy.world_size)
-        blocks = worst_first(batch, losses)
+        blocks = worst_first(self.order.global_batch(self.step - 1), losses)
         if self.strategy.rank == 0:
             record: OutlierRecord = {
                 "kind": verdict.kind,
@@ -380,7 +380,7 @@ class _Loop:
         """Called by every rank after each of its passes. Collective."""
         self.heart.at(self.step, f"evaluating, {num_done} passes done")
         # An evaluation may take longer than what a preemption leaves.
-        if self.strategy.all_reduce([float(self.reporter.wishes().stop)])[0] > 0:
+        if self.stops.is_asked(num_done):
             raise _AskedToStopError
 
     def _save(self, *, regular: bool = True, owes_evaluation: bool = False) -> None:

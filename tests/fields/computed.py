@@ -68,7 +68,7 @@ def check_batch_size(bench: Bench) -> None:
 
 def check_micro_size(bench: Bench) -> None:
     order = _order(bench, "batch.global_size=12", "batch.micro_size=3")
-    assert [len(micro.blocks) for micro in order.micro_batches(0, 0, 1)] == [3, 3, 3, 3]
+    assert [len(micro.blocks) for micro in order.micro_batches(order.global_batch(0), 0, 1)] == [3, 3, 3, 3]
 
 
 def check_epochs(bench: Bench) -> None:

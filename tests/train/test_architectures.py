@@ -60,10 +60,11 @@ def plain_training(job: JobConfig, store: Path) -> tuple[list[float], list[float
     losses, router_losses = [], []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = job.train.learning_rate * (1 - step / STEPS)
-        micros = list(order.micro_batches(step, 0, 1))
+        batch = order.global_batch(step)
+        micros = list(order.micro_batches(batch, 0, 1))
         loss = router_loss = 0.0
         for micro in micros:
-            share = len(micro.blocks) / len(order.global_batch(step))
+            share = len(micro.blocks) / len(batch)
             ids = torch.from_numpy(blocks[micro.blocks])
             torch.manual_seed(pass_seed(job.train.seed, step, micro.index))
             output = model(input_ids=ids, use_cache=False)

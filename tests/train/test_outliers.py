@@ -80,7 +80,8 @@ def store(make_job: MakeJob, prepared: Callable[[JobConfig], Path]) -> Path:
 
 def block_of(job: JobConfig, store: Path, step: int) -> int:
     """A block of a step (the first is 1) that rank 1 computes."""
-    (_, micro) = BatchOrder.of_job(job, len(Blocks(store, "train"))).micro_batches(step - 1, 1, 2)
+    order = BatchOrder.of_job(job, len(Blocks(store, "train")))
+    (_, micro) = order.micro_batches(order.global_batch(step - 1), 1, 2)
     return int(micro.blocks[-1])
 
 

@@ -400,6 +400,19 @@ def test_a_run_whose_ranks_do_not_share_gradients_is_impossible(
     assert not saved_steps(RunDir(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("setting", ["checkpoint.every=1", "eval.every=1", "train.max_steps=1"])
+def test_what_ranks_do_not_share_is_neither_saved_nor_evaluated(
+    setting: str, make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    """The norms of a step are compared with what is exchanged next, whatever that is."""
+    job = make_job(*SETTINGS, "cluster.workers=2", "train.max_steps=3", setting)
+    run = RunDir(tmp_path / "run")
+    for _, said in run_workers(sabotaged, 2, "ddp_stops_to_sync", job, run.root, few_blocks):
+        assert "the ranks do not share their gradients any more" in said
+    assert not saved_steps(run)
+    assert [record["step"] for record in metrics_of(run.metrics) if record["kind"] in ("eval", "verify")] in ([], [0])
+
+
 LEFT_IN_A_SHELL = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",

@@ -12,7 +12,8 @@ memory while the next passes run, and the next update waits for the copy, not fo
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +35,35 @@ class Fragment:
     tensors: Mapping[str, Tensor]
     """`weight`, `exp_avg`, `exp_avg_sq`, each (n,): views of what the optimizer changes."""
     replicated: bool = False
-    """Whether every rank holds the same; then each saves a slice of its own."""
+    """Whether every rank holds the same; then each saves a part of its own."""
 
     @property
     def stop(self) -> int:
         return self.start + next(iter(self.tensors.values())).numel()
 
-    def own_slice(self, rank: int, world_size: int) -> "Fragment":
-        """The slice of it that a rank saves."""
-        if not self.replicated:
-            return self
-        size = self.stop - self.start
-        begin, end = size * rank // world_size, size * (rank + 1) // world_size
+    def cut(self, begin: int, end: int) -> "Fragment":
+        """Its elements [begin, end), counted from its own first."""
         tensors = {kind: tensor[begin:end] for kind, tensor in self.tensors.items()}
         return Fragment(self.parameter, self.start + begin, tensors)
+
+
+def own_part(fragments: Iterable[Fragment], rank: int, world_size: int) -> list[Fragment]:
+    """What a rank saves: all that it alone holds, and an equal part of what every rank holds.
+
+    That is cut from all of it in a row, so that most parameters are whole in one file: a marker names as many pieces as
+    there are parameters and ranks together, not one of each parameter for each rank.
+    """
+    fragments = list(fragments)
+    own = [fragment for fragment in fragments if not fragment.replicated]
+    shared = [fragment for fragment in fragments if fragment.replicated]
+    total = sum(fragment.stop - fragment.start for fragment in shared)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    passed = 0
+    for fragment in shared:
+        size = fragment.stop - fragment.start
+        own.append(fragment.cut(max(0, first - passed), max(0, min(size, last - passed))))
+        passed += size
+    return [fragment for fragment in own if fragment.start < fragment.stop]
 
 
 @contextlib.contextmanager
@@ -61,17 +77,19 @@ def fetched(
         CheckpointError: a fragment is in none.
     """
     with contextlib.ExitStack() as stack:
-        needed = {share.file: share for fragment in fragments for share, _, _ in _overlaps(marker, fragment)}
+        pieces = _pieces_of(marker)
+        needed = {share.file: share for fragment in fragments for share, _, _ in _overlaps(pieces, fragment)}
         yield {file: stack.enter_context(checkpoints.reading(name, share)) for file, share in needed.items()}
 
 
 def load_fragments(files: Mapping[str, Path], marker: Marker, fragments: list[Fragment]) -> None:
     """Copy a checkpoint's content into fragments, in place."""
+    pieces = _pieces_of(marker)
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(path, "pt")) for file, path in files.items()}
         with torch.no_grad():
             for fragment in fragments:
-                for share, begin, end in _overlaps(marker, fragment):
+                for share, begin, end in _overlaps(pieces, fragment):
                     first = share.fragments[fragment.parameter][0]
                     for kind, tensor in fragment.tensors.items():
                         saved = opened[share.file].get_slice(f"{fragment.parameter}:{kind}")[
@@ -80,14 +98,24 @@ def load_fragments(files: Mapping[str, Path], marker: Marker, fragments: list[Fr
                         tensor[begin - fragment.start : end - fragment.start].copy_(saved)
 
 
-def _overlaps(marker: Marker, fragment: Fragment) -> list[tuple[RankFile, int, int]]:
+_Pieces = Mapping[str, list[tuple[int, int, RankFile]]]
+"""For each parameter its pieces in order: the first element, the one after the last, and the file that has them."""
+
+
+def _pieces_of(marker: Marker) -> _Pieces:
+    pieces = defaultdict(list)
+    for share in marker.shares:
+        for parameter, (begin, end) in share.fragments.items():
+            pieces[parameter].append((begin, end, share))
+    return {parameter: sorted(found, key=lambda piece: piece[:2]) for parameter, found in pieces.items()}
+
+
+def _overlaps(pieces: _Pieces, fragment: Fragment) -> list[tuple[RankFile, int, int]]:
     """The files that hold a part of a fragment, and which elements of the parameter that is."""
     found = []
     reached = fragment.start
-    shares = [share for share in marker.shares if fragment.parameter in share.fragments]
-    for share in sorted(shares, key=lambda share: share.fragments[fragment.parameter]):
-        begin, end = share.fragments[fragment.parameter]
-        begin, end = max(begin, fragment.start), min(end, fragment.stop)
+    for first, last, share in pieces.get(fragment.parameter, ()):
+        begin, end = max(first, fragment.start), min(last, fragment.stop)
         if begin < end:
             if begin != reached:
                 break

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -88,3 +89,33 @@ class Reporter:
         self.session.report(message)
         self.records = []
         self.sent = time.monotonic()
+
+
+class StopCheck:
+    """Whether a rank is asked to stop while all evaluate; the ranks ask each other about once a second.
+
+    When that is due they must know alike, so it is in passes, and their number comes from what all have measured.
+    """
+
+    def __init__(self, reporter: Reporter, all_reduce: Callable[[list[float]], list[float]]) -> None:
+        self._reporter, self._all_reduce = reporter, all_reduce
+        self._due = 1
+        self._began = 0.0
+
+    def is_asked(self, num_done: int) -> bool:
+        """Called after every pass, the number of which is the same on every rank. Collective.
+
+        Args:
+            num_done: passes of this evaluation.
+        """
+        if num_done == 1:
+            self._due, self._began = 1, time.perf_counter()
+        if num_done < self._due:
+            return False
+        # Whole numbers, so that their sum is the same in whatever order a backend adds.
+        milliseconds = float(round(1000 * (time.perf_counter() - self._began)))
+        asked, milliseconds, ranks = self._all_reduce([float(self._reporter.wishes().stop), milliseconds, 1.0])
+        passes_a_second = int(1000 * ranks * (num_done - 1) // max(milliseconds, 1.0))
+        # A first pass may be much slower than the others, or much faster.
+        self._due = num_done + max(1, min(passes_a_second, num_done))
+        return asked > 0

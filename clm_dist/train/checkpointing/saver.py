@@ -16,7 +16,7 @@ from torch import Tensor
 from clm_dist.errors import first_line
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import RankFile
-from clm_dist.train.checkpointing.fragments import Fragment
+from clm_dist.train.checkpointing.fragments import Fragment, own_part
 
 _WRITE_BYTES = 2**22
 _WAIT_S = 0.05
@@ -62,8 +62,7 @@ class Saver:
     def begin(self, name: str, step: int, fragments: Iterable[Fragment]) -> None:
         """Start to save; `await_copy` must return before the fragments change."""
         began = time.perf_counter()
-        slices = [fragment.own_slice(self._rank, self._world_size) for fragment in fragments]
-        slices = [one for one in slices if one.start < one.stop]
+        slices = own_part(fragments, self._rank, self._world_size)
         self._copied.clear()
         self._ended = None
         self._thread = threading.Thread(target=self._save, args=(name, step, slices, began), daemon=True)

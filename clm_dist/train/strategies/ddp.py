@@ -17,6 +17,9 @@ from clm_dist.train.strategies.base import MIXED_PRECISION, REPORT_FAULT, MakeOp
 class DataParallel(Strategy):
     """Every rank holds everything; gradients are averaged (torch's DistributedDataParallel, through Accelerate)."""
 
+    _unchecked_norm: float | None = None
+    """Of the last step's gradient, until the ranks have compared it."""
+
     def _build_accelerator(self) -> Any:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
@@ -44,7 +47,7 @@ class DataParallel(Strategy):
         limit = float("inf") if self._max_norm is None else self._max_norm
         scaler = self.accelerator.scaler
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-        self._check_norm(norm)
+        self._unchecked_norm = norm
         if drop:
             if scaler is not None:
                 scaler.update()
@@ -53,11 +56,19 @@ class DataParallel(Strategy):
         self.optimizer.zero_grad()
         return norm
 
-    def _check_norm(self, norm: float) -> None:
-        """Raise RunError unless every rank has the same norm, as ranks do whose weights and gradients are the same."""
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """The sums of each value over the ranks, in float64.
+
+        Raises:
+            RunError: the gradient of the last step had not the same norm on every rank, as where all share their
+                weights and gradients. It goes along here, because an exchange of its own would cost as much again.
+        """
+        if self._unchecked_norm is None or self.world_size == 1:
+            return super().all_reduce(values)
+        norm, self._unchecked_norm = self._unchecked_norm, None
         finite = math.isfinite(norm)
         norm = norm if finite else 0.0
-        norms, squares, num_finite = self.all_reduce([norm, norm * norm, float(finite)])
+        *sums, norms, squares, num_finite = super().all_reduce([*values, norm, norm * norm, float(finite)])
         mean = norms / self.world_size
         variance = squares / self.world_size - mean * mean
         if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
@@ -65,6 +76,7 @@ class DataParallel(Strategy):
                 f"the ranks do not share their gradients any more: this rank's gradient norm is {norm:.6g}, the mean "
                 f"of {self.world_size} ranks {mean:.6g}; nothing was saved since. {REPORT_FAULT}"
             )
+        return sums
 
     def gradient_norm(self) -> float:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -95,6 +107,8 @@ class DataParallel(Strategy):
         return adam
 
     def _parameter_fragments(self) -> Iterable[Fragment]:
+        # What is saved has been checked.
+        self.all_reduce([])
         for name, parameter in self.plain_model.named_parameters():
             if parameter.requires_grad:
                 yield self._adam_fragment(name, 0, parameter, slice(None), replicated=True)
