@@ -5,6 +5,7 @@ import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, TryAgainError, first_line
@@ -13,6 +14,9 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store, Stores
 from clm_dist.progress import Progress, err, open_progress, out
+
+if TYPE_CHECKING:
+    from clm_dist.prepare.pipeline import Resolved
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +39,14 @@ def run_job(
         only_train: take blocks that are prepared already, and show no sample.
 
     Raises:
-        ClmDistError: see the stages; what is wrong with the job is said before Ray is started.
+        ClmDistError: see the stages; what is wrong with the job is said before a worker is started.
     """
     with open_progress(err) as progress:
         progress.start("Checking the job")
-        from clm_dist import hub
-        from clm_dist.prepare import pipeline
-        from clm_dist.pretrained.tokenizer import load_tokenizer
-        from clm_dist.train.model import check_model, check_tokenizer, load_config
-        from clm_dist.train.ray import driver
-        from clm_dist.train.ray.cluster import start_ray
-        from clm_dist.train.unused import describe_unused, find_unused
-
         directory, done = find_run(config, runs, resume=resume, overwrite=overwrite)
         if done:
+            from clm_dist.prepare import pipeline
+
             progress.note(f"The run {directory.root} is done; --overwrite starts it again")
             result = read_result(directory.root)
             # Data that is away by now says nothing.
@@ -59,36 +57,56 @@ def run_job(
                         "figures of the old. --overwrite trains on the new in place of this run, --set name=... apart"
                     )
         else:
-            if config.hub.push != "never":
-                hub.check_access(config)
-            check_model(config)
-            driver.check_trackers(config)
-            resolved = pipeline.resolve(config, stores)
-            if resolved.tokenizer is not None:
-                check_tokenizer(config, load_tokenizer(resolved.tokenizer))
-            if unused := find_unused(load_config(config), config.data.block_size):
-                progress.note(describe_unused(unused))
-            if only_train and not resolved.store.fetch():
-                raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
-            progress.start("Starting Ray")
-            with start_ray(config.cluster, directory.ray_logs) as cluster, ThreadPoolExecutor(max_workers=1) as pushing:
-                store = pipeline.prepare_resolved(resolved, progress)
-
-                def push_epoch(path: Path, step: int) -> None:
-                    pushing.submit(_push_epoch, config, directory, store, path, step, progress)
-
-                result = driver.train(
-                    config,
-                    directory,
-                    store,
-                    cluster,
-                    progress,
-                    overwrite=overwrite,
-                    on_export=push_epoch,
-                )
+            result = _train(config, directory, stores, progress, overwrite=overwrite, only_train=only_train)
     if result["status"] == "done":
         _conclude(config, directory, result, sample=not done and not only_train)
     return result
+
+
+def _train(
+    config: JobConfig, directory: RunDir, stores: Stores, progress: Progress, *, overwrite: bool, only_train: bool
+) -> Result:
+    """Check, prepare and train a job."""
+    from clm_dist.prepare import pipeline
+
+    # All of Ray before its thread: two threads that import parts of one library may get in each other's way.
+    from clm_dist.train.ray import driver
+    from clm_dist.train.ray.cluster import starting_ray
+
+    with starting_ray(config.cluster, directory.ray_logs) as started_ray:
+        resolved = _resolve(config, stores, progress)
+        if only_train and not resolved.store.fetch():
+            raise ConfigError("the job's blocks are not prepared yet; run `clm-dist prepare` with this job first")
+        progress.start("Starting Ray")
+        cluster = started_ray()
+        store = pipeline.prepare_resolved(resolved, progress)
+        with ThreadPoolExecutor(max_workers=1) as pushing:
+
+            def push_epoch(path: Path, step: int) -> None:
+                pushing.submit(_push_epoch, config, directory, store, path, step, progress)
+
+            return driver.train(config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch)
+
+
+def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved":
+    """Check all of a job that needs no worker, and find what its blocks are made from."""
+    from clm_dist import hub
+    from clm_dist.prepare import pipeline
+    from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.train.model import check_model, check_tokenizer, load_config
+    from clm_dist.train.ray.driver import check_trackers
+    from clm_dist.train.unused import describe_unused, find_unused
+
+    if config.hub.push != "never":
+        hub.check_access(config)
+    check_model(config)
+    check_trackers(config)
+    resolved = pipeline.resolve(config, stores)
+    if resolved.tokenizer is not None:
+        check_tokenizer(config, load_tokenizer(resolved.tokenizer))
+    if unused := find_unused(load_config(config), config.data.block_size):
+        progress.note(describe_unused(unused))
+    return resolved
 
 
 def _conclude(job: JobConfig, directory: RunDir, result: Result, *, sample: bool) -> None:

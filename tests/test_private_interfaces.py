@@ -59,6 +59,29 @@ def test_ray_has_what_is_used_of_it() -> None:
             assert hasattr(callback, hook), f"{callback.__name__}.{hook} has moved; {where}"
 
 
+def test_ray_train_takes_its_parts_from_where_they_are_taken_out() -> None:
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+    from ray.train.v2.api import data_parallel_trainer
+
+    from clm_dist.train.ray.private import LeanTrainer
+
+    where = "see LeanTrainer in clm_dist/train/ray/private.py"
+    scaling = ScalingConfig(num_workers=1)
+    plain = [type(one) for one in TorchTrainer(print, scaling_config=scaling)._create_default_callbacks()]
+    for alone, without in ((False, {DatasetsCallback}), (True, {DatasetsCallback, PlacementGroupCleanerCallback})):
+        assert without <= set(plain), where
+        trainer = LeanTrainer(print, scaling_config=scaling, alone=alone)
+        kept = [kind for kind in plain if kind not in without]
+        assert [type(one) for one in trainer._create_default_callbacks()] == kept, where
+    assert "=create_scaling_policy(" in inspect.getsource(data_parallel_trainer.DataParallelTrainer.fit), where
+    for hook in ("after_controller_start", "_maybe_send_resource_request"):
+        assert "oordinator" in inspect.getsource(getattr(FixedScalingPolicy, hook)), where
+
+
 def test_the_errors_of_workers_are_found_in_what_ray_train_raises() -> None:
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
@@ -80,6 +103,10 @@ def test_processes_of_ray_are_found() -> None:
     assert "ConsolePopen(" in inspect.getsource(services.start_ray_process), where
     assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address), where
     assert ray._private.worker.shutdown is ray.shutdown, where
+    assert "ray._private.parameter.RayParams(" in inspect.getsource(ray.init), where
+    settings = {"dashboard_agent_listen_port", "include_log_monitor", "no_monitor"}
+    assert settings <= inspect.signature(ray._private.parameter.RayParams).parameters.keys(), where
+    assert "self.start_api_server(" in inspect.getsource(ray._private.node.Node), where
 
 
 def test_torch_records_collectives() -> None:

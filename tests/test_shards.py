@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from clm_dist.errors import DataError
-from clm_dist.files import blocks as shards
-from clm_dist.files.blocks import Blocks, Ids, Manifest, Split, token_dtype, write_shards
+from clm_dist.files import shards
+from clm_dist.files.blocks import Blocks, Manifest, Split
+from clm_dist.files.shards import Ids, token_dtype, write_shards
 
 
 def store_of(path: Path, blocks: Ids, pieces: int = 1) -> Path:

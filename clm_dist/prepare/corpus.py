@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 
-from clm_dist.files.blocks import Ids
+from clm_dist.files.shards import Ids
 from clm_dist.prepare.encoded import Encoded, binary_values
 from clm_dist.prepare.encoding import Encoding
 

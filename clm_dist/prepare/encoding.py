@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
-from clm_dist.files.blocks import Ids, TokenBytes, token_dtype
+from clm_dist.files.shards import Ids, TokenBytes, token_dtype
 from clm_dist.pretrained.tokenizer import num_ids
 
 _PREFIXED = '"add_prefix_space": true'

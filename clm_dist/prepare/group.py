@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from clm_dist.files.blocks import Ids
+from clm_dist.files.shards import Ids
 
 
 def blocks_of(partitions: Iterable[Ids], block_size: int, grouping: Literal["carry", "guide"]) -> Iterator[Ids]:

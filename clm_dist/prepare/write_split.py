@@ -10,7 +10,8 @@ import numpy.typing as npt
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import whole_file
-from clm_dist.files.blocks import EVAL_BYTES, Ids, Split, write_shards
+from clm_dist.files.blocks import EVAL_BYTES, Split
+from clm_dist.files.shards import Ids, write_shards
 from clm_dist.prepare.corpus import Corpus, SplitDocuments, document_lengths, size_stream, token_stream
 from clm_dist.prepare.documents import no_text
 from clm_dist.prepare.encoding import Encoding

@@ -197,7 +197,7 @@ def check_model_config(bench: Bench) -> None:
 
 def _trainer(bench: Bench, *settings: str, num_gpus: int = 0) -> SimpleNamespace:
     """What Ray Train is told of a job."""
-    calls = bench.record_calls("clm_dist.train.ray.trainer.TorchTrainer")
+    calls = bench.record_calls("clm_dist.train.ray.trainer.LeanTrainer")
     build_trainer(bench.make_job(*settings), RunDir(bench.tmp_path), Store(bench.tmp_path), Cluster(num_gpus), [])
     return calls[0]
 

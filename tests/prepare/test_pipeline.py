@@ -14,7 +14,8 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, StorageError
-from clm_dist.files.blocks import Blocks, Manifest, token_dtype
+from clm_dist.files.blocks import Blocks, Manifest
+from clm_dist.files.shards import token_dtype
 from clm_dist.files.stores import Stores
 from clm_dist.prepare import data_file, pipeline, splits
 from clm_dist.prepare.encode import Effort

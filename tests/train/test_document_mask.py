@@ -16,8 +16,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
-from clm_dist.files.blocks import Blocks, Manifest, write_shards
+from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.shards import write_shards
 from clm_dist.metrics import combine
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder

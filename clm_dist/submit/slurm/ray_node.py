@@ -160,6 +160,8 @@ class RayNode:
         own = host if self._is_head else address_towards(host)
         return [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+            # A free one: for the port that it else has, a node waits seconds if another job's Ray is on the host.
+            "--dashboard-agent-listen-port=0",
             *place,
             f"--node-ip-address={own}",
             f"--temp-dir={self._local}",

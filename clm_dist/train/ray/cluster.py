@@ -5,8 +5,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ class Cluster:
     """The Ray that the run uses."""
 
     num_gpus_per_worker: int
+    is_joined: bool = False
+    """Whether others have started it, who may add nodes."""
 
 
 @contextlib.contextmanager
@@ -57,6 +61,9 @@ def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Clus
     }.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # A process that would look for other nodes which are about to go.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         using: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     else:
@@ -71,7 +78,28 @@ def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Clus
         gpus_each = _check_resources(cluster, list(nodes.values()), local=not address)
         if gpus_each:
             check_gpus([node for node, resources in nodes.items() if resources.get("GPU")])
-        yield Cluster(gpus_each)
+        yield Cluster(gpus_each, is_joined=bool(address))
+
+
+@contextlib.contextmanager
+def starting_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Callable[[], Cluster]]:
+    """Begin to start this process's own Ray in a thread; what is yielded waits for it, as `start_ray` does.
+
+    Most of the start is other processes' work, so the caller checks its job meanwhile. A Ray of RAY_ADDRESS is joined
+    where it is asked for, because its nodes may take minutes to come. Either ends with the context.
+    """
+    # The thread outlives Ray, which would wait 15 seconds at its end for the one that started it.
+    with ThreadPoolExecutor(1, thread_name_prefix="starting-ray") as thread, contextlib.ExitStack() as started:
+        begin = partial(started.enter_context, start_ray(cluster, logs))
+        if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+            yield begin
+            return
+        starting = thread.submit(begin)
+        try:
+            yield starting.result
+        finally:
+            # What has begun can be ended only when it is there.
+            wait([starting])
 
 
 @contextlib.contextmanager

@@ -36,6 +36,8 @@ _PRIVATE = {
     # On the systems that it is meant for, Ray listens on 127.0.0.1 alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # One process for each CPU before any is asked for; those of Ray Train have settings of their own and take none.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

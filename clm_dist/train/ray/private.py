@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services
+from ray._private import node, parameter, ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # it is compiled
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api import data_parallel_trainer
 
 __all__ = [
     "ControllerCallback",
+    "LeanTrainer",
     "WorkerCallback",
     "WorkerGroupCallback",
     "abandon",
@@ -50,13 +56,21 @@ def forget_token() -> None:
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """Let a Ray that is started take 127.0.0.1 for this node's address, and listen there alone."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    """Let a Ray that is started take 127.0.0.1 for this node's address, and listen there alone.
+
+    It starts none of the processes that serve a dashboard, an autoscaler and the logs of other nodes; and its agent's
+    port is one that is free, where Ray waits three seconds for a fixed one that another Ray has, or had.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams, node.Node.start_api_server
     ray_constants.ENABLE_RAY_CLUSTER = False
+    parameter.RayParams = partial(
+        parameter.RayParams, dashboard_agent_listen_port=0, include_log_monitor=False, no_monitor=True
+    )
+    node.Node.start_api_server = lambda self, **options: None
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams, node.Node.start_api_server = before
 
 
 @contextlib.contextmanager
@@ -86,10 +100,49 @@ def tell_of_other_nodes() -> None:
         ray.get(coordinator.get_reserved_resources.remote("clm-dist", recompute=True), timeout=5)
 
 
+class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # Ray is not typed
+    """A TorchTrainer without what Ray Data would need, and without what has nothing to do in a Ray of this process.
+
+    Each would be a process more that the start of workers waits for.
+
+    Args:
+        alone: whether Ray ends with this process and has all the nodes that the run can get.
+    """
+
+    def __init__(self, *arguments: Any, alone: bool, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._alone = alone
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # The cleaner gives back what a driver that was killed had reserved.
+        without = (DatasetsCallback, PlacementGroupCleanerCallback) if self._alone else DatasetsCallback
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, without)]
+
+    def fit(self) -> Any:
+        if not self._alone:
+            return super().fit()
+        before = data_parallel_trainer.create_scaling_policy
+        data_parallel_trainer.create_scaling_policy = _AsItIs
+        try:
+            return super().fit()
+        finally:
+            data_parallel_trainer.create_scaling_policy = before
+
+
+class _AsItIs(FixedScalingPolicy):  # type: ignore[misc]  # Ray is not typed
+    """A policy that tells no autoscaler what the workers take."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
 def lost_process() -> str | None:
     """Which of the two processes that Ray cannot do without has ended, of a Ray that this process started."""
-    node = ray._private.worker._global_node
-    started = node.all_processes if node else {}
+    own = ray._private.worker._global_node
+    started = own.all_processes if own else {}
     for name in ("gcs_server", "raylet"):
         if any(info.process.poll() is not None for info in started.get(name, ())):
             return name
@@ -102,10 +155,10 @@ def abandon() -> None:
     This process cannot use Ray any more, and has to end by `os._exit`: see `ClmDistError.ends_process`.
     """
     atexit.unregister(ray.shutdown)
-    if (node := ray._private.worker._global_node) is None:
+    if (own := ray._private.worker._global_node) is None:
         return
-    started = {info.process.pid for infos in node.all_processes.values() for info in infos}
-    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    started = {info.process.pid for infos in own.all_processes.values() for info in infos}
+    own.kill_all_processes(check_alive=False, allow_graceful=False)
     # Its agents would wait a minute for it to come back. They are in the sessions of what started them.
     for pid in [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
         with contextlib.suppress(OSError):

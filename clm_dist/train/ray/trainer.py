@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.run_dir import RunDir
@@ -12,6 +12,7 @@ from clm_dist.files.stores import Store
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import cause_of
 from clm_dist.train.ray.follow import Follower
+from clm_dist.train.ray.private import LeanTrainer
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.ray.worker import WorkerConfig, train_worker
 
@@ -20,7 +21,7 @@ _POLL_S = 0.25
 _RESIZE_INTERVAL_S = 10.0
 
 
-def build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, callbacks: list[Any]) -> TorchTrainer:
+def build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, callbacks: list[Any]) -> LeanTrainer:
     config: WorkerConfig = {
         "run": str(run.root),
         "store": str(store.local),
@@ -29,8 +30,9 @@ def build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, c
         "num_threads": max(1, int(job.cluster.cpus_per_worker)),
     }
     resources = {"CPU": job.cluster.cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
-    return TorchTrainer(
+    return LeanTrainer(
         train_worker,
+        alone=not (cluster.is_joined or job.cluster.elastic),
         train_loop_config=dict(config),
         # Both, since offloaded gradients are reduced on the CPU.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config["use_gpu"] else "gloo"),
@@ -52,7 +54,7 @@ def build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, c
     )
 
 
-def fit(trainer: TorchTrainer, follower: Follower, watch: WorkerWatch) -> dict[str, Any]:
+def fit(trainer: LeanTrainer, follower: Follower, watch: WorkerWatch) -> dict[str, Any]:
     """Run the trainer in a thread, so that signals and the display stay with this one."""
     ended: dict[str, Any] = {}
 
