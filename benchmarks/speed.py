@@ -7,7 +7,7 @@ where there is one, else on the CPU. Programs take turns for `--rounds` rounds, 
 figure is that of the best round, in which the least disturbed it. A step's seconds are between two steps' beginnings,
 with all that happens in them. Evaluation, checkpoints and the first steps (compiling, warming up) are not timed.
 
-- `clm-dist`: the loop of this package in one process, compiled and not.
+- `clm-dist`: the loop of this package in one process.
 - `Trainer`: transformers', with the same batch, compiled and not.
 - `plain`: thirty lines of torch, compiled and not: what the hardware gives.
 """
@@ -69,7 +69,7 @@ SHAPES = {
     "DistilGPT2, 16 x 128, bf16": Shape(DISTILGPT2, 16, 128, "bf16", True, 100),
     "Llama 1.1B, 8 x 2,048, bf16": Shape(LLAMA_1B, 8, 2048, "bf16", True, 14, {"gradient_checkpointing": True}),
 }
-PROGRAMS = ["clm-dist", "clm-dist, compiled", "Trainer", "Trainer, compiled", "plain", "plain, compiled"]
+PROGRAMS = ["clm-dist", "Trainer", "Trainer, compiled", "plain", "plain, compiled"]
 
 
 class Stamps:
