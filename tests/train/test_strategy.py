@@ -413,6 +413,20 @@ def test_what_ranks_do_not_share_is_neither_saved_nor_evaluated(
     assert [record["step"] for record in metrics_of(run.metrics) if record["kind"] in ("eval", "verify")] in ([], [0])
 
 
+def kind_of_model(rank: int, world_size: int, job: JobConfig) -> str:
+    from clm_dist.train.strategies.environment import set_up_worker
+
+    set_up_worker(rank=rank, world_size=world_size, use_gpu=False, num_threads=1)
+    strategy = DataParallel(job, rank=rank, world_size=world_size, use_gpu=False)
+    strategy.prepare(torch.nn.Linear(2, 2), lambda model: torch.optim.AdamW(model.parameters()))
+    return type(strategy.model).__name__
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "Linear"), (2, "DistributedDataParallel")])
+def test_one_worker_averages_its_gradients_with_nobody(world_size: int, kind: str, make_job: MakeJob) -> None:
+    assert run_workers(kind_of_model, world_size, make_job(*SETTINGS)) == [kind] * world_size
+
+
 LEFT_IN_A_SHELL = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",

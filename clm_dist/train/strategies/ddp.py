@@ -31,7 +31,8 @@ class DataParallel(Strategy):
         )
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        self.model = self.accelerator.prepare(model)
+        # One worker has nobody to average with; DistributedDataParallel would copy and divide its gradients anyhow.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.model))
 
     @contextlib.contextmanager
