@@ -15,6 +15,7 @@ with all that happens in them. Evaluation, checkpoints and the first steps (comp
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -111,16 +112,18 @@ class _EnoughError(Exception):
 
 def run_clm_dist(job: JobConfig, store: Path, stamp: Stamps) -> None:
     from clm_dist.files.run_dir import RunDir
-    from clm_dist.train.loop import train
+    from clm_dist.train import loop
     from clm_dist.train.session import Session
 
-    def step_ends() -> bool:
-        # Asked once a step.
+    train_step = loop._Loop._train_step
+
+    def stamped(self: loop._Loop) -> Any:
         stamp()
         if len(stamp.times) == job.train.max_steps:
             raise _EnoughError
-        return False
+        return train_step(self)
 
+    loop._Loop._train_step = stamped  # type: ignore[method-assign]
     run = RunDir(store.parent / "run")
     run.root.mkdir()
     session = Session(
@@ -131,10 +134,9 @@ def run_clm_dist(job: JobConfig, store: Path, stamp: Stamps) -> None:
         run=run,
         store=store,
         report=lambda message: None,
-        asked_to_stop=step_ends,
     )
     with contextlib.suppress(_EnoughError):
-        train(job, session)
+        loop.train(job, session)
 
 
 def run_trainer(job: JobConfig, store: Path, stamp: Stamps, *, compiled: bool) -> None:
@@ -236,8 +238,7 @@ def measure(program: str, shape: Shape) -> dict[str, float]:
                 model.config.hidden_size,
                 shape.block,
             )
-            used = model_flops_utilization(tokens_per_s, flops, torch.cuda.get_device_name(), 1)
-            figures["mfu"] = used or 0.0
+            figures["mfu"] = model_flops_utilization(tokens_per_s, flops, torch.cuda.get_device_name(), 1) or math.nan
         return figures
 
 
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    base = figures.get("Trainer", next(iter(figures.values())))["tokens_per_s"]
+    base = figures["Trainer"]["tokens_per_s"] if "Trainer" in figures else math.nan
     rows = []
     for program, found in figures.items():
         row = [program, f"{found['tokens_per_s']:,.0f}", f"{found['tokens_per_s'] / base:.2f}"]

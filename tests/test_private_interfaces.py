@@ -77,9 +77,19 @@ def test_ray_train_takes_its_parts_from_where_they_are_taken_out() -> None:
         trainer = LeanTrainer(print, scaling_config=scaling, alone=alone)
         kept = [kind for kind in plain if kind not in without]
         assert [type(one) for one in trainer._create_default_callbacks()] == kept, where
-    assert "=create_scaling_policy(" in inspect.getsource(data_parallel_trainer.DataParallelTrainer.fit), where
+    fit = inspect.getsource(data_parallel_trainer.DataParallelTrainer.fit)
+    assert "self._initialize_and_run_controller(" in fit, where
+    assert "scaling_policy=" in fit, where
     for hook in ("after_controller_start", "_maybe_send_resource_request"):
         assert "oordinator" in inspect.getsource(getattr(FixedScalingPolicy, hook)), where
+
+
+def test_ray_knows_the_variables_that_are_set_for_it() -> None:
+    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+
+    assert ENABLE_PREEMPTION_WATCHER_ENV_VAR == "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "see clm_dist/train/ray/own.py"
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    assert b"prestart_worker_first_driver" in raylet.read_bytes(), "see clm_dist/train/ray/own.py"
 
 
 def test_the_errors_of_workers_are_found_in_what_ray_train_raises() -> None:
@@ -107,6 +117,7 @@ def test_processes_of_ray_are_found() -> None:
     settings = {"dashboard_agent_listen_port", "include_log_monitor", "no_monitor"}
     assert settings <= inspect.signature(ray._private.parameter.RayParams).parameters.keys(), where
     assert "self.start_api_server(" in inspect.getsource(ray._private.node.Node), where
+    assert hasattr(ray._private.node.Node, "get_gcs_client"), where
 
 
 def test_torch_records_collectives() -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import write_json
-from clm_dist.files.shards import MappedShard, Shard, unreadable
+from clm_dist.files.shards import Ids, MappedShard, Shard
 
 FORMAT_VERSION = 2
 EVAL_BYTES = "eval/bytes.npy"
@@ -122,8 +122,7 @@ class Manifest:
 class Blocks:
     """The blocks of a split; indexing copies just the rows that are asked for.
 
-    A shard is mapped when it is first read from, which takes 10 ms from a disk; that each is there and long enough is
-    seen at once.
+    All shards are mapped at once, and parsed where they are first read from.
 
     Args:
         shuffled: whether blocks are read in no order, so that the system need not read what lies around them.
@@ -135,19 +134,16 @@ class Blocks:
     def __init__(self, store: Path, split: str, *, shuffled: bool = False) -> None:
         manifest = Manifest.read(store / "manifest.json")
         self.block_size = manifest.block_size
-        self._store, self._shuffled = store, shuffled
+        self._store = store
         self._shards = manifest.splits[split].shards
         self._ends = np.cumsum([shard.num_blocks for shard in self._shards])
-        self._mapped: dict[int, MappedShard] = {}
         row_bytes = manifest.block_size * np.dtype(manifest.dtype).itemsize
-        for shard in self._shards:
-            path = store / shard.file
-            try:
-                num_bytes = path.stat().st_size
-            except OSError as error:
-                raise unreadable(path, error) from None
-            if num_bytes < shard.num_blocks * row_bytes:
-                raise unreadable(path, f"it has {num_bytes:,} bytes, and {shard.num_blocks:,} blocks have more")
+        self._mapped = [
+            MappedShard(
+                store / shard.file, manifest.block_size, num_bytes=shard.num_blocks * row_bytes, shuffled=shuffled
+            )
+            for shard in self._shards
+        ]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -156,13 +152,13 @@ class Blocks:
         """Blocks by index: (n,) -> (n, block_size) int64."""
         rows = np.empty((len(indices), self.block_size), dtype=np.int64)
         for number, here, rows_there in self._places(indices):
-            rows[here] = self._shard(number).ids[rows_there]
+            rows[here] = self._ids_of(number)[rows_there]
         return rows
 
     def will_need(self, indices: npt.NDArray[np.int64]) -> None:
         """Let the system begin to read blocks, so that they are in memory when they are asked for."""
         for number, _, rows_there in self._places(indices):
-            self._shard(number).will_need(rows_there)
+            self._mapped[number].will_need(rows_there)
 
     def _places(
         self, indices: npt.NDArray[np.int64]
@@ -175,26 +171,22 @@ class Blocks:
 
     def highest_id(self) -> int:
         """Reads all blocks."""
-        shards = (self._shard(number).ids for number in range(len(self._shards)))
+        shards = (self._ids_of(number) for number in range(len(self._shards)))
         return max(int(ids.max()) for ids in shards if len(ids))
 
     def check(self) -> None:
-        """Map every shard. Raise DataError where one does not hold what the manifest says."""
+        """Parse every shard. Raise DataError where one does not hold what the manifest says."""
         for number in range(len(self._shards)):
-            self._shard(number)
+            self._ids_of(number)
 
-    def _shard(self, number: int) -> MappedShard:
-        if number not in self._mapped:
-            shard = self._shards[number]
-            path = self._store / shard.file
-            mapped = MappedShard(path, self.block_size, shuffled=self._shuffled)
-            if len(mapped.ids) != shard.num_blocks:
-                raise DataError(
-                    f"{path} holds {len(mapped.ids)} blocks, its manifest says {shard.num_blocks}; remove "
-                    f"{self._store} to prepare again"
-                )
-            self._mapped[number] = mapped
-        return self._mapped[number]
+    def _ids_of(self, number: int) -> Ids:
+        shard, ids = self._shards[number], self._mapped[number].ids
+        if len(ids) != shard.num_blocks:
+            raise DataError(
+                f"{self._store / shard.file} holds {len(ids)} blocks, its manifest says {shard.num_blocks}; remove "
+                f"{self._store} to prepare again"
+            )
+        return ids
 
 
 def _sha256_of(value: Any) -> str:

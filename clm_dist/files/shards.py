@@ -1,5 +1,7 @@
 """Shards: files of blocks, Arrow IPC streams that are mapped with no copy."""
 
+import ctypes
+import functools
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -82,29 +84,53 @@ def _write_shard(store: Path, name: str, ids: Ids) -> Shard:
 
 
 class MappedShard:
-    """A shard's blocks, (num_blocks, block_size), as they lie in its file."""
+    """A shard's file in memory. It stays there if the file is removed, and keeps no file open.
 
-    def __init__(self, path: Path, block_size: int, *, shuffled: bool) -> None:
+    Args:
+        shuffled: whether rows are read in no order, so that the system need not read what lies around them.
+
+    Raises:
+        DataError: the file cannot be read, or is shorter than `num_bytes`.
+    """
+
+    def __init__(self, path: Path, block_size: int, *, num_bytes: int, shuffled: bool = False) -> None:
+        self._path, self._block_size = path, block_size
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            whole = pa.py_buffer(self._map)
-            with pa.ipc.open_stream(pa.BufferReader(whole)) as reader:
+            with pa.memory_map(str(path)) as file:
+                self._whole = file.read_buffer()
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from None
+        if self._whole.size < num_bytes:
+            raise _unreadable(path, f"it has {self._whole.size:,} bytes, and its blocks have {num_bytes:,}")
+        if shuffled:
+            self._advise(mmap.MADV_RANDOM, 0, self._whole.size)
+
+    @functools.cached_property
+    def ids(self) -> Ids:
+        """Its blocks, (num_blocks, block_size), as they lie in the file. Raises DataError where it is no shard."""
+        try:
+            with pa.ipc.open_stream(pa.BufferReader(self._whole)) as reader:
                 column = reader.read_all().column("input_ids")
         except (OSError, ValueError, KeyError) as error:
-            raise unreadable(path, error) from None
-        if shuffled:
-            self._map.madvise(mmap.MADV_RANDOM)
+            raise _unreadable(self._path, error) from None
         values = column.chunk(0).values.to_numpy(zero_copy_only=True)
-        self.ids: Ids = values.reshape(-1, block_size)
-        self._begin = self.ids.ctypes.data - whole.address
+        ids: Ids = values.reshape(-1, self._block_size)
+        return ids
 
     def will_need(self, rows: npt.NDArray[np.int64]) -> None:
         """Let the system begin to read rows."""
-        row_bytes = self.ids.strides[0]
-        for begin in (self._begin + rows * row_bytes).tolist():
+        first, row_bytes = self.ids.ctypes.data - self._whole.address, self.ids.strides[0]
+        for begin in (first + rows * row_bytes).tolist():
             page = begin - begin % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, begin + row_bytes - page)
+            self._advise(mmap.MADV_WILLNEED, page, begin + row_bytes - page)
+
+    def _advise(self, advice: int, start: int, num_bytes: int) -> None:
+        # Python's own mmap keeps the file open. It is a hint: where it is not taken, nothing is lost.
+        if _madvise is not None:
+            _madvise(ctypes.c_void_p(self._whole.address + start), ctypes.c_size_t(num_bytes), advice)
+
+
+_madvise = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator[Ids]:
@@ -126,5 +152,5 @@ def _regroup(arrays: Iterable[Ids], rows: int, dtype: np.dtype[Any]) -> Iterator
         yield held[:num_held]
 
 
-def unreadable(path: Path, problem: object) -> DataError:
+def _unreadable(path: Path, problem: object) -> DataError:
     return DataError(f"cannot read the shard {path}: {problem}; remove its store to prepare again")

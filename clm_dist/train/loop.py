@@ -230,8 +230,8 @@ class _Loop:
         """Make one optimizer step. Return what ranks ask of the run. Collective."""
         job, strategy = self.job, self.strategy
         began = time.perf_counter()
-        data_wait = 0.0
         passes = self.feed.take(self.step)
+        data_wait = time.perf_counter() - began
         num_blocks, micros = passes.num_blocks, passes.micros
         # Where every document has one token there is nothing to predict, and the loss is 0.
         num_targets = max(1, self._num_targets(num_blocks, micros))
@@ -265,12 +265,14 @@ class _Loop:
                 loss_sum += losses.detach().double().sum()
                 block_losses.append((micro.blocks, losses.detach().mean(dim=-1)))
 
-        total, router_total, all_computed, all_checksums, *wishes = strategy.all_reduce(
-            [loss_sum.item(), router_sum.item(), num_computed, checksum, *self.reporter.wishes()]
+        own_wish, shared = self.reporter.wishes(), strategy.shared_figures()
+        total, router_total, all_computed, all_checksums, *sums = strategy.all_reduce(
+            [loss_sum.item(), router_sum.item(), num_computed, checksum, *own_wish, *shared]
         )
         if all_computed != num_blocks:
             raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {num_blocks}. {REPORT_FAULT}")
-        wish = Wish(*(value > 0 for value in wishes))
+        strategy.check_shared(sums[len(own_wish) :])
+        wish = Wish(*(value > 0 for value in sums[: len(own_wish)]))
         loss = total / num_targets
         limit = self.outliers.limit()
         # A save that began after the last step may still copy what this update changes.

@@ -17,6 +17,7 @@ from clm_dist.metrics import MicroLoss
 from clm_dist.train.batches import pass_seed
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.model import load_model
+from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.fsdp2 import shard
 from tests.conftest import MakeJob
 from tests.support.runs import metrics_of
@@ -34,17 +35,20 @@ def test_passes_are_seeded_by_step_and_micro_batch(
     make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
-    seed_torch = torch.manual_seed
+    seed_pass = Strategy.seed
 
-    def record(seed: int) -> Any:
+    def record(self: Strategy, seed: int) -> None:
         seeds.append(seed)
-        return seed_torch(seed)
+        seed_pass(self, seed)
+        drawn = torch.rand(8)
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.rand(8))
 
-    monkeypatch.setattr("clm_dist.train.loop.torch.manual_seed", record)
+    monkeypatch.setattr(Strategy, "seed", record)
     job = make_job("train.max_steps=2", "train.seed=7")
     assert train_one(job, RunDir(tmp_path), prepared(job)).status == "done"
     expected = [pass_seed(7, step, micro_batch) for step in range(2) for micro_batch in range(2)]
-    assert [seed for seed in seeds if seed in expected] == expected
+    assert seeds == expected
 
 
 def test_dropout_is_off_in_an_evaluation_alone(make_job: MakeJob, prepared: Callable[[JobConfig], Path]) -> None:

@@ -1,7 +1,9 @@
 """A run's own Ray starts while the job is checked."""
 
+import _thread
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +60,28 @@ def test_a_wrong_job_is_said_and_the_ray_that_was_starting_ends(start: Start) ->
     with pytest.raises(ConfigError, match="wrong"), starting_ray(ClusterConfig()):
         threading.Timer(0.2, start.may_go_on.set).start()
         raise ConfigError("wrong")
-    assert start.said == ["started", "ended by wrong"]
+    # Not of the error: the logs of an earlier run that failed would make way for those of this start.
+    assert start.said == ["started", "ended"]
+    with pytest.raises(ConfigError, match="wrong"), starting_ray(ClusterConfig()) as started:
+        started()
+        raise ConfigError("wrong")
+    assert start.said[2:] == ["started", "ended by wrong"]
+
+
+def test_interrupts_lose_nothing_that_has_begun(start: Start) -> None:
+    """The start goes on in a thread, and what it made must be removed, however often Ctrl-C is pressed."""
+
+    def interrupt() -> None:
+        for _ in range(3):
+            time.sleep(0.1)
+            _thread.interrupt_main()
+        time.sleep(0.1)
+        start.may_go_on.set()
+
+    with pytest.raises(KeyboardInterrupt), starting_ray(ClusterConfig()):
+        threading.Thread(target=interrupt).start()
+        time.sleep(10)
+    assert start.said == ["started", "ended"]
 
 
 def test_of_a_wrong_job_and_a_ray_that_does_not_start_the_job_is_said(start: Start) -> None:

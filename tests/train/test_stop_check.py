@@ -1,6 +1,7 @@
 """Ranks that evaluate ask each other about once a second whether one of them is to stop."""
 
 import itertools
+from functools import partial
 from typing import cast
 
 import pytest
@@ -53,12 +54,46 @@ def test_of_fast_passes_there_is_a_look_a_second(clock: list[float]) -> None:
 
 
 def test_every_evaluation_begins_with_a_look(clock: list[float]) -> None:
-    check = StopCheck(cast(Reporter, Wishing()), lambda values: values)
+    asked: list[int] = []
+
+    def all_reduce(values: list[float]) -> list[float]:
+        asked.append(number)
+        return values
+
+    check = StopCheck(cast(Reporter, Wishing()), all_reduce)
     for _ in range(2):
         for number in range(1, 6):
             clock[0] += 0.001
             check.is_asked(number)
-        assert check._due > 5
+    assert asked == [1, 2, 4, 1, 2, 4]
+
+
+@pytest.mark.parametrize("speeds", [(0.01, 0.5), (0.3, 0.0001), (1.7, 0.2)])
+def test_ranks_of_other_speeds_look_after_the_same_passes(speeds: tuple[float, float], clock: list[float]) -> None:
+    """Each goes on alone until it asks; then all have to."""
+    given: list[list[float]] = [[], []]
+    told: list[float] | None = None
+
+    def waiting(rank: int, values: list[float]) -> list[float]:
+        given[rank] = values
+        return told if told else values
+
+    checks = [StopCheck(cast(Reporter, Wishing()), partial(waiting, rank)) for rank in (0, 1)]
+    for number in range(1, 200):
+        # Once to see what each rank says, on copies; once with the sums that both are given.
+        given, told = [[], []], None
+        states = [(check._due, check._began) for check in checks]
+        for again in (False, True):
+            for rank, (check, seconds) in enumerate(zip(checks, speeds, strict=True)):
+                check._due, check._began = states[rank]
+                clock[0] = number * seconds
+                check.is_asked(number)
+            asked = [bool(values) for values in given]
+            assert asked[0] == asked[1]
+            if again or not all(asked):
+                break
+            told = [sum(pair) for pair in zip(*given, strict=True)]
+        assert checks[0]._due == checks[1]._due
 
 
 def test_what_one_rank_is_asked_ends_the_evaluation(clock: list[float]) -> None:

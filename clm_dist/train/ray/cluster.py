@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,8 @@ class Cluster:
     """The Ray that the run uses."""
 
     num_gpus_per_worker: int
-    is_joined: bool = False
-    """Whether others have started it, who may add nodes."""
+    is_own: bool = False
+    """Whether it was started for this process alone, and so has all the nodes that it will have."""
 
 
 @contextlib.contextmanager
@@ -61,9 +61,7 @@ def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Clus
     }.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        # A process that would look for other nodes which are about to go.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    is_own = not (address or ray.is_initialized())
     if ray.is_initialized():
         using: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     else:
@@ -78,7 +76,7 @@ def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Clus
         gpus_each = _check_resources(cluster, list(nodes.values()), local=not address)
         if gpus_each:
             check_gpus([node for node, resources in nodes.items() if resources.get("GPU")])
-        yield Cluster(gpus_each, is_joined=bool(address))
+        yield Cluster(gpus_each, is_own=is_own)
 
 
 @contextlib.contextmanager
@@ -94,11 +92,28 @@ def starting_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[C
         if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
             yield begin
             return
-        starting = thread.submit(begin)
+        starting, is_asked_for = thread.submit(begin), False
+
+        def ask() -> Cluster:
+            nonlocal is_asked_for
+            is_asked_for = True
+            return starting.result()
+
         try:
-            yield starting.result
-        finally:
-            # What has begun can be ended only when it is there.
+            yield ask
+        except BaseException:
+            _await(starting)
+            if not is_asked_for:
+                # Its logs tell nothing of what was raised.
+                started.close()
+            raise
+        _await(starting)
+
+
+def _await(starting: Future[Cluster]) -> None:
+    """Wait for a start through all interrupts: what has begun can be ended only when it is there."""
+    while not starting.done():
+        with contextlib.suppress(KeyboardInterrupt):
             wait([starting])
 
 

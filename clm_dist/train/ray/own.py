@@ -36,7 +36,7 @@ _PRIVATE = {
     # On the systems that it is meant for, Ray listens on 127.0.0.1 alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # One process for each CPU before any is asked for; those of Ray Train have settings of their own and take none.
+    # One process for each CPU, which Ray Train's workers, with an environment of their own, never take.
     "RAY_prestart_worker_first_driver": "0",
 }
 
@@ -59,7 +59,12 @@ def own_ray(logs: Path | None, **options: Any) -> Iterator[None]:
     """
     directory = _make_directory()
     token = directory / "token"
-    variables = {"RAY_AUTH_TOKEN_PATH": str(token), _LOGS: str(logs) if logs else ""}
+    variables = {
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        _LOGS: str(logs) if logs else "",
+        # Ray Train's would be a process that looks for other nodes which are about to go.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
     try:
         write_text(directory / _OWNER, f"{os.getpid()} {process_space()}")
         write_text(token, secrets.token_hex(32), private=True)
@@ -146,7 +151,12 @@ def _start(directory: Path, options: Mapping[str, Any]) -> None:
     # Where the host's name stands for another address, or for none, gloo would listen there, or fail.
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     networks = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
-    with _environment(_PRIVATE | networks), private.on_loopback(), private.in_a_session_of_its_own():
+    with (
+        _environment(_PRIVATE | networks),
+        private.on_loopback(),
+        private.without_services(),
+        private.in_a_session_of_its_own(),
+    ):
         private.forget_token()
         try:
             ray.init(address="local", include_dashboard=False, _temp_dir=str(directory / "r"), **options)

@@ -18,7 +18,6 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2.api import data_parallel_trainer
 
 __all__ = [
     "ControllerCallback",
@@ -35,6 +34,7 @@ __all__ = [
     "own_error",
     "session_log_dir",
     "tell_of_other_nodes",
+    "without_services",
 ]
 
 
@@ -56,21 +56,36 @@ def forget_token() -> None:
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """Let a Ray that is started take 127.0.0.1 for this node's address, and listen there alone.
-
-    It starts none of the processes that serve a dashboard, an autoscaler and the logs of other nodes; and its agent's
-    port is one that is free, where Ray waits three seconds for a fixed one that another Ray has, or had.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams, node.Node.start_api_server
+    """Let a Ray that is started take 127.0.0.1 for this node's address, and listen there alone."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
-    parameter.RayParams = partial(
-        parameter.RayParams, dashboard_agent_listen_port=0, include_log_monitor=False, no_monitor=True
-    )
-    node.Node.start_api_server = lambda self, **options: None
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams, node.Node.start_api_server = before
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def without_services() -> Iterator[None]:
+    """Let a Ray that is started have no API server, no monitor of an autoscaler and no monitor of logs.
+
+    Its agent takes a port that is free: Ray waits three seconds for a fixed one that another Ray has, or had.
+    """
+    before = parameter.RayParams, node.Node.start_api_server
+    parameter.RayParams = partial(
+        parameter.RayParams, dashboard_agent_listen_port=0, include_log_monitor=False, no_monitor=True
+    )
+    node.Node.start_api_server = _name_no_api_server
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server = before
+
+
+def _name_no_api_server(started: Any, **options: Any) -> None:
+    """Write down an address where nobody answers: what asks for the API server would wait for one to be written."""
+    key, namespace = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+    started.get_gcs_client().internal_kv_put(key, b"127.0.0.1:9", True, namespace=namespace)
 
 
 @contextlib.contextmanager
@@ -118,15 +133,10 @@ class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # Ray is not typed
         without = (DatasetsCallback, PlacementGroupCleanerCallback) if self._alone else DatasetsCallback
         return [one for one in super()._create_default_callbacks() if not isinstance(one, without)]
 
-    def fit(self) -> Any:
-        if not self._alone:
-            return super().fit()
-        before = data_parallel_trainer.create_scaling_policy
-        data_parallel_trainer.create_scaling_policy = _AsItIs
-        try:
-            return super().fit()
-        finally:
-            data_parallel_trainer.create_scaling_policy = before
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if self._alone:
+            settings["scaling_policy"] = _AsItIs(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)
 
 
 class _AsItIs(FixedScalingPolicy):  # type: ignore[misc]  # Ray is not typed

@@ -32,7 +32,7 @@ def build_trainer(job: JobConfig, run: RunDir, store: Store, cluster: Cluster, c
     resources = {"CPU": job.cluster.cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
     return LeanTrainer(
         train_worker,
-        alone=not (cluster.is_joined or job.cluster.elastic),
+        alone=cluster.is_own and not job.cluster.elastic,
         train_loop_config=dict(config),
         # Both, since offloaded gradients are reduced on the CPU.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config["use_gpu"] else "gloo"),

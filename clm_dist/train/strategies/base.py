@@ -77,6 +77,22 @@ class Strategy(ABC):
         """Add the gradient of a loss; over the ranks the mean is taken."""
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def shared_figures(self) -> list[float]:
+        """Figures of the gradient that every rank must have alike, before `step`; none where nothing is to check.
+
+        They are exchanged with those of the loop, because an exchange of their own would cost as much again. Not
+        collective.
+        """
+        return []
+
+    def check_shared(self, sums: list[float]) -> None:
+        """Take the sums of `shared_figures` over the ranks. Not collective.
+
+        Raises:
+            RunError: the ranks do not have the same gradient; on every rank.
+        """
+        assert not sums
+
     @abstractmethod
     def step(self, learning_rate: float, *, drop: bool = False) -> float:
         """Clip, update the weights, forget the gradient. Return the gradient's 2-norm before clipping.

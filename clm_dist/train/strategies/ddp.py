@@ -17,8 +17,8 @@ from clm_dist.train.strategies.base import MIXED_PRECISION, REPORT_FAULT, MakeOp
 class DataParallel(Strategy):
     """Every rank holds everything; gradients are averaged (torch's DistributedDataParallel, through Accelerate)."""
 
-    _unchecked_norm: float | None = None
-    """Of the last step's gradient, until the ranks have compared it."""
+    _norm = math.nan
+    """Of the gradient that `step` takes."""
 
     def _build_accelerator(self) -> Any:
         from accelerate import Accelerator
@@ -43,41 +43,33 @@ class DataParallel(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def step(self, learning_rate: float, *, drop: bool = False) -> float:
-        self._set_learning_rate(learning_rate)
+    def shared_figures(self) -> list[float]:
         limit = float("inf") if self._max_norm is None else self._max_norm
-        scaler = self.accelerator.scaler
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-        self._unchecked_norm = norm
-        if drop:
-            if scaler is not None:
-                scaler.update()
-        elif math.isfinite(norm) or scaler is not None:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        self._norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        finite = math.isfinite(self._norm)
+        norm = self._norm if finite else 0.0
+        return [norm, norm * norm, float(finite)]
 
-    def all_reduce(self, values: list[float]) -> list[float]:
-        """The sums of each value over the ranks, in float64.
-
-        Raises:
-            RunError: the gradient of the last step had not the same norm on every rank, as where all share their
-                weights and gradients. It goes along here, because an exchange of its own would cost as much again.
-        """
-        if self._unchecked_norm is None or self.world_size == 1:
-            return super().all_reduce(values)
-        norm, self._unchecked_norm = self._unchecked_norm, None
-        finite = math.isfinite(norm)
-        norm = norm if finite else 0.0
-        *sums, norms, squares, num_finite = super().all_reduce([*values, norm, norm * norm, float(finite)])
+    def check_shared(self, sums: list[float]) -> None:
+        norms, squares, num_finite = sums
         mean = norms / self.world_size
         variance = squares / self.world_size - mean * mean
         if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
             raise RunError(
-                f"the ranks do not share their gradients any more: this rank's gradient norm is {norm:.6g}, the mean "
-                f"of {self.world_size} ranks {mean:.6g}; nothing was saved since. {REPORT_FAULT}"
+                f"the ranks do not share their gradients any more: this rank's gradient norm is {self._norm:.6g}, the "
+                f"mean of {self.world_size} ranks {mean:.6g}; nothing was saved since. {REPORT_FAULT}"
             )
-        return sums
+
+    def step(self, learning_rate: float, *, drop: bool = False) -> float:
+        self._set_learning_rate(learning_rate)
+        scaler = self.accelerator.scaler
+        if drop:
+            if scaler is not None:
+                scaler.update()
+        elif math.isfinite(self._norm) or scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self._norm
 
     def gradient_norm(self) -> float:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -108,8 +100,6 @@ class DataParallel(Strategy):
         return adam
 
     def _parameter_fragments(self) -> Iterable[Fragment]:
-        # What is saved has been checked.
-        self.all_reduce([])
         for name, parameter in self.plain_model.named_parameters():
             if parameter.requires_grad:
                 yield self._adam_fragment(name, 0, parameter, slice(None), replicated=True)
