@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -167,6 +168,7 @@ def run_trainer(job: JobConfig, store: Path, stamp: Stamps, *, compiled: bool) -
         bf16=job.train.precision == "bf16",
         gradient_checkpointing=job.train.gradient_checkpointing,
         torch_compile=compiled,
+        use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="sequential",
         save_strategy="no",
         report_to=[],
@@ -219,6 +221,8 @@ def measure(program: str, shape: Shape) -> dict[str, float]:
     from tests.support.stores import prepare
 
     with tempfile.TemporaryDirectory() as directory:
+        # What is compiled is compiled anew.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
         job = write_job(Path(directory), shape)
         store = prepare(job, Path(directory) / "stores", Silent())
         stamp = Stamps(shape.steps)
