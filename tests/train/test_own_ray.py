@@ -2,6 +2,7 @@
 
 import _thread
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -14,12 +15,17 @@ import psutil  # type: ignore[import-untyped]  # accelerate depends on it
 import pytest
 import ray
 
+from clm_dist.config.job import ClusterConfig
 from clm_dist.errors import ClmDistError, ConfigError, DataError, NotReadyError, RunError, StorageError
 from clm_dist.files.lease import process_space
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import Store
 from clm_dist.train.ray import own, private
-from clm_dist.train.ray.cluster import Cluster
+from clm_dist.train.ray.cluster import Cluster, start_ray
 from clm_dist.train.ray.own import RayEndedError, log_dir, own_ray
 from clm_dist.train.ray.private import lost_process
+from clm_dist.train.ray.trainer import build_trainer
+from tests.conftest import MakeJob
 
 _ASK = """
 import sys
@@ -53,6 +59,36 @@ def test_it_listens_on_this_machine_alone_and_apart_from_signals(cluster: Cluste
     listening = [c.laddr.ip for p in ours for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     assert len(listening) > 5
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_it_has_no_services_that_a_run_does_not_need(cluster: Cluster) -> None:
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    names = {file.name for file in logs.iterdir()}
+    assert {"raylet.out", "gcs_server.out", "dashboard_agent.log"} <= names
+    # Those of the dashboard and the autoscaler, and of the logs of other nodes.
+    assert names.isdisjoint({"dashboard.log", "monitor.log", "log_monitor.log"})
+    # At the port that is set otherwise, another Ray of this machine would wait.
+    (port,) = re.findall(r"agent http address: 127\.0\.0\.1:(\d+)", (logs / "dashboard_agent.log").read_text())
+    assert int(port) not in (0, ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT)
+
+
+@pytest.mark.parametrize(
+    ("is_own", "workers", "alone"), [(True, 2, True), (True, (1, 2), False), (False, 2, False), (False, (1, 2), False)]
+)
+def test_what_looks_for_other_nodes_is_left_out_where_there_can_be_none(
+    is_own: bool, workers: int | tuple[int, int], alone: bool, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job()
+    job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"workers": workers})})
+    trainer = build_trainer(job, RunDir(tmp_path), Store(tmp_path), Cluster(0, is_own=is_own), [])
+    kinds = [type(one).__name__ for one in trainer._create_default_callbacks()]
+    assert ("PlacementGroupCleanerCallback" not in kinds) is alone
+
+
+def test_a_ray_that_is_started_is_this_processs_own_and_one_that_is_there_is_not(cluster: Cluster) -> None:
+    assert cluster.is_own
+    with start_ray(ClusterConfig()) as found:
+        assert not found.is_own
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64])

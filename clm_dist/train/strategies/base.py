@@ -78,10 +78,10 @@ class Strategy(ABC):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def shared_figures(self) -> list[float]:
-        """Figures of the gradient that every rank must have alike, before `step`; none where nothing is to check.
+        """Clip the gradient, where `step` does not, and give figures of it that every rank must have alike, if any.
 
-        They are exchanged with those of the loop, because an exchange of their own would cost as much again. Not
-        collective.
+        Called once before each `step`. They are exchanged with those of the loop, because an exchange of their own
+        would cost as much again. Not collective.
         """
         return []
 
@@ -95,7 +95,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float, *, drop: bool = False) -> float:
-        """Clip, update the weights, forget the gradient. Return the gradient's 2-norm before clipping.
+        """Clip, unless `shared_figures` has; update the weights, forget the gradient.
+
+        Returns:
+            the gradient's 2-norm before clipping.
 
         Args:
             drop: update nothing. Nor is anything updated where the norm is not finite.
