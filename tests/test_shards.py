@@ -1,6 +1,8 @@
 """Shards and their manifest."""
 
+import ctypes
 import json
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,31 @@ def test_blocks_that_will_be_needed_may_lie_anywhere(
     assert ["ids" in vars(shard) for shard in read._mapped] == [True, True, False, True]
     read.will_need(np.arange(1000))
     assert np.array_equal(read[order], blocks[order])
+
+
+def test_the_system_is_asked_for_the_pages_of_a_block(
+    tmp_path: Path, blocks: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    madvise = shards._madvise
+    assert madvise
+    asked: list[tuple[int, int, int]] = []
+
+    def record(start: ctypes.c_void_p, num_bytes: ctypes.c_size_t, advice: int) -> None:
+        asked.append((start.value or 0, num_bytes.value, advice))
+        assert madvise(start, num_bytes, advice) == 0
+
+    monkeypatch.setattr(shards, "_madvise", record)
+    read = Blocks(store_of(tmp_path, blocks), "train", shuffled=True)
+    ((_, _, advice),) = asked
+    assert advice == mmap.MADV_RANDOM
+    asked.clear()
+    read.will_need(np.array([0, 500, 999]))
+    for row, (start, num_bytes, advice) in zip((0, 500, 999), asked, strict=True):
+        block = read._mapped[0].ids[row]
+        assert advice == mmap.MADV_WILLNEED
+        assert start % mmap.PAGESIZE == 0
+        assert block.ctypes.data - mmap.PAGESIZE < start <= block.ctypes.data
+        assert start + num_bytes == block.ctypes.data + block.nbytes
 
 
 def test_ids_take_two_bytes_where_they_fit() -> None:

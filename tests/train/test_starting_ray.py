@@ -1,7 +1,7 @@
 """A run's own Ray starts while the job is checked."""
 
-import _thread
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import pytest
 
 from clm_dist.config.job import ClusterConfig
 from clm_dist.errors import ConfigError, NotReadyError
+from clm_dist.signals import handling
 from clm_dist.train.ray import cluster
 from clm_dist.train.ray.cluster import Cluster, starting_ray
 
@@ -71,16 +72,22 @@ def test_a_wrong_job_is_said_and_the_ray_that_was_starting_ends(start: Start) ->
 def test_interrupts_lose_nothing_that_has_begun(start: Start) -> None:
     """The start goes on in a thread, and what it made must be removed, however often Ctrl-C is pressed."""
 
+    main = threading.main_thread().ident
+    assert main
+
     def interrupt() -> None:
         for _ in range(3):
             time.sleep(0.1)
-            _thread.interrupt_main()
+            signal.pthread_kill(main, signal.SIGINT)
         time.sleep(0.1)
         start.may_go_on.set()
 
-    with pytest.raises(KeyboardInterrupt), starting_ray(ClusterConfig()):
-        threading.Thread(target=interrupt).start()
-        time.sleep(10)
+    interrupting = threading.Thread(target=interrupt)
+    with handling((signal.SIGINT,), signal.default_int_handler):
+        with pytest.raises(KeyboardInterrupt), starting_ray(ClusterConfig()):
+            interrupting.start()
+            time.sleep(10)
+        interrupting.join()
     assert start.said == ["started", "ended"]
 
 
