@@ -45,6 +45,7 @@ from clm_dist.files.blocks import Blocks
 from clm_dist.metrics import MicroLoss, combine
 from clm_dist.progress import Silent
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.local import forget_accelerate
 from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer
@@ -206,9 +207,9 @@ def evaluate_rank(job: JobConfig, split: EvalSplit, store: Path, rank: int) -> l
     set_up_worker(rank=rank, world_size=world_size, use_gpu=False, num_threads=1)
     strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=False)
     model = load_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
-    strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
+    strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
     parts = evaluate_micros(
-        strategy.model if strategy.sharded else strategy.plain_model,
+        strategy.local_model,
         split,
         device=strategy.device,
         rank=rank,

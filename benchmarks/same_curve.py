@@ -38,6 +38,7 @@ from clm_dist.metrics import combine
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.local import train_here
 from clm_dist.train.model import load_model, next_token_loss
 from clm_dist.train.optim import build_optimizer, build_schedule
@@ -219,7 +220,7 @@ def plain_curve(job: JobConfig, store: Path, *, naive: bool) -> Curve:
         optimizer.step()
         optimizer.zero_grad()
     split = EvalSplit.of_store(store, job.eval.micro_size)
-    evaluated = evaluate_micros(model, split, device=torch.device("cpu"))
+    evaluated = evaluate_micros(WithLoss(model), split, device=torch.device("cpu"))
     evaluation = combine(
         evaluated, step=order.num_steps, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens
     )

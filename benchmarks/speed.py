@@ -7,7 +7,7 @@ where there is one, else on the CPU. Programs take turns for `--rounds` rounds, 
 figure is that of the best round, in which the least disturbed it. A step's seconds are between two steps' beginnings,
 with all that happens in them. Evaluation, checkpoints and the first steps (compiling, warming up) are not timed.
 
-- `clm-dist`: the loop of this package in one process.
+- `clm-dist`: the loop of this package in one process, compiled (before its first step) and not.
 - `Trainer`: transformers', with the same batch, compiled and not.
 - `plain`: thirty lines of torch, compiled and not: what the hardware gives.
 """
@@ -71,7 +71,7 @@ SHAPES = {
     "DistilGPT2, 16 x 128, bf16": Shape(DISTILGPT2, 16, 128, "bf16", True, 100),
     "Llama 1.1B, 8 x 2,048, bf16": Shape(LLAMA_1B, 8, 2048, "bf16", True, 14, {"gradient_checkpointing": True}),
 }
-PROGRAMS = ["clm-dist", "Trainer", "Trainer, compiled", "plain", "plain, compiled"]
+PROGRAMS = ["clm-dist", "clm-dist, compiled", "Trainer", "Trainer, compiled", "plain", "plain, compiled"]
 
 
 class Stamps:
@@ -111,11 +111,12 @@ class _EnoughError(Exception):
     pass
 
 
-def run_clm_dist(job: JobConfig, store: Path, stamp: Stamps) -> None:
+def run_clm_dist(job: JobConfig, store: Path, stamp: Stamps, *, compiled: bool) -> None:
     from clm_dist.files.run_dir import RunDir
     from clm_dist.train import loop
     from clm_dist.train.session import Session
 
+    job = job.model_copy(update={"train": job.train.model_copy(update={"compile": compiled})})
     train_step = loop._Loop._train_step
 
     def stamped(self: loop._Loop) -> Any:
@@ -228,7 +229,7 @@ def measure(program: str, shape: Shape) -> dict[str, float]:
         stamp = Stamps(shape.steps)
         name, _, compiled = program.partition(", ")
         if name == "clm-dist":
-            run_clm_dist(job, store, stamp)
+            run_clm_dist(job, store, stamp, compiled=bool(compiled))
         else:
             {"Trainer": run_trainer, "plain": run_plain}[name](job, store, stamp, compiled=bool(compiled))
         tokens_per_s = shape.batch * shape.block / stamp.seconds()

@@ -83,11 +83,19 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
             "model: {path: null, resize: true, config: {model_type: gpt2}}",
             "model.resize is for model.path; a model.config",
         ),
+        (
+            "model: {path: gpt2, attention: flash}",
+            "model.attention is 'flash': input should be auto, eager, sdpa, flex",
+        ),
         ("train: {epochs: three}", "train.epochs is 'three': input should be a valid integer"),
         ("train: {warmup_ratio: 0.1, warmup_steps: 5}", "train has warmup_steps and warmup_ratio; leave one of them"),
         (
             "train: {schedule: wsd, warmup_ratio: 0.5, decay_ratio: 0.6}",
             "train.warmup_ratio 0.5 and train.decay_ratio 0.6",
+        ),
+        (
+            "train: {compile: sometimes}",
+            "train.compile is 'sometimes': input should be 'auto', or input should be a valid",
         ),
         ("train: {epochs: true}", "train.epochs is True: input should not be true or false"),
         ("train: {epochs: 0}", "train.epochs is 0: input should be greater than 0"),
@@ -207,6 +215,9 @@ def test_what_several_fields_have_a_part_in_is_shown_at_the_first_that_is_set(pa
         f"{path}:4: batch.global_size 8 is 1 x 8"
     )
     assert error_of(path, GOOD, "cluster.workers=3").startswith("--set cluster.workers=3: batch.global_size 8 is 1 x 8")
+    assert error_of(path, GOOD, "model.attention=flash_attention_2").startswith(
+        "--set model.attention=flash_attention_2: model.attention flash_attention_2 computes in half precision alone"
+    )
     config = GOOD.replace("{path: gpt2}", "{config: {model_type: gpt2}}")
     assert error_of(path, config).startswith(f"{path}:3: tokenizer needs path or train")
     assert error_of(path, GOOD, "model.config.n_layer=3").startswith("--set model.config.n_layer=3: model needs either")

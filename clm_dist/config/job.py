@@ -1,9 +1,11 @@
 """The job file's sections: one typed, frozen model each; unknown keys are refused."""
 
 import math
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from clm_dist.config.data import DataConfig, TokenizerConfig
 from clm_dist.config.k8s import K8sConfig
@@ -12,6 +14,7 @@ from clm_dist.config.slurm import SlurmConfig
 
 Every = Literal["epoch"] | Count
 Precision = Literal["fp32", "bf16", "fp16"]
+ATTENTIONS = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]
 
@@ -28,6 +31,18 @@ class ModelConfig(Section):
     resize: bool = False
     """Enlarge the embedding of `path` to the ids of the tokenizer, such as added tokens; the new rows are drawn around
     the mean of the others."""
+    attention: str = "auto"
+    """How attention is computed: `eager`, `sdpa`, `flex_attention`, `flash_attention_2`, `flash_attention_3`, or
+    `kernels-community/NAME` for a kernel of the Hub. `auto` is what transformers takes, sdpa for most models."""
+
+    @field_validator("attention")
+    @classmethod
+    def _is_an_attention(cls, value: str) -> str:
+        if value not in ATTENTIONS and not re.fullmatch(r"kernels-community/[\w.-]+(:\w+)?", value):
+            raise PydanticCustomError(
+                "attention", "input should be {known} or kernels-community/NAME", {"known": ", ".join(ATTENTIONS)}
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -96,6 +111,10 @@ class TrainConfig(Section):
     """Arithmetic of the passes; weights and optimizer keep fp32 masters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: Literal["auto"] | bool = False
+    """Compile the passes of whole micro-batches with torch.compile, from ids to losses; where a model cannot be, a line
+    says why, and it runs as before. `auto` does it on a GPU where the run is long enough to repay half a minute of
+    compiling, and where it stays the same to the last bit each time."""
     seed: Seed = 42
     """Seed of the weights, the order of blocks and dropout."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
@@ -245,6 +264,11 @@ class JobConfig(Section):
             raise wrong("batch.global_size", problem, "cluster.workers", "batch.micro_size")
         if self.train.precision == "fp16" and self.cluster.strategy == "fsdp2":
             raise wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
+        if self.train.precision == "fp32" and "flash" in self.model.attention:
+            problem = (
+                f"model.attention {self.model.attention} computes in half precision alone; set train.precision to bf16"
+            )
+            raise wrong("model.attention", problem, "train.precision")
         return self
 
     @property

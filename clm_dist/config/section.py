@@ -1,7 +1,7 @@
 """The base class and the types of the job file's sections."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -50,6 +50,9 @@ class Section(BaseModel):
     @classmethod
     def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic takes `epochs: true` for 1.
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and info.field_name:
+            annotation = cls.model_fields[info.field_name].annotation
+            if annotation is bool or bool in get_args(annotation):
+                return value
             raise PydanticCustomError("bool", "input should not be true or false")
         return value

@@ -45,6 +45,8 @@ class TrainerState:
     """Steps without an update in a row, the last among them."""
     owes_evaluation: bool = False
     """Whether the run was stopped before it had evaluated at this step, as it should."""
+    compiled: bool = False
+    """Whether passes were compiled, which rounds otherwise."""
 
 
 @dataclass(frozen=True)

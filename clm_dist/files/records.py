@@ -39,6 +39,12 @@ class StartRecord(TypedDict):
     device: str
     owes_evaluation: bool
     """Whether this step is still to be evaluated: the run was stopped while it was."""
+    micro_size: NotRequired[int]
+    """Blocks of a pass."""
+    compiled: NotRequired[bool]
+    """Whether passes are compiled."""
+    note: NotRequired[str | None]
+    """What is to be said of that."""
     hosts: NotRequired[list[str]]
     """Host of each rank."""
 

@@ -58,6 +58,10 @@ class BatchOrder:
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def num_tokens(self, block_size: int) -> int:
+        """Tokens of all steps, about: the last batch of an epoch may be short."""
+        return self.num_steps * min(self.global_size, self.num_blocks) * block_size
+
     def epoch(self, step: int) -> float:
         """Epochs that are done after `step` steps."""
         return step / self.steps_per_epoch

@@ -19,9 +19,9 @@ from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.progress import Progress
 from clm_dist.train.documents import document_end_of, num_predicted
-from clm_dist.train.forward import block_logits
+from clm_dist.train.forward import WithLoss, block_losses, unwrapped
 from clm_dist.train.mixing import find_mixing
-from clm_dist.train.model import autocast, next_token_loss
+from clm_dist.train.model import autocast
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def num_eval_tokens(manifest: Manifest, *, document_mask: bool) -> int:
 def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
     """The eval split's figures of a model that is written already, in this process alone, at the job's precision."""
     transformers.utils.logging.disable_progress_bar()
-    model = load_pretrained(path).float()
+    model = WithLoss(load_pretrained(path).float())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     document_end = document_end_of(store) if job.data.document_mask else None
     split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = unwrapped(model).get_input_embeddings().num_embeddings
     if (highest := split.blocks.highest_id()) >= rows:
         raise ConfigError(
             f"the eval blocks hold the id {highest}, and the embedding of {path} has {rows} rows; evaluate it on a job "
@@ -110,6 +110,7 @@ def evaluate_micros(
     """This rank's micro-batches of the eval split, each summed in float64.
 
     Args:
+        model: a `WithLoss`, or what a strategy made of it.
         in_step: every rank runs equally many forward passes, as sharded weights need; a rank with nothing left
             repeats a micro-batch that is not counted. Collective then.
         on_micro: called with the number of micro-batches that this rank is done with.
@@ -142,8 +143,7 @@ def _evaluate_micro(
     ids = split.blocks[np.arange(start, end)]
     ids_BT = torch.from_numpy(ids).to(device)
     with autocast():
-        logits_BTV = block_logits(model, ids_BT, split.document_end)
-    losses = next_token_loss(logits_BTV, ids_BT, split.document_end)
+        losses = block_losses(model, ids_BT, split.document_end)
     return MicroLoss(
         index=index,
         loss_sum=losses.double().sum().item(),

@@ -12,6 +12,7 @@ from clm_dist.metrics import MicroLoss
 from clm_dist.pretrained.portable import make_portable
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.fsdp2 import shard
 
@@ -60,7 +61,7 @@ def evaluate_export(
         else:
             model.to(strategy.device)
         return evaluate_micros(
-            model,
+            WithLoss(model),
             split,
             device=strategy.device,
             rank=strategy.rank,

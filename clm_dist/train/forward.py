@@ -1,15 +1,18 @@
-"""What a model computes of whole blocks: the logits, and the loss of its router."""
+"""What a model computes of whole blocks: the losses of their tokens, the logits, and the loss of its router."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 
 from clm_dist.errors import ClmDistError, ConfigError, first_line
 from clm_dist.train.documents import document_positions
+from clm_dist.train.model import next_token_loss
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 # Of a device or of another rank, which may be well the next time; torch has no class for most of them.
@@ -44,9 +47,102 @@ def predict(model: nn.Module, ids_BT: Tensor, end: int | None) -> Prediction:
     return Prediction(output.logits.view(*ids_BT.shape, -1), _router_loss(model, output))
 
 
+class WithLoss(nn.Module):
+    """A causal language model and the loss of its predictions in one module: what strategies wrap, shard and run.
+
+    Called with blocks, (B, T), and `end` as in `predict`, it returns the loss of every predicted token,
+    (B, T - 1) float32, nats, and `Prediction.router_loss`. So a pass has no logits outside of it, and can be compiled
+    from ids to losses. Passes of training over whole micro-batches alone are: each other shape would be compiled for
+    itself, and an evaluation is to be the same whether training is compiled or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._compiled: Callable[[Tensor, int | None], tuple[Tensor, Tensor | None]] | None = None
+        self._compiled_shape: tuple[int, ...] | None = None
+        self._runs_compiled = False
+        self._num_added = 0
+
+    def forward(self, ids_BT: Tensor, end: int | None = None, *, logits: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The losses, or with `logits` the logits, (B, T, V); and the router's loss."""
+        # Plain tuples, which the engines of strategies can look into.
+        if logits:
+            prediction = predict(self.model, ids_BT, end)
+            return prediction.logits, prediction.router_loss
+        self._runs_compiled = self.training and ids_BT.shape == self._compiled_shape
+        losses = self._compiled if self._runs_compiled and self._compiled else self._losses
+        return losses(ids_BT, end)
+
+    def compile_whole(self, shape: tuple[int, ...], *, multiple: int = 1) -> None:
+        """Compile passes of training over blocks of a shape, (B, T), from ids to losses, when the first comes.
+
+        Args:
+            multiple: of how many logits the head computes in such a pass; those beyond the vocabulary have probability
+                0. The weights stay as they are.
+        """
+        self._pad_head(multiple)
+        self._compiled, self._compiled_shape = _compile(self._losses), shape
+
+    def compile_parts(self, shape: tuple[int, ...], parts: Iterable[nn.Module], *, multiple: int = 1) -> None:
+        """As `compile_whole`, but some modules of the model, and the loss, each for itself."""
+        self._pad_head(multiple)
+        for part in parts:
+            # The hooks of a strategy, which are called with the module, stay outside.
+            part.forward = self._in_full_passes(_compile(part.forward), part.forward)
+        self._compiled, self._compiled_shape = partial(self._losses, loss=_compile(self._loss)), shape
+
+    def uncompile(self) -> None:
+        """Compute every pass as it was before it was compiled."""
+        self._compiled = self._compiled_shape = None
+
+    def _losses(
+        self, ids_BT: Tensor, end: int | None, loss: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        prediction = predict(self.model, ids_BT, end)
+        return (loss or self._loss)(prediction.logits, ids_BT, end), prediction.router_loss
+
+    def _loss(self, logits_BTV: Tensor, ids_BT: Tensor, end: int | None) -> Tensor:
+        if self._runs_compiled and self._num_added:
+            num_logits = logits_BTV.shape[-1]
+            is_added_V = torch.arange(num_logits, device=logits_BTV.device) >= num_logits - self._num_added
+            logits_BTV = logits_BTV.masked_fill(is_added_V, torch.finfo(logits_BTV.dtype).min)
+        return next_token_loss(logits_BTV, ids_BT, end)
+
+    def _pad_head(self, multiple: int) -> None:
+        head = self.model.get_output_embeddings()  # type: ignore[operator]  # of transformers
+        if type(head) is not nn.Linear:
+            # What it computes is its own affair.
+            return
+        added = -head.weight.shape[0] % multiple
+
+        def padded(hidden_BTC: Tensor) -> Tensor:
+            bias_V = None if head.bias is None else pad(head.bias, (0, added))
+            return linear(hidden_BTC, pad(head.weight, (0, 0, 0, added)), bias_V)
+
+        if added:
+            self._num_added = added
+            head.forward = self._in_full_passes(padded, head.forward)  # type: ignore[method-assign]
+
+    def _in_full_passes(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (compiled if self._runs_compiled else plain)(*args, **kwargs)
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # `deterministic`: no choice between kernels by how fast each has just been.
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
+
+
+def block_losses(model: nn.Module, ids_BT: Tensor, end: int | None) -> Tensor:
+    """The loss of every predicted token, (B, T - 1) float32, nats, of a `WithLoss` or what a strategy made of it."""
+    losses_BT: Tensor = model(ids_BT, end)[0]
+    return losses_BT
+
+
 def block_logits(model: nn.Module, ids_BT: Tensor, end: int | None) -> Tensor:
-    """The logits of `predict`, (B, T, V)."""
-    return predict(model, ids_BT, end).logits
+    """The logits, (B, T, V), of a `WithLoss` or what a strategy made of it."""
+    logits_BTV: Tensor = model(ids_BT, end, logits=True)[0]
+    return logits_BTV
 
 
 def check_router_loss(model: nn.Module, router_loss: Tensor | None) -> None:
@@ -79,8 +175,9 @@ def _router_loss(model: nn.Module, output: Any) -> Tensor | None:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model in what DDP or DeepSpeed made of it."""
-    return getattr(model, "module", model)
+    """The transformers model in a `WithLoss`, and in what DDP or DeepSpeed made of that."""
+    plain = getattr(model, "module", model)
+    return plain.model if isinstance(plain, WithLoss) else plain
 
 
 def name_of(model: nn.Module) -> str:

@@ -21,11 +21,21 @@ from clm_dist.train.session import Session
 
 
 def train_here(
-    job: JobConfig, run: RunDir, store: Path, recorder: Recorder, *, rank: int = 0, world_size: int = 1
+    job: JobConfig,
+    run: RunDir,
+    store: Path,
+    recorder: Recorder,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    use_gpu: bool = False,
 ) -> Outcome:
-    """Train on the CPU with this process as the worker `rank`; rank 0 records. Collective.
+    """Train with this process as the worker `rank`; rank 0 records. Collective.
 
-    For more than one process the caller has created torch's process group.
+    For more than one process the caller has created torch's process group, and chosen the GPU of each.
+
+    Args:
+        use_gpu: train on the current GPU, else on the CPU.
     """
 
     def report(message: Message) -> None:
@@ -48,7 +58,7 @@ def train_here(
     session = Session(
         rank=rank,
         world_size=world_size,
-        use_gpu=False,
+        use_gpu=use_gpu,
         num_threads=torch.get_num_threads(),
         run=run,
         store=store,

@@ -27,12 +27,13 @@ from clm_dist.train.batches import BatchOrder, Feed, MicroBatch, block_checksum,
 from clm_dist.train.checkpointing.reporter import Reporter, StopCheck, Wish
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import NotSavedError, Saves
+from clm_dist.train.compiling import compile_passes
 from clm_dist.train.documents import document_end_of, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
-from clm_dist.train.forward import predict
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.model import load_config, load_model, next_token_loss
+from clm_dist.train.model import load_config, load_model
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
     MOST_LEFT_OUT,
@@ -87,6 +88,7 @@ def train(job: JobConfig, session: Session) -> Outcome:
         world_size=session.world_size,
         use_gpu=session.use_gpu,
         num_threads=session.num_threads,
+        compiles=bool(job.train.compile),
     )
     heart = Heart(session.run.beats, session.rank, session.node, job.train.hang_timeout_s)
     try:
@@ -137,7 +139,7 @@ class _Loop:
             model = load_model(job, self.tokenizer)
         freeze(model, unused)
         self.throughput = Throughput.of_model(model, self.blocks.block_size, self.strategy)
-        self.strategy.prepare(model, lambda prepared: build_optimizer(prepared, job.train))
+        self.strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
         self.step = 0
         self.outliers = Outliers(job.train)
         self.owes_evaluation = False
@@ -145,7 +147,14 @@ class _Loop:
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
         check_training(job, strategy, self.blocks, self.document_end)
-        resumed = self._resume()
+        self.compilation = compile_passes(
+            job,
+            strategy,
+            self.blocks[order.global_batch(0)[: job.batch.micro_size]],
+            self.document_end,
+            seconds_at_peak=self.throughput.seconds_at_peak(order.num_tokens(self.blocks.block_size)),
+        )
+        before = self._resume()
         self.reporter.add(
             {
                 "kind": "start",
@@ -157,12 +166,15 @@ class _Loop:
                 "strategy": job.cluster.strategy,
                 "device": self.throughput.device_name,
                 "owes_evaluation": self.owes_evaluation,
+                "micro_size": job.batch.micro_size,
+                "compiled": self.compilation.compiled,
+                "note": self.compilation.describe(before),
             }
         )
         # After the start, which is where those who follow the records begin.
         self._say_damages()
         try:
-            return self._train(resumed=resumed)
+            return self._train(resumed=before is not None)
         except _AskedToStopError:
             # In an evaluation, which the run then owes.
             if self.saves.saved_step != self.step:
@@ -245,16 +257,15 @@ class _Loop:
         for number, micro in enumerate(micros):
             reading = time.perf_counter()
             ids = self.blocks[micro.blocks]
-            ids_BT = torch.from_numpy(ids).to(strategy.device)
+            ids_BT = strategy.to_device(ids)
             data_wait += time.perf_counter() - reading
             self.heart.at(self.step, f"pass {number + 1} of {len(micros)}")
             strategy.seed(pass_seed(job.train.seed, self.step, micro.index))
             with strategy.one_pass(last=number == len(micros) - 1) as model:
-                prediction = predict(model, ids_BT, self.document_end)
-                losses = next_token_loss(prediction.logits, ids_BT, self.document_end)
+                losses, router_loss = model(ids_BT, self.document_end)
                 objective = losses.sum()
-                if prediction.router_loss is not None:
-                    weighted = prediction.router_loss * num_predicted(ids, self.document_end)
+                if router_loss is not None:
+                    weighted = router_loss * num_predicted(ids, self.document_end)
                     objective = objective + weighted
                     has_router_loss = True
                     router_sum += weighted.detach().double() if micro.counts else 0.0
@@ -266,13 +277,14 @@ class _Loop:
                 block_losses.append((micro.blocks, losses.detach().mean(dim=-1)))
 
         own_wish, shared = self.reporter.wishes(), strategy.shared_figures()
-        total, router_total, all_computed, all_checksums, *sums = strategy.all_reduce(
-            [loss_sum.item(), router_sum.item(), num_computed, checksum, *own_wish, *shared]
+        # The one wait for the device in a step, where the strategy has none of its own.
+        all_computed, all_checksums, stops, saves, reports, total, router_total, *sums = strategy.all_reduce(
+            [num_computed, checksum, *own_wish], [loss_sum, router_sum, *shared]
         )
         if all_computed != num_blocks:
             raise RunError(f"step {self.step + 1} computed {all_computed:.0f} blocks of {num_blocks}. {REPORT_FAULT}")
-        strategy.check_shared(sums[len(own_wish) :])
-        wish = Wish(*(value > 0 for value in sums[: len(own_wish)]))
+        strategy.check_shared(sums)
+        wish = Wish(stops > 0, saves > 0, reports > 0)
         loss = total / num_targets
         limit = self.outliers.limit()
         # A save that began after the last step may still copy what this update changes.
@@ -367,7 +379,7 @@ class _Loop:
         self.reporter.phase("Evaluating" if self.step else "Evaluating the untouched model", self.step)
         strategy = self.strategy
         micros = evaluate_micros(
-            strategy.model if strategy.sharded else strategy.plain_model,
+            strategy.local_model,
             self.eval_split,
             device=strategy.device,
             rank=strategy.rank,
@@ -396,14 +408,13 @@ class _Loop:
             self.outliers.num_left_out = 0
         self.saves.begin(self._state(owes_evaluation))
 
-    def _resume(self) -> bool:
-        """Go on from the newest checkpoint that is whole, if there is one. Collective."""
+    def _resume(self) -> TrainerState | None:
+        """Go on from the newest checkpoint that is whole, if there is one, and return its state. Collective."""
         state = self.saves.load_newest()
-        if state is None:
-            return False
-        self.step, self.owes_evaluation = state.step, state.owes_evaluation
-        self.outliers.restore(state.recent_losses, state.num_left_out)
-        return True
+        if state is not None:
+            self.step, self.owes_evaluation = state.step, state.owes_evaluation
+            self.outliers.restore(state.recent_losses, state.num_left_out)
+        return state
 
     def _say_damages(self) -> None:
         while self.saves.damages:
@@ -424,4 +435,5 @@ class _Loop:
             num_left_out=self.outliers.num_left_out,
             parameters=self.strategy.shapes(),
             owes_evaluation=owes_evaluation,
+            compiled=self.compilation.compiled,
         )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clm_dist.train.forward import attention_of, block_logits, name_of, unwrapped
-from clm_dist.train.model import next_token_loss, why_no_positions
+from clm_dist.train.forward import attention_of, block_logits, block_losses, name_of, unwrapped
+from clm_dist.train.model import why_no_positions
 
 # Of the largest loss of a token: documents alone have other shapes, so other sums are rounded.
 _MOVED = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
@@ -41,6 +41,7 @@ def find_mixing(
     so it sees what rounding would hide in a model with random weights.
 
     Args:
+        model: a `WithLoss`, or what a strategy made of it.
         any_rank: whether something is so on any rank, the same answer on every rank.
     """
     if problem := why_no_positions(unwrapped(model)):
@@ -64,8 +65,7 @@ def find_mixing(
 
     def losses(ids_BT: Tensor, end: int | None) -> Tensor:
         with torch.no_grad(), autocast():
-            logits_BTV = block_logits(model, ids_BT, end)
-        return next_token_loss(logits_BTV, ids_BT, end)
+            return block_losses(model, ids_BT, end)
 
     def of_document(losses_BT: Tensor, row: int, document: slice) -> Tensor:
         return losses_BT[row, document.start : document.stop - 1]
@@ -117,6 +117,7 @@ def find_future(
     is exactly 0 at every precision; a difference of losses would also hold what a mixture of experts rounds.
 
     Args:
+        model: a `WithLoss`, or what a strategy made of it.
         sharded: whether the weights are; what is made for them at the first pass has to be as in training.
         any_rank: whether something is so on any rank, the same answer on every rank.
     """

@@ -27,5 +27,10 @@ class Throughput:
         name = torch.cuda.get_device_name(strategy.device) if is_gpu else "CPU"
         return cls(flops_per_token(num_parameters, layers, hidden, block_size), name, strategy.world_size)
 
+    def seconds_at_peak(self, num_tokens: float) -> float | None:
+        """Seconds in which the devices could train on so many tokens; None where their peak is not known."""
+        # The utilization of a second in which all of them are trained.
+        return self.utilization(num_tokens)
+
     def utilization(self, tokens_per_s: float) -> float | None:
         return model_flops_utilization(tokens_per_s, self.flops_a_token, self.device_name, self.num_devices)

@@ -18,6 +18,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
 from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.model import load_config, load_model
 from clm_dist.train.optim import build_optimizer
 from clm_dist.train.ray.cluster import Cluster, _check_resources
@@ -109,6 +110,13 @@ def check_gradient_checkpointing(bench: Bench) -> None:
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def check_compile(bench: Bench) -> None:
+    bench.monkeypatch.setattr("clm_dist.train.forward._compile", lambda function: function)
+    runs = [bench.train(on, "train.max_steps=1", f"train.compile={on}") for on in ("true", "false")]
+    starts = [next(record for record in metrics_of(run.metrics) if record["kind"] == "start") for run in runs]
+    assert [start["compiled"] for start in starts] == [True, False]
+
+
 def check_hang_timeout(bench: Bench) -> None:
     watches = bench.record_calls("clm_dist.train.ray.watch.Watch")
     bench.record_calls("clm_dist.train.ray.watch.NodeWatch")
@@ -146,6 +154,12 @@ def check_checkpoint_keep(bench: Bench) -> None:
 def check_model_path(bench: Bench) -> None:
     call = _loaded(bench)
     assert call.args[0] == "alice/model"
+
+
+def check_model_attention(bench: Bench) -> None:
+    job = bench.make_job("model.attention=eager")
+    model: Any = load_model(job, load_tokenizer(bench.prepared(job) / "tokenizer"))
+    assert model.transformer.h[0].attn.config._attn_implementation == "eager"
 
 
 def check_model_revision(bench: Bench) -> None:
@@ -245,7 +259,7 @@ def check_offload(bench: Bench) -> None:
         strategy: Any = FullyShard.__new__(FullyShard)
         strategy._job = bench.make_job("cluster.strategy=fsdp2", f"cluster.offload={what}")
         strategy.device, strategy.world_size = None, 1
-        strategy.prepare(nn.Linear(1, 1), lambda model: None)
+        strategy.prepare(WithLoss(nn.Linear(1, 1)), lambda model: None)
     assert sharded == [False, True]
 
 
@@ -289,10 +303,12 @@ PROBES: dict[str, Probe] = {
     "data.revision": check_data_revision,
     "eval.every": check_eval_every,
     "eval.micro_size": check_eval_micro_size,
+    "model.attention": check_model_attention,
     "model.config": check_model_config,
     "model.path": check_model_path,
     "model.resize": check_model_resize,
     "model.revision": check_model_revision,
+    "train.compile": check_compile,
     "train.epochs": check_epochs,
     "train.gradient_checkpointing": check_gradient_checkpointing,
     "train.hang_timeout_s": check_hang_timeout,

@@ -21,7 +21,7 @@ from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.batches import BatchOrder, pass_seed
-from clm_dist.train.forward import predict
+from clm_dist.train.forward import WithLoss, predict
 from clm_dist.train.mixing import find_future
 from clm_dist.train.model import build_model, check_model, load_config, load_model
 from clm_dist.train.unused import describe_unused, find_unused
@@ -144,7 +144,7 @@ def test_what_experts_round_is_no_sight_of_the_future(seed: int, precision: str,
         torch.manual_seed(seed)
         model = build_model(load_config(make_job(f"model.config={json.dumps(config)}")))
         return find_future(
-            model,
+            WithLoss(model),
             block_size=64,
             device=torch.device("cpu"),
             autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),

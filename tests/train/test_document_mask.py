@@ -24,10 +24,10 @@ from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.documents import document_end_of, document_positions
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros, evaluate_model
-from clm_dist.train.forward import block_logits
+from clm_dist.train.forward import WithLoss, block_logits, block_losses
 from clm_dist.train.loop import Outcome
 from clm_dist.train.mixing import find_mixing
-from clm_dist.train.model import check_model, load_model, next_token_loss
+from clm_dist.train.model import check_model, load_model
 from tests.conftest import MakeJob
 from tests.support.runs import metrics_of
 from tests.support.training import STRATEGIES, losses_of, train_one, train_several
@@ -101,7 +101,7 @@ def losses_alone(model: Any, ids_BT: Tensor) -> Tensor:
 
 
 def losses_packed(model: Any, ids_BT: Tensor) -> Tensor:
-    return next_token_loss(block_logits(model, ids_BT, END), ids_BT, END)
+    return block_losses(WithLoss(model), ids_BT, END)
 
 
 def flash_in_torch(name: str | None, *_: Any) -> Any:
@@ -139,7 +139,7 @@ def test_a_block_has_the_losses_of_its_documents_alone(config: dict[str, Any], a
     torch.testing.assert_close(together, losses_alone(model, ids_BT), rtol=0, atol=1e-5)
     assert torch.equal(together == 0, ids_BT[:, :-1] == END)
     # Without the mask they are others.
-    plain = next_token_loss(block_logits(model, ids_BT, None), ids_BT)
+    plain = block_losses(WithLoss(model), ids_BT, None)
     assert (plain[ids_BT[:, :-1] != END] - together[ids_BT[:, :-1] != END]).abs().max() > 0.1
 
 
@@ -178,7 +178,7 @@ def test_without_the_mask_the_model_is_given_the_ids_alone() -> None:
             return build(GPT2)(**arguments)
 
     ids_BT = packed()
-    block_logits(Model(), ids_BT, None)
+    block_logits(WithLoss(Model()), ids_BT, None)
     assert given == {"input_ids": ids_BT, "use_cache": False}
 
 
@@ -205,7 +205,7 @@ def test_a_model_that_mixes_documents_is_found(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.div_(5)
-    problem = find_mixing(model, END, block_size=block_size, device=CPU, precision=precision)
+    problem = find_mixing(WithLoss(model), END, block_size=block_size, device=CPU, precision=precision)
     assert model.training
     # In a block of two tokens no document has two that are predicted.
     if apart or block_size == 2:
@@ -224,9 +224,9 @@ def test_ranks_refuse_a_model_together() -> None:
         return True
 
     arguments: dict[str, Any] = {"block_size": SIZE, "device": CPU, "precision": "fp32"}
-    assert find_mixing(build(GPT2), END, any_rank=another_rank_found_it, **arguments)
+    assert find_mixing(WithLoss(build(GPT2)), END, any_rank=another_rank_found_it, **arguments)
     assert asked == [False]
-    assert find_mixing(build(OPT), END, any_rank=lambda found: found, **arguments)
+    assert find_mixing(WithLoss(build(OPT)), END, any_rank=lambda found: found, **arguments)
 
 
 @pytest.mark.parametrize("lost", ["mask", "positions"])
@@ -242,7 +242,7 @@ def test_half_of_what_the_mask_does_is_not_enough(lost: str, monkeypatch: pytest
     else:
         places = torch.arange(64)
         model.transformer.wpe.register_forward_pre_hook(lambda _, given: (places[: given[0].shape[1]][None],))
-    problem = find_mixing(model, END, block_size=SIZE, device=CPU, precision="fp32")
+    problem = find_mixing(WithLoss(model), END, block_size=SIZE, device=CPU, precision="fp32")
     assert problem
     assert "does not work with GPT2LMHeadModel" in problem
 
@@ -250,7 +250,7 @@ def test_half_of_what_the_mask_does_is_not_enough(lost: str, monkeypatch: pytest
 def test_broken_weights_are_not_taken_for_mixed_documents() -> None:
     model = build(GPT2)
     model.transformer.wpe.weight.data[0, 0] = math.nan
-    assert find_mixing(model, END, block_size=SIZE, device=CPU, precision="fp32") is None
+    assert find_mixing(WithLoss(model), END, block_size=SIZE, device=CPU, precision="fp32") is None
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "rwkv", "bloom"])
@@ -279,7 +279,7 @@ def test_an_evaluation_adds_up_what_documents_have_alone(
     assert end == END
     model = load_model(job, AutoTokenizer.from_pretrained(store / "tokenizer"))
     split = EvalSplit.of_store(store, 3, end)
-    parts = evaluate_micros(model, split, device=CPU)
+    parts = evaluate_micros(WithLoss(model), split, device=CPU)
     evaluation = combine(parts, step=0, epoch=0, num_micros=split.num_micros, num_tokens=split.num_tokens)
     ids_BT = torch.from_numpy(split.blocks[np.arange(len(split.blocks))])
     assert evaluation.num_tokens == (ids_BT[:, :-1] != end).sum() < ids_BT[:, 1:].numel()

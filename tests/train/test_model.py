@@ -25,6 +25,19 @@ from tests.conftest import MakeJob
         (("model.config.n_embd=33",), r"model\.config: no gpt2 can be built: .*num_heads"),
         (("model.config.model_type=gtp2",), r"model\.config: unknown model_type gtp2; did you mean gpt2\?"),
         (("model.config.model_type=null",), r"model\.config: unknown model_type None"),
+        (
+            ("model.attention=flash_attention_2", "train.precision=bf16"),
+            r"model\.attention: flash_attention_2 cannot be used: .*package .*; pip install flash-attn, or leave",
+        ),
+        (
+            ("model.attention=kernels-community/flash-attn2", "train.precision=bf16"),
+            r"model\.attention: kernels-community/flash-attn2 cannot be used: .*kernels",
+        ),
+        (
+            ("model.attention=flex_attention",),
+            r"model\.attention: flex_attention cannot be used: GPT2LMHeadModel does not",
+        ),
+        (("model.attention=eager", "model.config.n_embd=33"), r"model\.config: no gpt2 can be built: .*num_heads"),
         (("model.config={model_type: bert}",), r"model\.config: bert is an encoder, which sees the tokens"),
         (("model.config={model_type: t5}",), r"t5 is no causal language model"),
         (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import clm_dist.train.loop
+import clm_dist.train.forward
 from clm_dist.config.job import JobConfig, TrainConfig
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
@@ -50,7 +50,7 @@ def spoil(store: Path, kind: str, wrong: dict[int, float]) -> None:
             return losses
         return _BrokenGradient.apply(losses) if kind == "gradient" else losses * factors[:, None]  # type: ignore[no-untyped-call]
 
-    clm_dist.train.loop.next_token_loss = spoiled  # type: ignore[attr-defined, assignment]
+    clm_dist.train.forward.next_token_loss = spoiled  # type: ignore[assignment, attr-defined]
 
 
 Spoiled = tuple[JobConfig, Path, str, dict[int, float]]

@@ -16,6 +16,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import MicroLoss
 from clm_dist.train.batches import pass_seed
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.fsdp2 import shard
@@ -60,7 +61,7 @@ def test_dropout_is_off_in_an_evaluation_alone(make_job: MakeJob, prepared: Call
     def evaluate(job: JobConfig) -> list[MicroLoss]:
         model = load_model(job, tokenizer)
         model.train()
-        parts = evaluate_micros(model, split, device=torch.device("cpu"))
+        parts = evaluate_micros(WithLoss(model), split, device=torch.device("cpu"))
         assert all(module.training for module in model.modules())
         return parts
 

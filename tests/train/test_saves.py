@@ -71,7 +71,7 @@ def test_steps_that_are_skipped_now_and_then_end_no_run(
     skipped = list(range(1, 26, 2))
     assert len(skipped) > 10
     # `spoil` replaces it in this process; this takes it back.
-    monkeypatch.setattr("clm_dist.train.loop.next_token_loss", next_token_loss)
+    monkeypatch.setattr("clm_dist.train.forward.next_token_loss", next_token_loss)
     spoil(store, "loss", {int(order.global_batch(step - 1)[0]): float("nan") for step in skipped})
     assert train_one(job, RunDir(tmp_path), store).status == "done"
     assert [record["step"] for record in of_kind(tmp_path, "nonfinite")] == skipped

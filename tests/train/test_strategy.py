@@ -22,6 +22,7 @@ from clm_dist.metrics import MicroLoss, combine
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.checkpointing.fragments import Fragment
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.loop import Outcome
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.ddp import DataParallel
@@ -113,7 +114,7 @@ def test_ranks_without_a_micro_batch_left_change_no_evaluation(
     assert split.num_micros % 3 != 0
     run_workers(train_several, 3, [job], [tmp_path / "run"], few_blocks)
     model = load_model(job, AutoTokenizer.from_pretrained(few_blocks / "tokenizer"))
-    parts = evaluate_micros(model, split, device=torch.device("cpu"))
+    parts = evaluate_micros(WithLoss(model), split, device=torch.device("cpu"))
     alone = combine(parts, step=0, epoch=0, num_micros=split.num_micros, num_tokens=split.num_tokens)
     baseline = next(r for r in metrics_of(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval")
     assert baseline["loss"] == alone.loss
@@ -128,7 +129,7 @@ def check_export(run: Path, job: JobConfig, store: Path) -> None:
         # Tied to the embedding, so it is written once.
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118  # no mapping
     split = EvalSplit.of_store(store, job.eval.micro_size)
-    parts: list[MicroLoss] = evaluate_micros(model, split, device=torch.device("cpu"))
+    parts: list[MicroLoss] = evaluate_micros(WithLoss(model), split, device=torch.device("cpu"))
     loss = combine(parts, step=0, epoch=0, num_micros=split.num_micros, num_tokens=split.num_tokens).loss
     records = metrics_of(run / "metrics.jsonl")
     for kind in ("eval", "verify"):
@@ -369,7 +370,7 @@ def weights_are_broken() -> None:
     prepare = DataParallel.prepare
 
     def prepare_broken(self: DataParallel, model: Any, make_optimizer: Any) -> None:
-        model.transformer.wpe.weight.data[0, 0] = float("nan")
+        model.model.transformer.wpe.weight.data[0, 0] = float("nan")
         prepare(self, model, make_optimizer)
 
     DataParallel.prepare = prepare_broken  # type: ignore[method-assign]
@@ -433,11 +434,11 @@ def kind_of_model(rank: int, world_size: int, job: JobConfig) -> str:
 
     set_up_worker(rank=rank, world_size=world_size, use_gpu=False, num_threads=1)
     strategy = DataParallel(job, rank=rank, world_size=world_size, use_gpu=False)
-    strategy.prepare(torch.nn.Linear(2, 2), lambda model: torch.optim.AdamW(model.parameters()))
+    strategy.prepare(WithLoss(torch.nn.Linear(2, 2)), lambda model: torch.optim.AdamW(model.parameters()))
     return type(strategy.model).__name__
 
 
-@pytest.mark.parametrize(("world_size", "kind"), [(1, "Linear"), (2, "DistributedDataParallel")])
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "WithLoss"), (2, "DistributedDataParallel")])
 def test_one_worker_averages_its_gradients_with_nobody(world_size: int, kind: str, make_job: MakeJob) -> None:
     assert run_workers(kind_of_model, world_size, make_job(*SETTINGS)) == [kind] * world_size
 

@@ -3,17 +3,19 @@
 All that differs between strategies is in this folder. Three promises hold for each: the gradient of a step is the mean
 over the ranks of what each of them passed to `backward`; the norm that `step` returns is that of the whole gradient,
 the same on every rank; and `fragments` are all that changes in training, so that a checkpoint of one strategy and
-number of workers loads into any other. `check_gradients` tries the first before any step is trained.
+number of workers loads into any other. `first_step.py` tries the first before any step is
+trained.
 """
 
 import contextlib
 import gc
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.train.checkpointing.fragments import Fragment
-from clm_dist.train.strategies.first_step import check_same_each_time, every_parameter_is_reached
+from clm_dist.train.forward import WithLoss
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class Strategy(ABC):
 
     sharded = False
     """Whether weights are sharded, so that a forward pass needs every rank."""
+    why_not_compiled: str | None = None
+    """Why passes cannot be compiled; None where they can."""
 
     def __init__(self, job: JobConfig, *, rank: int, world_size: int, use_gpu: bool) -> None:
         self.rank, self.world_size = rank, world_size
@@ -58,7 +62,7 @@ class Strategy(ABC):
     def _build_accelerator(self) -> Any: ...
 
     @abstractmethod
-    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def prepare(self, model: WithLoss, make_optimizer: MakeOptimizer) -> None:
         """Spread the model over the ranks, and its optimizer with it.
 
         The model must have been loaded after this object was made, because ZeRO-3 shards on loading.
@@ -67,6 +71,15 @@ class Strategy(ABC):
     def whole_models(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, models are built whole on every rank, whatever `prepare` makes of them. Not collective."""
         return contextlib.nullcontext()
+
+    def compile_passes(self, shape: tuple[int, ...]) -> None:
+        """Compile passes of training over blocks of a shape, (B, T), when the first comes. Not collective."""
+        self.with_loss.compile_whole(shape, multiple=self._head_multiple)
+
+    @property
+    def _head_multiple(self) -> int:
+        """Of how many logits a compiled head computes: a GPU's tensor cores take twice as long for 50,257 as 50,304."""
+        return 128 if self._use_gpu and self._job.train.precision != "fp32" else 1
 
     @contextlib.contextmanager
     def one_pass(self, *, last: bool) -> Iterator[nn.Module]:
@@ -77,11 +90,11 @@ class Strategy(ABC):
         """Add the gradient of a loss; over the ranks the mean is taken."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def shared_figures(self) -> list[float]:
+    def shared_figures(self) -> list[Tensor]:
         """Clip the gradient, where `step` does not, and give figures of it that every rank must have alike, if any.
 
-        Called once before each `step`. They are exchanged with those of the loop, because an exchange of their own
-        would cost as much again. Not collective.
+        Called once before each `step`. They are on the device, each (), and are exchanged with those of the loop,
+        because an exchange of their own, or another wait for the device, would cost as much again. Not collective.
         """
         return []
 
@@ -168,10 +181,21 @@ class Strategy(ABC):
         return Fragment(name, start, flat, **options)
 
     @property
-    def plain_model(self) -> nn.Module:
-        """The transformers model itself; not collective unless sharded."""
-        module: nn.Module = self.accelerator.unwrap_model(self.model)
+    def with_loss(self) -> WithLoss:
+        """What `prepare` was given; not collective unless sharded."""
+        wrapper: Any = self.model
+        module: WithLoss = getattr(wrapper, "module", wrapper)
         return module
+
+    @property
+    def local_model(self) -> nn.Module:
+        """What a forward pass outside of training runs; not collective unless sharded."""
+        return self.model if self.sharded else self.with_loss
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The transformers model itself."""
+        return self.with_loss.model
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic of a forward pass outside of `one_pass`."""
@@ -191,14 +215,30 @@ class Strategy(ABC):
         if self._use_gpu:
             torch.cuda.manual_seed(seed)
 
-    def all_reduce(self, values: list[float]) -> list[float]:
-        """The sums of each value over the ranks, in float64."""
-        if self.world_size == 1:
+    def all_reduce(self, values: list[float], on_device: Sequence[Tensor] = ()) -> list[float]:
+        """The sums of each value over the ranks, in float64.
+
+        Args:
+            on_device: more values, each (), whose sums come after those of `values`; the device is waited for once.
+        """
+        if self.world_size == 1 and not on_device:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        if on_device:
+            tensor = torch.cat([tensor, torch.stack([value.double() for value in on_device])])
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
         sums: list[float] = tensor.tolist()
         return sums
+
+    def any_rank(self, found: bool) -> bool:
+        """Whether something is so on any rank; the same answer on every rank."""
+        return self.all_reduce([float(found)])[0] > 0
+
+    def to_device(self, ids: npt.NDArray[np.int64]) -> Tensor:
+        """Ids on the device, which is not waited for. Not collective."""
+        host = torch.from_numpy(ids)
+        return host.pin_memory().to(self.device, non_blocking=True) if self._use_gpu else host
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -208,73 +248,7 @@ class Strategy(ABC):
     def gradient_norm(self) -> float:
         """The 2-norm of the gradient as the optimizer would see it, which is forgotten."""
 
-    def check_gradients(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
-        """Try a step before any is trained: every trainable parameter has a gradient, and the ranks share it.
-
-        Called before a checkpoint is loaded. A gradient that only rank 0 has, times the number of ranks, must
-        come out as the one that all have: without the mean, what a rank's optimizer sees is either too much or nothing.
-
-        Args:
-            loss_of: the loss of the same block, on every rank.
-
-        Raises:
-            ConfigError: the model has trainable parameters that no gradient reaches, or its loss is another each time.
-            RunError: the ranks do not share their gradients.
-        """
-        passes = min(2, self._job.batch.passes_per_step(self.world_size))
-
-        losses: list[float] = []
-
-        def backward(model: nn.Module, scale: float) -> None:
-            loss = loss_of(model)
-            losses.append(loss.item())
-            self.backward(loss * scale)
-
-        def norm(scale: float) -> float:
-            for number in range(passes):
-                with self.one_pass(last=number == passes - 1) as model:
-                    # An accumulated pass must not be lost, nor one that adds nothing change it.
-                    backward(model, scale if number == 0 else 0.0)
-            return self.gradient_norm()
-
-        with every_parameter_is_reached(self.plain_model), self.one_pass(last=True) as model:
-            backward(model, 1.0)
-        self.gradient_norm()
-        of_one, of_all = norm(float(self.world_size) if self.rank == 0 else 0.0), norm(1.0)
-        check_same_each_time(
-            self.plain_model,
-            losses,
-            self._job.train.precision,
-            on_gpu=self._use_gpu,
-            any_rank=lambda differs: self.all_reduce([float(differs)])[0] > 0,
-        )
-        finite = math.isfinite(of_one + of_all)
-        # Rounding is all that may differ; bf16 keeps 8 bits.
-        shared = finite and math.isclose(of_one, of_all, rel_tol=1e-2) and of_all > 0
-        plain = self._plain_gradient_norm(loss_of)
-        if plain is not None and finite and not math.isclose(of_all, plain, rel_tol=1e-2):
-            raise RunError(
-                f"the gradient of the first block has norm {of_all:.6g}, and {plain:.6g} in plain torch: something "
-                f"scales it. Nothing was trained. {REPORT_FAULT}"
-            )
-        num_shared, num_finite = self.all_reduce([float(shared), float(finite)])
-        if num_shared == self.world_size:
-            return
-        if num_finite and of_all == 0:
-            raise RunError("the gradient of the first block is 0, so nothing would be trained: take another model")
-        if num_finite:
-            raise RunError(
-                f"the ranks do not share their gradients: one rank's gradient has norm {of_one:.6g}, and {of_all:.6g} "
-                f"when all {self.world_size} ranks have it. Nothing was trained. {REPORT_FAULT}"
-            )
-        if self._job.train.precision != "fp16":
-            raise RunError(
-                "the gradient of the first block is not finite before anything was trained: the weights of the model "
-                "are broken; get them again, or name another model"
-            )
-        logger.warning("whether the ranks share their gradients could not be seen: they overflow in fp16")
-
-    def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
+    def plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
         """The norm that `gradient_norm` should return after a pass with this loss; None where it is not computed."""
         return None
 

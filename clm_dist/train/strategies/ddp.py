@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clm_dist.errors import RunError
 from clm_dist.train.checkpointing.fragments import Fragment
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.model import autocast
 from clm_dist.train.strategies.base import MIXED_PRECISION, REPORT_FAULT, MakeOptimizer, Strategy
 
@@ -19,6 +20,8 @@ class DataParallel(Strategy):
 
     _norm = math.nan
     """Of the gradient that `step` takes."""
+    _own_norm: Tensor
+    """The same, on the device; it must be that of every rank."""
 
     def _build_accelerator(self) -> Any:
         from accelerate import Accelerator
@@ -30,7 +33,7 @@ class DataParallel(Strategy):
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
 
-    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def prepare(self, model: WithLoss, make_optimizer: MakeOptimizer) -> None:
         # One worker has nobody to average with; DistributedDataParallel would copy and divide its gradients anyhow.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.model))
@@ -43,20 +46,23 @@ class DataParallel(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def shared_figures(self) -> list[float]:
+    def shared_figures(self) -> list[Tensor]:
         limit = float("inf") if self._max_norm is None else self._max_norm
-        self._norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-        finite = math.isfinite(self._norm)
-        norm = self._norm if finite else 0.0
-        return [norm, norm * norm, float(finite)]
+        self._own_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit).double()
+        finite = torch.isfinite(self._own_norm)
+        norm = torch.where(finite, self._own_norm, 0.0)
+        return [norm, norm * norm, finite, self._own_norm]
 
     def check_shared(self, sums: list[float]) -> None:
-        norms, squares, num_finite = sums
+        norms, squares, num_finite, own_norms = sums
+        # As all have the same, this is it to the last bit, and tells what is infinite from what is no number.
+        self._norm = own_norms / self.world_size
         mean = norms / self.world_size
         variance = squares / self.world_size - mean * mean
         if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
             raise RunError(
-                f"the ranks do not share their gradients any more: this rank's gradient norm is {self._norm:.6g}, the "
+                f"the ranks do not share their gradients any more: this rank's gradient norm is "
+                f"{float(self._own_norm):.6g}, the "
                 f"mean of {self.world_size} ranks {mean:.6g}; nothing was saved since. {REPORT_FAULT}"
             )
 
@@ -76,8 +82,8 @@ class DataParallel(Strategy):
         self.optimizer.zero_grad()
         return float(norm)
 
-    def _plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
-        model = self.plain_model
+    def plain_gradient_norm(self, loss_of: Callable[[nn.Module], Tensor]) -> float | None:
+        model = self.local_model
         with self.autocast():
             loss = loss_of(model) * (1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale())
         with self.accelerator.no_sync(self.model):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clm_dist.train.checkpointing.fragments import Fragment
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.strategies.base import MakeOptimizer, Strategy
 
 
@@ -26,17 +27,23 @@ class FullyShard(Strategy):
 
         return Accelerator(cpu=not self._use_gpu)
 
-    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        self.model = shard(
-            model,
+    def prepare(self, model: WithLoss, make_optimizer: MakeOptimizer) -> None:
+        # Sharded, they have other classes.
+        self._blocks = _gathered_alone(model.model)
+        shard(
+            model.model,
             self.device,
             self.world_size,
             bf16=self._job.train.precision == "bf16",
             offload=self._job.cluster.offload == "all",
         )
+        self.model = model
         # Named here: after an evaluation some modules show whole weights in the place of shards.
-        self._shards = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._shards = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.model)
+
+    def compile_passes(self, shape: tuple[int, ...]) -> None:
+        self.with_loss.compile_parts(shape, self._blocks, multiple=self._head_multiple)
 
     def step(self, learning_rate: float, *, drop: bool = False) -> float:
         self._set_learning_rate(learning_rate)
@@ -53,15 +60,11 @@ class FullyShard(Strategy):
         self.optimizer.zero_grad()
         return float(norm.full_tensor())
 
-    @property
-    def plain_model(self) -> nn.Module:
-        return self.model
-
     def full_weights(self) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights: Any = get_model_state_dict(self.model, options=options)
+        weights: Any = get_model_state_dict(self.plain_model, options=options)
         return dict(weights)
 
     def _parameter_fragments(self) -> Iterable[Fragment]:
@@ -72,7 +75,7 @@ class FullyShard(Strategy):
             yield self._adam_fragment(name, first * row_size, parameter, slice(None))
 
     def release(self) -> None:
-        del self._shards
+        del self._shards, self._blocks
         super().release()
 
 
@@ -88,16 +91,22 @@ def shard(
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and device.type != "cpu":  # on a CPU they are in host memory already
         settings["offload_policy"] = CPUOffloadPolicy()
-    block_names = set(getattr(model, "_no_split_modules", None) or ())
-    uses = _num_uses(model)
-    # From the inside out: some models name modules that lie in each other.
-    for module in reversed(list(model.modules())):
-        # What is used elsewhere too, such as a tied embedding, must be gathered with all that use it: with the model.
-        alone = all(uses[p] == num for p, num in _num_uses(module).items())
-        if type(module).__name__ in block_names and alone:
-            fully_shard(module, **settings)
+    for module in _gathered_alone(model):
+        fully_shard(module, **settings)
     fully_shard(model, **settings)
     return model
+
+
+def _gathered_alone(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, which are gathered one at a time, from the inside out: some models nest them."""
+    block_names = set(getattr(model, "_no_split_modules", None) or ())
+    uses = _num_uses(model)
+    # What is used elsewhere too, such as a tied embedding, must be gathered with all that use it: with the model.
+    return [
+        module
+        for module in reversed(list(model.modules()))
+        if type(module).__name__ in block_names and all(uses[p] == n for p, n in _num_uses(module).items())
+    ]
 
 
 def _num_uses(module: nn.Module) -> Counter[nn.Parameter]:

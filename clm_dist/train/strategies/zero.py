@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clm_dist.train.checkpointing.fragments import Fragment
+from clm_dist.train.forward import WithLoss
 from clm_dist.train.strategies.base import MIXED_PRECISION, MakeOptimizer, Strategy
 
 
@@ -19,6 +20,10 @@ class Zero(Strategy):
     @property
     def _stage(self) -> int:
         return int(self._job.cluster.strategy.removeprefix("zero"))
+
+    @property
+    def why_not_compiled(self) -> str | None:  # type: ignore[override]
+        return "ZeRO-3 gathers weights inside of a pass" if self._stage == 3 else None
 
     def _build_accelerator(self) -> Any:
         import deepspeed
@@ -58,7 +63,7 @@ class Zero(Strategy):
             "steps_per_print": 10**9,
         }
 
-    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def prepare(self, model: WithLoss, make_optimizer: MakeOptimizer) -> None:
         self.optimizer = make_optimizer(model)
         update = self.optimizer.step
 
@@ -98,7 +103,8 @@ class Zero(Strategy):
 
     def full_weights(self) -> dict[str, Tensor]:
         weights = self.accelerator.get_state_dict(self.model)
-        return {name: weight.cpu() for name, weight in (weights or {}).items()}
+        # The engine's are named from `WithLoss` on.
+        return {name.removeprefix("model."): weight.cpu() for name, weight in (weights or {}).items()}
 
     @property
     def _adam(self) -> torch.optim.Optimizer:
@@ -107,7 +113,8 @@ class Zero(Strategy):
 
     def _parameter_fragments(self) -> Iterable[Fragment]:
         zero = self._engine.optimizer
-        for name, parameter in self._engine.module.named_parameters():
+        parameter: Any
+        for name, parameter in self.plain_model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if self._stage == 3:

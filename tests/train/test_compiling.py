@@ -1,0 +1,296 @@
+"""Passes that are compiled: they compute the same, a resume is exact, and what cannot be compiled runs as before."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from clm_dist.config.job import JobConfig
+from clm_dist.files.blocks import Blocks
+from clm_dist.files.run_dir import RunDir
+from clm_dist.metrics import flops_per_token
+from clm_dist.train import compiling, forward
+from clm_dist.train.compiling import is_worth_it
+from clm_dist.train.forward import WithLoss, block_logits
+from clm_dist.train.model import build_model, next_token_loss
+from clm_dist.train.strategies.base import Strategy
+from tests.conftest import MakeJob
+from tests.support.architectures import ARCHITECTURES
+from tests.support.runs import metrics_of
+from tests.support.training import STRATEGIES, leave_only, losses_of, train_one, train_several
+from tests.support.workers import run_workers
+
+SETTINGS = ("train.epochs=9", "train.max_steps=8", "checkpoint.every=4", "checkpoint.keep=9")
+DROPOUT = ("model.config.resid_pdrop=0.1", "model.config.embd_pdrop=0.1")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path_factory.getbasetemp() / "compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory))
+
+
+def start_of(run: RunDir) -> dict[str, Any]:
+    return [record for record in metrics_of(run.metrics) if record["kind"] == "start"][-1]
+
+
+def evals_of(run: RunDir) -> list[float]:
+    return [record["loss"] for record in metrics_of(run.metrics) if record["kind"] == "eval"]
+
+
+def blocks_of(run: RunDir) -> list[int]:
+    return [record["blocks"] for record in metrics_of(run.metrics) if record["kind"] == "step"]
+
+
+def weights_of(run: RunDir) -> bytes:
+    return (run.root / "final.unverified" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        *((strategy, ()) for strategy in STRATEGIES),
+        ("ddp", ("train.precision=bf16", "train.gradient_checkpointing=true", "data.document_mask=true")),
+        ("fsdp2", ("train.precision=bf16", "train.gradient_checkpointing=true", "data.document_mask=true")),
+    ],
+)
+def test_a_compiled_run_is_the_same_run_and_its_resume_is_exact(
+    strategy: str, settings: tuple[str, ...], make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    cluster = (f"cluster.strategy={strategy}", "cluster.workers=2", "batch.micro_size=2", *settings)
+    plain, compiled = (make_job(*SETTINGS, *cluster, f"train.compile={on}") for on in ("false", "true"))
+    store = prepared(plain)
+    runs = [RunDir(tmp_path / name) for name in ("plain", "compiled", "resumed")]
+    run_workers(train_several, 2, [plain, compiled], [run.root for run in runs[:2]], store)
+    leave_only(runs[1], step=4, target=runs[2])
+    run_workers(train_several, 2, [compiled], [runs[2].root], store)
+
+    rounded = 1e-2 if "train.precision=bf16" in settings else 1e-5
+    np.testing.assert_allclose(losses_of(runs[1].root), losses_of(runs[0].root), rtol=rounded)
+    assert blocks_of(runs[0]) == blocks_of(runs[1]) == blocks_of(runs[2])
+    # Evaluations are not compiled.
+    assert evals_of(runs[0])[0] == evals_of(runs[1])[0]
+    assert losses_of(runs[1].root) == losses_of(runs[2].root)
+    assert weights_of(runs[1]) == weights_of(runs[2])
+    start = start_of(runs[1])
+    if strategy == "zero3":
+        assert start["note"] == "Passes are not compiled: ZeRO-3 gathers weights inside of a pass"
+    else:
+        assert start["compiled"]
+        assert start["note"].startswith("Passes of training are compiled, in ")
+        assert "last bit" not in start["note"]
+
+
+def test_only_passes_over_whole_micro_batches_are_compiled(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes of 4 blocks a step; the last step of an epoch is short."""
+    job = make_job(*SETTINGS, "train.max_steps=null", "train.epochs=1", "train.compile=true", *DROPOUT)
+    store = prepared(job)
+    num_steps, last = divmod(len(Blocks(store, "train")), 8)
+    assert last
+    shapes: list[tuple[bool, int]] = []
+    compile_it = forward._compile
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = compile_it(function)
+
+        def call(ids_BT: Tensor, end: int | None) -> Any:
+            shapes.append((torch.is_grad_enabled(), len(ids_BT)))
+            return compiled(ids_BT, end)
+
+        return call
+
+    monkeypatch.setattr(forward, "_compile", watched)
+    run = RunDir(tmp_path)
+    assert train_one(job, run, store).status == "done"
+    assert start_of(run)["compiled"], start_of(run)["note"]
+    # Three are tried before the first step.
+    assert shapes == [(True, 4)] * (3 + 2 * num_steps + last // 4)
+    monkeypatch.setattr(forward, "_compile", compile_it)
+
+    # With dropout too, in another process as well, a resume is exact.
+    resumed = RunDir(tmp_path / "resumed")
+    leave_only(run, step=4, target=resumed)
+    run_workers(train_several, 1, [job], [resumed.root], store)
+    assert losses_of(resumed.root) == losses_of(run.root)
+    assert weights_of(resumed) == weights_of(run)
+
+
+class Fake:
+    """A compiler that changes what a function computes."""
+
+    def __init__(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        self.change, self.calls = change, 0
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            losses, router_loss = function(*arguments)
+            self.calls += 1
+            return self.change(losses, self.calls), router_loss
+
+        return call
+
+
+def fail(losses: Tensor, call: int) -> Tensor:
+    raise RuntimeError("no compiler is installed\nand more")
+
+
+@pytest.mark.parametrize(
+    ("on", "change", "compiled", "note"),
+    [
+        ("true", fail, False, "Passes are not compiled: RuntimeError, no compiler is installed"),
+        ("true", lambda losses, _: losses * 1.01, False, "Passes are not compiled: compiled, the first has a loss of"),
+        ("true", lambda losses, call: losses * (1 + call * 1e-6), True, "They are not the same to the last bit each"),
+        ("auto", lambda losses, call: losses * (1 + call * 1e-6), False, "train.compile: true takes that"),
+        ("auto", lambda losses, _: losses, True, "Passes of training are compiled, in 0 s"),
+    ],
+)
+def test_what_cannot_be_trusted_is_not_compiled(
+    on: str,
+    change: Callable[[Tensor, int], Tensor],
+    compiled: bool,
+    note: str,
+    make_job: MakeJob,
+    prepared: Callable[[JobConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward, "_compile", Fake(change))
+    monkeypatch.setattr(compiling, "is_worth_it", lambda seconds: True)
+    job, plain = (make_job("train.max_steps=2", f"train.compile={value}") for value in (on, "false"))
+    store = prepared(job)
+    runs = [RunDir(tmp_path / name) for name in ("compiled", "plain")]
+    for one, run in zip((job, plain), runs, strict=True):
+        assert train_one(one, run, store).status == "done"
+    start = start_of(runs[0])
+    assert start["compiled"] is compiled
+    assert note in start["note"]
+    assert torch.are_deterministic_algorithms_enabled() is False
+    if not compiled:
+        assert losses_of(runs[0].root) == losses_of(runs[1].root)
+
+
+def test_a_model_that_breaks_the_graph_runs_as_before(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(logits_BTV: Tensor, ids_BT: Tensor, end: int | None = None) -> Tensor:
+        losses = next_token_loss(logits_BTV, ids_BT, end)
+        return losses if losses.sum().item() > 0 else losses * 0
+
+    monkeypatch.setattr(forward, "next_token_loss", breaking)
+    job = make_job("train.max_steps=1", "train.compile=true")
+    assert train_one(job, RunDir(tmp_path), prepared(job)).status == "done"
+    note = start_of(RunDir(tmp_path))["note"]
+    assert note.startswith("Passes are not compiled: ")
+    assert "data-dependent" in note
+    assert len(note.splitlines()) == 1
+
+
+def test_a_resume_says_that_passes_are_computed_otherwise(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    run = RunDir(tmp_path)
+    for steps, on, note in (
+        (2, "false", None),
+        (4, "true", ". Until step 2 passes were not compiled, which rounds otherwise"),
+        (6, "false", "Until step 4 passes were compiled, which rounds otherwise"),
+    ):
+        job = make_job(f"train.max_steps={steps}", f"train.compile={on}", "train.schedule=constant")
+        assert train_one(job, run, prepared(job)).status == "done"
+        assert str(start_of(run)["note"]).endswith(str(note))
+
+
+def build(config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    model: Any = build_model(
+        CONFIG_MAPPING[config["model_type"]](**{k: v for k, v in config.items() if k != "model_type"})
+    )
+    return WithLoss(model).train()
+
+
+def losses_and_gradients(model: WithLoss, ids_BT: Tensor) -> list[Tensor]:
+    torch.manual_seed(0)
+    losses = model(ids_BT)[0]
+    return [losses, *torch.autograd.grad(losses.sum(), list(model.parameters()))]
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "cohere", "granite", "phi"])
+def test_a_padded_head_computes_the_same(kind: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied or not, with a bias, with logits that are capped or scaled."""
+    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    vocab_size = 300
+    config = {"model_type": kind, **ARCHITECTURES[kind], "vocab_size": vocab_size}
+    ids_BT = torch.randint(vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    plain, padded = build(config), build(config)
+    if parts:
+        padded.compile_parts((2, 16), [], multiple=128)
+    else:
+        padded.compile_whole((2, 16), multiple=128)
+    sizes: list[int] = []
+
+    def watched(logits_BTV: Tensor, ids_BT: Tensor, end: int | None) -> Tensor:
+        sizes.append(logits_BTV.shape[-1])
+        return next_token_loss(logits_BTV, ids_BT, end)
+
+    monkeypatch.setattr(forward, "next_token_loss", watched)
+    for one, other in zip(losses_and_gradients(plain, ids_BT), losses_and_gradients(padded, ids_BT), strict=True):
+        assert (one - other).abs().max() <= 1e-6 * one.abs().max()
+    # Other passes know nothing of it.
+    padded(ids_BT[:1])
+    padded.eval()(ids_BT)
+    assert sizes == [300, 384, 300, 300]
+    assert block_logits(padded, ids_BT, None).shape[-1] == vocab_size
+    assert padded.model.get_output_embeddings().weight.shape[0] == vocab_size
+
+
+def test_a_head_is_padded_for_tensor_cores_alone(make_job: MakeJob) -> None:
+    for use_gpu, precision, multiple in (
+        (True, "bf16", 128),
+        (True, "fp16", 128),
+        (True, "fp32", 1),
+        (False, "bf16", 1),
+    ):
+        strategy: Any = SimpleNamespace(_use_gpu=use_gpu, _job=make_job(f"train.precision={precision}"))
+        assert Strategy._head_multiple.fget(strategy) == multiple  # type: ignore[attr-defined]
+
+
+def test_parts_are_compiled_in_whole_passes_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(forward, "_compile", compile_it)
+    model = build({"model_type": "gpt2", **ARCHITECTURES["gpt2"]})
+    model.compile_parts((2, 16), model.model.transformer.h)
+    ids_BT = torch.zeros(2, 16, dtype=torch.int64)
+    model(ids_BT)
+    assert calls == ["forward"] * len(model.model.transformer.h) + ["_loss"]
+    model(ids_BT[:1])
+    block_logits(model, ids_BT, None)
+    model.eval()(ids_BT)
+    model.train().uncompile()
+    model(ids_BT)
+    assert len(calls) == len(model.model.transformer.h) + 1
+
+
+def test_auto_compiles_long_runs_on_known_gpus_alone() -> None:
+    # DistilGPT2's shape, 256 x 128 tokens a step, on an H200: 30 s are repaid after about 300 steps.
+    a_step = 256 * 128 * flops_per_token(82_000_000, 6, 768, 128) / 989e12
+    assert not is_worth_it(200 * a_step)
+    assert is_worth_it(400 * a_step)
+    assert not is_worth_it(None)
