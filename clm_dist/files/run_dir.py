@@ -16,6 +16,11 @@ class RunDir:
         return self.root / "job.yaml"
 
     @property
+    def micro_size(self) -> Path:
+        """The blocks of a pass that fit into memory, where those of the job did not."""
+        return self.root / "micro_size.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line, in the order of the steps."""
         return self.root / "metrics.jsonl"

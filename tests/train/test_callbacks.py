@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
+from clm_dist.config.load import job_text
 from clm_dist.errors import CheckpointError, ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.callbacks import Group
 from clm_dist.train.ray.failures import cause_of, reason_of
+from clm_dist.train.ray.memory import with_blocks_that_fit
 from clm_dist.train.ray.own import RayEndedError
+from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of
 
 
@@ -57,6 +61,36 @@ def test_a_worker_that_meets_what_a_person_must_mend_is_not_started_again(
     group.after_worker_group_poll_status(SimpleNamespace(errors={0: RuntimeError("Connection closed"), 1: error}))
     with pytest.raises(ConfigError, match=r"^no head$") if ends else contextlib.nullcontext():
         group.before_controller_execute_failure_decision("RETRY")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_workers_that_are_out_of_memory_take_half_the_blocks(
+    error: Exception, make_job: MakeJob, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    group = Group(run, checkpoints_of(run), elastic=False, max_failures=2)
+    job = make_job("batch.global_size=6", "batch.micro_size=32")
+    run.job.write_text(job_text(job))
+
+    def fail_with(error: Exception) -> int:
+        group.after_worker_group_poll_status(SimpleNamespace(errors={0: RuntimeError("Connection closed"), 1: error}))
+        group.before_controller_execute_failure_decision("RETRY")
+        return with_blocks_that_fit(job, run).batch.micro_size
+
+    assert fail_with(RuntimeError("killed")) == 32
+    assert [fail_with(error) for _ in range(3)] == [3, 2, 1]
+    assert fail_with(RuntimeError("killed")) == 1
+    with pytest.raises(ConfigError, match=r"a pass of one block does not fit into memory; set train\.grad"):
+        fail_with(error)
+    # A person who has set another is obeyed.
+    other = make_job("batch.global_size=6", "batch.micro_size=4")
+    assert with_blocks_that_fit(other, run) == other
 
 
 class Running:

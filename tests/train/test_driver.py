@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from clm_dist.config.job import JobConfig
@@ -24,6 +25,8 @@ from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
+from clm_dist.train.ray.memory import with_blocks_that_fit
+from clm_dist.train.ray.worker import train_worker
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted
 from tests.support.notes import Notes
@@ -115,6 +118,30 @@ def test_a_killed_worker_costs_the_steps_since_the_last_commit_and_changes_nothi
     assert result["evals"] == untouched["evals"]
     weights = [directory / "final" / "model.safetensors" for directory in (run.root, tmp_path / "untouched")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_pass_that_does_not_fit_into_memory_is_halved_and_the_steps_stay(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_where_two_blocks_fit(config: Any) -> Any:
+        # Ray brings it to the workers as it is.
+        run = RunDir(Path(config["run"]))
+        if with_blocks_that_fit(read_saved_job(run.job), run).batch.micro_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return train_worker(config)
+
+    monkeypatch.setattr("clm_dist.train.ray.trainer.train_worker", train_where_two_blocks_fit)
+    progress = Notes()
+    result = fit(make_job("batch.micro_size=8", "train.max_steps=2"), tmp_path / "halved", progress=progress)
+    assert result["status"] == "done"
+    records = metrics_of(tmp_path / "halved" / "metrics.jsonl")
+    assert sum(r["kind"] == "failure" for r in records) == 2
+    assert [r["micro_size"] for r in records if r["kind"] == "start"] == [2]
+    assert any("OutOfMemoryError: CUDA out of memory" in note for note in progress.notes)
+    assert "A pass has 2 blocks now, not 8; a step has the same blocks" in progress.notes
+    monkeypatch.undo()
+    fit(make_job("batch.micro_size=2", "train.max_steps=2"), tmp_path / "small")
+    assert losses_of(tmp_path / "halved") == losses_of(tmp_path / "small")
 
 
 def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_job: MakeJob) -> None:

@@ -12,6 +12,7 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.failures import causes_of, reason_of
+from clm_dist.train.ray.memory import halve_micro_size, is_out_of_memory
 from clm_dist.train.ray.own import log_dir
 from clm_dist.train.ray.private import ControllerCallback, WorkerCallback, WorkerGroupCallback, tell_of_other_nodes
 from clm_dist.train.recorder import Recorder
@@ -62,6 +63,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._placed = False
         self._num_unborn = 0
         self._mend_first: ConfigError | None = None
+        self._out_of_memory = False
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._forget_workers()
@@ -75,10 +77,11 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._placed, self._num_unborn = False, 0
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        causes = causes_of(worker_group_status.errors).values()
+        causes = list(causes_of(worker_group_status.errors).values())
         # A store or a checkpoint may be damaged on one node alone, and other workers do without it.
         ours = (cause for cause in causes if isinstance(cause, ConfigError) and not isinstance(cause, DataError))
         self._mend_first = next(ours, None)
+        self._out_of_memory = any(is_out_of_memory(cause) for cause in causes)
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._running = None
@@ -88,6 +91,9 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._forget_workers()
         if self._mend_first:
             raise self._mend_first
+        if self._out_of_memory:
+            self._out_of_memory = False
+            halve_micro_size(self._run)
         self._num_unborn += self._placed
         self._placed = False
         if self._num_unborn > self._max_failures:

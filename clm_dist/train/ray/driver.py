@@ -115,7 +115,7 @@ def _train(
         Group(run, checkpoints, elastic=job.cluster.elastic, max_failures=job.train.max_failures),
     ]
     trainer = build_trainer(job, run, store, cluster, callbacks)
-    follower = Follower(run, progress, on_export)
+    follower = Follower(run, progress, on_export, micro_size=job.batch.micro_size)
     watch = WorkerWatch(job, run, cluster, progress)
     num_failures = len(failures_of(run))
     progress.start("Starting workers")

@@ -12,12 +12,17 @@ class Follower:
     """Shows what is added to a run's metrics.
 
     Args:
+        micro_size: blocks of a pass that the job names.
         on_export: called with the directory and the step of every model that is written before the end.
     """
 
-    def __init__(self, run: RunDir, progress: Progress, on_export: Callable[[Path, int], None]) -> None:
+    def __init__(
+        self, run: RunDir, progress: Progress, on_export: Callable[[Path, int], None], *, micro_size: int | None = None
+    ) -> None:
         self._run, self._progress, self._on_export = run, progress, on_export
-        self._num_starts = sum(record["kind"] == "start" for record in read_records(run.metrics, last_steps=0))
+        starts = [record for record in read_records(run.metrics, last_steps=0) if record["kind"] == "start"]
+        self._num_starts = len(starts)
+        self._micro_size = starts[-1].get("micro_size") if starts else micro_size
         self._reader = RecordReader(run.metrics, from_end=True)
         self._num_steps: int | None = None
 
@@ -36,6 +41,11 @@ class Follower:
                 progress.note(f"Resuming from the checkpoint of step {record['step']}")
             elif self._num_starts > 1:
                 progress.note("Starting again from step 0: no checkpoint was committed yet")
+            before, self._micro_size = self._micro_size, record.get("micro_size")
+            if before and self._micro_size != before:
+                progress.note(f"A pass has {self._micro_size} blocks now, not {before}; a step has the same blocks")
+            if note := record.get("note"):
+                progress.note(note)
         elif record["kind"] == "failure":
             progress.note(f"Worker {record['worker']} failed after step {record['step']}: {record['error']}")
         elif record["kind"] == "damaged":

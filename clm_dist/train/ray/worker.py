@@ -15,6 +15,7 @@ from clm_dist.files.stores import Store
 from clm_dist.train.loop import train
 from clm_dist.train.messages import Message
 from clm_dist.train.ray import signals
+from clm_dist.train.ray.memory import with_blocks_that_fit
 from clm_dist.train.session import Session
 
 
@@ -50,7 +51,8 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
         asked_to_stop=signals.asked_to_stop,
         node=ray.get_runtime_context().get_node_id(),
     )
-    return dataclasses.asdict(train(read_saved_job(run.job), session))
+    job = with_blocks_that_fit(read_saved_job(run.job), run)
+    return dataclasses.asdict(train(job, session))
 
 
 def quieten_libraries() -> None:
