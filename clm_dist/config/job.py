@@ -13,7 +13,7 @@ from clm_dist.config.section import MOST, Count, Section, Seed, wrong
 from clm_dist.config.slurm import SlurmConfig
 
 Every = Literal["epoch"] | Count
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 ATTENTIONS = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]
@@ -108,7 +108,8 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this 2-norm; null leaves it."""
     precision: Precision = "fp32"
-    """Arithmetic of the passes; weights and optimizer keep fp32 masters."""
+    """Arithmetic of the passes; weights and optimizer keep fp32 masters. `tf32` is fp32, but matrix products of a
+    GPU keep 10 bits of their factors."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: Literal["auto"] | bool = False
@@ -264,7 +265,7 @@ class JobConfig(Section):
             raise wrong("batch.global_size", problem, "cluster.workers", "batch.micro_size")
         if self.train.precision == "fp16" and self.cluster.strategy == "fsdp2":
             raise wrong("train.precision", "train.precision fp16 is not supported with fsdp2; use bf16")
-        if self.train.precision == "fp32" and "flash" in self.model.attention:
+        if self.train.precision in ("fp32", "tf32") and "flash" in self.model.attention:
             problem = (
                 f"model.attention {self.model.attention} computes in half precision alone; set train.precision to bf16"
             )

@@ -8,7 +8,7 @@ from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 
 # Reading the model back runs the same arithmetic on the same weights; sharding adds rounding.
-_VERIFY_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+_VERIFY_TOLERANCE = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-3, "fp16": 1e-3}
 
 
 def accept_export(job: JobConfig, run: RunDir) -> dict[str, str]:

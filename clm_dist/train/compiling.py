@@ -30,7 +30,7 @@ _SAVED = 0.7
 _USED = 0.12
 # Largest share by which the mean loss of a compiled pass may differ: by rounding, or where dropout draws, because it
 # draws otherwise then. The norm of a gradient may differ by more.
-_ROUNDED = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+_ROUNDED = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-2, "fp16": 1e-2}
 _DRAWN = 0.05
 _OF_NORM = 5
 

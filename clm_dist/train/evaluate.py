@@ -21,7 +21,7 @@ from clm_dist.progress import Progress
 from clm_dist.train.documents import document_end_of, num_predicted
 from clm_dist.train.forward import WithLoss, block_losses, unwrapped
 from clm_dist.train.mixing import find_mixing
-from clm_dist.train.model import autocast
+from clm_dist.train.model import autocast, set_matrix_products
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def num_eval_tokens(manifest: Manifest, *, document_mask: bool) -> int:
 def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
     """The eval split's figures of a model that is written already, in this process alone, at the job's precision."""
     transformers.utils.logging.disable_progress_bar()
+    set_matrix_products(job.train.precision)
     model = WithLoss(load_pretrained(path).float())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     document_end = document_end_of(store) if job.data.document_mask else None

@@ -33,7 +33,7 @@ from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.model import load_config, load_model
+from clm_dist.train.model import load_config, load_model, set_matrix_products
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
     MOST_LEFT_OUT,
@@ -90,6 +90,7 @@ def train(job: JobConfig, session: Session) -> Outcome:
         num_threads=session.num_threads,
         compiles=bool(job.train.compile),
     )
+    set_matrix_products(job.train.precision)
     heart = Heart(session.run.beats, session.rank, session.node, job.train.hang_timeout_s)
     try:
         loop = _Loop(job, session, heart)

@@ -14,11 +14,11 @@ from clm_dist.train.forward import attention_of, block_logits, block_losses, nam
 from clm_dist.train.model import why_no_positions
 
 # Of the largest loss of a token: documents alone have other shapes, so other sums are rounded.
-_MOVED = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+_MOVED = {"fp32": 1e-4, "tf32": 5e-2, "bf16": 5e-2, "fp16": 5e-2}
 # Nats. A masked token has weight 0 and changes no bit; a mixture of experts rounds by how many tokens an expert gets.
 _LEAKED = 1e-4
 # As a share of the leak without a mask, because such rounding is not small in half precision.
-_LEAKED_SHARE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.02}
+_LEAKED_SHARE = {"fp32": 0.0, "tf32": 0.02, "bf16": 0.02, "fp16": 0.02}
 _TRIED_TOKENS = 128
 # Of the largest gradient in an embedding; what is computed by Fourier transforms is not exactly 0.
 _SEEN_SHARE = 1e-6

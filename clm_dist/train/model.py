@@ -239,6 +239,11 @@ def build_model(config: Any) -> nn.Module:
     return model
 
 
+def set_matrix_products(precision: str) -> None:
+    """Let this process multiply fp32 matrices as a job's precision says: on a GPU it may keep fewer bits."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The arithmetic of a forward pass over fp32 weights."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

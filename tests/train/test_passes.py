@@ -110,3 +110,12 @@ def test_fsdp2_computes_in_bf16_and_reduces_in_fp32(bf16: bool, monkeypatch: pyt
             assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
         else:
             assert policy is None
+
+
+def test_matrix_products_keep_all_bits_unless_the_job_says_otherwise(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    for precision, kept in (("tf32", "high"), ("fp32", "highest")):
+        job = make_job("train.max_steps=1", f"train.precision={precision}")
+        assert train_one(job, RunDir(tmp_path / precision), prepared(job)).status == "done"
+        assert torch.get_float32_matmul_precision() == kept

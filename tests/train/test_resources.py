@@ -20,9 +20,12 @@ from tests.train.test_driver import fit
 __all__ = ["fit"]
 
 
-def test_fp16_needs_gpus(fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.precision fp16 needs GPUs; use fp32 or bf16"):
-        fit(make_job("train.precision=fp16"), tmp_path / "run")
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_some_precisions_need_gpus(
+    precision: str, fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"train.precision {precision} needs GPUs; use fp32 or bf16"):
+        fit(make_job(f"train.precision={precision}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

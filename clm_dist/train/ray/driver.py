@@ -160,8 +160,10 @@ def _check(
     overwrite: bool,
 ) -> None:
     """Raise here what would fail in every worker: it costs no start of workers, and is not tried again."""
-    if job.train.precision == "fp16" and not cluster.num_gpus_per_worker:
-        raise ConfigError("train.precision fp16 needs GPUs; use fp32 or bf16 on CPUs", field="train.precision")
+    if job.train.precision in ("fp16", "tf32") and not cluster.num_gpus_per_worker:
+        raise ConfigError(
+            f"train.precision {job.train.precision} needs GPUs; use fp32 or bf16 on CPUs", field="train.precision"
+        )
     # What no tokenizer is needed for was checked before anything was prepared.
     tokenizer = load_tokenizer(store.local / "tokenizer")
     check_ids(job, tokenizer, store.local)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+MIXED_PRECISION = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}
 REPORT_FAULT = (
     "This is a fault of the installation or of clm-dist, not of the job: please report it with the output of pip list"
 )
@@ -79,7 +79,7 @@ class Strategy(ABC):
     @property
     def _head_multiple(self) -> int:
         """Of how many logits a compiled head computes: a GPU's tensor cores take twice as long for 50,257 as 50,304."""
-        return 128 if self._use_gpu and self._job.train.precision != "fp32" else 1
+        return 128 if self._use_gpu and self._job.train.precision in ("bf16", "fp16") else 1
 
     @contextlib.contextmanager
     def one_pass(self, *, last: bool) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ from clm_dist.train.strategies.base import REPORT_FAULT, Strategy
 
 logger = logging.getLogger(__name__)
 
-_SAME = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+_SAME = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-3, "fp16": 1e-3}
 """The share of a loss by which it may differ on a GPU, where not every sum is rounded the same each time."""
 
 
