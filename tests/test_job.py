@@ -122,6 +122,13 @@ def test_every_wrong_field_is_named_at_once(path: Path) -> None:
     assert [line.split(": ")[0] for line in message.splitlines()] == [f"{path}:4", f"{path}:4", f"{path}:5"]
 
 
+def test_a_line_that_is_missing_does_not_flood_the_screen(path: Path) -> None:
+    fields = "".join(f"  {name}: 1\n" for name in ("a", "b", "epochs", "seed", *map("field_{}".format, range(10))))
+    lines = error_of(path, f"{GOOD}batch:\n{fields}").split("\n")
+    assert lines[0].startswith(f"{path}:5: unknown key batch.a")
+    assert lines[10:] == [f"{path}: and 4 more; mend the first of them first"]
+
+
 def test_missing_section_is_named(path: Path) -> None:
     assert error_of(path, "name: a\ndata: {source: builtin}\n") == (f"{path}: model is missing; add it to the job file")
 

@@ -18,7 +18,7 @@ USES = {
         "train/strategies/zero.py"
     ),
     r"AcceleratorState": "train/local.py",
-    r"_attn_implementation": "train/forward.py",
+    r"_attn_implementation": "train/attention.py",
     r"_no_split_modules": "train/strategies/fsdp2.py",
     r"torch\._subclasses": "train/unused.py",
 }

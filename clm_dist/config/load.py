@@ -27,6 +27,7 @@ _MALFORMED = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 _MOST_BYTES = 1 << 20
 _PATH_MAX = 4096
 # What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
+_MOST_PROBLEMS = 10
 _NOT_COMPUTED: Mapping[str, Any] = {
     **dict.fromkeys(("cluster", "hub", "tracking"), True),
     "checkpoint": {"every", "keep"},
@@ -225,6 +226,9 @@ def _validated(values: dict[str, Any], origins: Mapping[str, str], path: Path) -
             also = "".join(f", or {m.split(': ', 1)[-1]}" for m in messages[1:])
             place = next((place for field in fields if (place := where_set(origins, field))), path)
             lines.append(f"{place}: {messages[0]}{also}")
+        if len(lines) > _MOST_PROBLEMS:
+            # One line that is missing may make each one below it wrong.
+            lines[_MOST_PROBLEMS:] = [f"{path}: and {len(lines) - _MOST_PROBLEMS} more; mend the first of them first"]
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -60,7 +60,7 @@ class _Tried:
     losses: Tensor
     """(B, T - 1), on the CPU."""
     checksum: int
-    """Of the bits of every gradient."""
+    """Of the bits of this rank's gradients, as far as the strategy has not taken them away by then."""
     norm: float
     """Of the gradient, over all ranks."""
 
@@ -73,7 +73,8 @@ class _Tried:
 
     def is_same(self, other: "_Tried") -> bool:
         """Whether they are equal to the last bit."""
-        return torch.equal(self.losses, other.losses) and self.checksum == other.checksum
+        same_norm = self.norm == other.norm or not math.isfinite(self.norm)
+        return torch.equal(self.losses, other.losses) and self.checksum == other.checksum and same_norm
 
 
 def compile_passes(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from clm_dist.errors import ClmDistError, ConfigError, first_line
+from clm_dist.train.attention import attention_of
 from clm_dist.train.documents import document_positions
 from clm_dist.train.model import next_token_loss
 
@@ -201,10 +202,6 @@ def first_pass(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def attention_of(model: nn.Module) -> str:
-    return str(unwrapped(model).config.get_text_config()._attn_implementation)
-
-
 def _is_flash(model: nn.Module) -> bool:
     # `flash_attention_2`, `flash_attention_3`, `kernels-community/flash-attn2`, ...
-    return "flash" in attention_of(model)
+    return "flash" in attention_of(unwrapped(model).config)

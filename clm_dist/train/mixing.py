@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clm_dist.train.forward import attention_of, block_logits, block_losses, name_of, unwrapped
+from clm_dist.train.attention import attention_of
+from clm_dist.train.forward import block_logits, block_losses, name_of, unwrapped
 from clm_dist.train.model import why_no_positions
 
 # Of the largest loss of a token: documents alone have other shapes, so other sums are rounded.
@@ -95,8 +96,9 @@ def find_mixing(
     broken = not torch.isfinite(alone).all()
     if not any_rank(not apart and not broken):
         return None
+    attention = attention_of(unwrapped(model).config)
     return (
-        f"data.document_mask does not work with {name_of(model)} ({attention_of(model)} attention): in a block of two "
+        f"data.document_mask does not work with {name_of(model)} ({attention} attention): in a block of two "
         f"documents a token's loss differs by {moved:.2g} nats from that of the document alone, and by {leaked:.2g} "
         "when the other document changes; set data.document_mask to false, or use a model such as gpt2 or llama"
     )

@@ -1,7 +1,6 @@
 """The model to train, and the loss of a batch."""
 
 import contextlib
-import copy
 import difflib
 import inspect
 import logging
@@ -18,6 +17,7 @@ from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.blocks import Blocks
 from clm_dist.pretrained.tokenizer import num_ids
 from clm_dist.pretrained.weights import check_pretrained, load_pretrained, load_pretrained_config
+from clm_dist.train.attention import check_attention, set_attention
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
             f"set data.block_size to {context} or less",
             field="data.block_size",
         )
-    if job.model.attention != "auto":
-        config._attn_implementation = job.model.attention
+    set_attention(config, job.model.attention)
     return config
 
 
@@ -174,26 +173,11 @@ def _check_builds(config: Any, field: str) -> Any:
         with torch.device("meta"):
             return build_model(config)
     except Exception as error:  # whatever a model's constructor raises, its configuration is at fault
-        _check_attention(config, error)
+        check_attention(config, error, build_model)
         advice = "; set pad_token_id to an id of the tokenizer" if "adding_idx" in str(error) else ""
         raise ConfigError(
             f"{field}: no {config.model_type} can be built: {_cause(error)}{advice}", field=field
         ) from error
-
-
-def _check_attention(config: Any, error: Exception) -> None:
-    """Raise ConfigError where a model that could not be built can be with another attention."""
-    name = config._attn_implementation
-    others = copy.deepcopy(config)
-    others._attn_implementation = None
-    try:
-        with torch.device("meta"):
-            build_model(others)
-    except Exception:  # so it is another part of the configuration
-        return
-    install = "; pip install flash-attn" if name == "flash_attention_2" and isinstance(error, ImportError) else ""
-    problem = f"model.attention: {name} cannot be used: {_cause(error)}{install}, or leave model.attention out"
-    raise ConfigError(problem, field="model.attention") from error
 
 
 def why_no_positions(model: nn.Module) -> str | None:
