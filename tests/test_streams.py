@@ -24,7 +24,9 @@ def close(*numbers: int) -> Callable[[], None]:
     return closed
 
 
-@pytest.mark.parametrize("how", ["full", "closed", "nobody reads"])
+@pytest.mark.parametrize(
+    "how", ["closed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("full", "nobody reads"))]
+)
 def test_a_preparation_goes_on(how: str, write_job: WriteJob, tmp_path: Path) -> None:
     options: dict[str, Any]
     if how == "full":

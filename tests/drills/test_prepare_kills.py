@@ -131,6 +131,7 @@ def test_a_killed_driver_of_ray_tasks_goes_on(tmp_path: Path, records: Path, clu
         assert store == whole.files()
 
 
+@pytest.mark.slow
 def test_two_preparations_of_the_same_job_at_once_make_one_store(tmp_path: Path, records: Path) -> None:
     preparation = Preparation(tmp_path, records)
     both = [preparation.start(), preparation.start()]

@@ -53,7 +53,7 @@ def test_a_damaged_model_is_named_with_what_to_do(
     assert (said.code, said.err) == (2, f"error: {weights} {problem}; {again}\n")
 
 
-@pytest.mark.parametrize("damage", [cut, remove])
+@pytest.mark.parametrize("damage", [pytest.param(cut, marks=pytest.mark.slow), remove])
 def test_a_run_whose_model_is_damaged_writes_the_same_again(
     run: RunDir,
     cluster: Cluster,
