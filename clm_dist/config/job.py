@@ -113,7 +113,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: Literal["auto"] | bool = False
-    """Compile the passes of whole micro-batches with torch.compile, from ids to losses; where a model cannot be, a line
+    """Compile the passes of training with torch.compile, from ids to losses; where a model cannot be, a line
     says why, and it runs as before. `auto` does it on a GPU where the run is long enough to repay half a minute of
     compiling, and where it stays the same to the last bit each time."""
     seed: Seed = 42

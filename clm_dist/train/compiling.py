@@ -100,7 +100,9 @@ def compile_passes(
     # Kernels that add in another order each time are not taken; where there is no other, a warning suffices.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    plain, redrawn = (_try_pass(job, strategy, ids, document_end, micro_batch=m) for m in (0, 1))
+    # A pass that is not compiled takes several times the memory.
+    few = ids[: -(-len(ids) // 4)] if strategy.with_loss.fills_short_batches else ids
+    plain, redrawn = (_try_pass(job, strategy, few, document_end, micro_batch=m) for m in (0, 1))
     draws = strategy.any_rank(not torch.equal(plain.losses, redrawn.losses))
 
     strategy.compile_passes(ids.shape)
@@ -111,22 +113,23 @@ def compile_passes(
     except Exception as error:  # whatever the compiler, or the code that it writes, raises
         logger.debug("a pass could not be compiled", exc_info=True)
         problem = _cause(error)
-    tried: list[_Tried] = []
+    is_exact = False
     if strategy.any_rank(problem is not None):
         problem = problem or "another worker could not compile them"
     else:
-        tried = [_try_pass(job, strategy, ids, document_end, micro_batch=0) for _ in range(2)]
-    if tried and strategy.any_rank(plain.differs(tried[0], _DRAWN if draws else _ROUNDED[job.train.precision])):
-        problem = (
-            f"compiled, the first has a loss of {tried[0].losses.mean():.6g} and a gradient of norm {tried[0].norm:.6g}"
-            f", else {plain.losses.mean():.6g} and {plain.norm:.6g}"
-        )
-    is_exact = not problem and not strategy.any_rank(not tried[0].is_same(tried[1]))
-    if not problem and not is_exact and wanted == "auto":
-        problem = (
-            "compiled, their last bits differ each time, and so would those of a run that is resumed; "
-            "train.compile: true takes that"
-        )
+        tried = _try_pass(job, strategy, few, document_end, micro_batch=0)
+        one, other = (_try_pass(job, strategy, ids, document_end, micro_batch=0) for _ in range(2))
+        is_exact = not strategy.any_rank(not one.is_same(other))
+        if strategy.any_rank(plain.differs(tried, _DRAWN if draws else _ROUNDED[job.train.precision])):
+            problem = (
+                f"compiled, the first has a loss of {tried.losses.mean():.6g} and a gradient of norm {tried.norm:.6g}, "
+                f"else {plain.losses.mean():.6g} and {plain.norm:.6g}"
+            )
+        elif not is_exact and wanted == "auto":
+            problem = (
+                "compiled, their last bits differ each time, and so would those of a run that is resumed; "
+                "train.compile: true takes that"
+            )
     if problem:
         strategy.with_loss.uncompile()
         torch.use_deterministic_algorithms(False)

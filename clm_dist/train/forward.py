@@ -53,15 +53,15 @@ class WithLoss(nn.Module):
 
     Called with blocks, (B, T), and `end` as in `predict`, it returns the loss of every predicted token,
     (B, T - 1) float32, nats, and `Prediction.router_loss`. So a pass has no logits outside of it, and can be compiled
-    from ids to losses. Passes of training over whole micro-batches alone are: each other shape would be compiled for
-    itself, and an evaluation is to be the same whether training is compiled or not.
+    from ids to losses. Passes of training alone are, all in one shape, because each other would be compiled for itself;
+    an evaluation is the same whether training is compiled or not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self._compiled: Callable[[Tensor, int | None], tuple[Tensor, Tensor | None]] | None = None
-        self._compiled_shape: tuple[int, ...] | None = None
+        self._compiled_shape: tuple[int, ...] = (0, 0)
         self._runs_compiled = False
         self._num_added = 0
 
@@ -71,14 +71,27 @@ class WithLoss(nn.Module):
         if logits:
             prediction = predict(self.model, ids_BT, end)
             return prediction.logits, prediction.router_loss
-        self._runs_compiled = self.training and ids_BT.shape == self._compiled_shape
-        losses = self._compiled if self._runs_compiled and self._compiled else self._losses
-        return losses(ids_BT, end)
+        self._runs_compiled = self.training and self._compiled is not None and self._is_compiled_for(ids_BT)
+        if not self._runs_compiled:
+            return self._losses(ids_BT, end)
+        assert self._compiled
+        # Blocks that are missing in a short batch are filled up by its first, whose losses there are left out.
+        num_blocks = len(ids_BT)
+        filling_BT = ids_BT[:1].expand(self._compiled_shape[0] - num_blocks, -1)
+        losses_BT, router_loss = self._compiled(torch.cat([ids_BT, filling_BT]), end)
+        return losses_BT[:num_blocks], router_loss
+
+    @property
+    def fills_short_batches(self) -> bool:
+        """Whether passes over fewer blocks are compiled as well; the loss of a router depends on all that are there."""
+        model: Any = self.model
+        return not getattr(model.config.get_text_config(), "output_router_logits", False)
 
     def compile_whole(self, shape: tuple[int, ...], *, multiple: int = 1) -> None:
-        """Compile passes of training over blocks of a shape, (B, T), from ids to losses, when the first comes.
+        """Compile passes of training over at most B blocks from ids to losses, when the first comes.
 
         Args:
+            shape: (B, T).
             multiple: of how many logits the head computes in such a pass; those beyond the vocabulary have probability
                 0. The weights stay as they are.
         """
@@ -90,12 +103,17 @@ class WithLoss(nn.Module):
         self._pad_head(multiple)
         for part in parts:
             # The hooks of a strategy, which are called with the module, stay outside.
-            part.forward = self._in_full_passes(_compile(part.forward), part.forward)
+            part.forward = self._where_compiled(_compile(part.forward), part.forward)
         self._compiled, self._compiled_shape = partial(self._losses, loss=_compile(self._loss)), shape
 
     def uncompile(self) -> None:
         """Compute every pass as it was before it was compiled."""
-        self._compiled = self._compiled_shape = None
+        self._compiled = None
+
+    def _is_compiled_for(self, ids_BT: Tensor) -> bool:
+        most_blocks, size = self._compiled_shape
+        fits = len(ids_BT) <= most_blocks if self.fills_short_batches else len(ids_BT) == most_blocks
+        return fits and ids_BT.shape[1] == size
 
     def _losses(
         self, ids_BT: Tensor, end: int | None, loss: Callable[..., Tensor] | None = None
@@ -123,9 +141,9 @@ class WithLoss(nn.Module):
 
         if added:
             self._num_added = added
-            head.forward = self._in_full_passes(padded, head.forward)  # type: ignore[method-assign]
+            head.forward = self._where_compiled(padded, head.forward)  # type: ignore[method-assign]
 
-    def _in_full_passes(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _where_compiled(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (compiled if self._runs_compiled else plain)(*args, **kwargs)
 
 

@@ -89,7 +89,7 @@ def test_a_compiled_run_is_the_same_run_and_its_resume_is_exact(
 
 
 @pytest.mark.slow
-def test_only_passes_over_whole_micro_batches_are_compiled(
+def test_every_pass_of_training_is_compiled_in_one_shape_and_a_resume_is_exact(
     make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two passes of 4 blocks a step; the last step of an epoch is short."""
@@ -115,8 +115,8 @@ def test_only_passes_over_whole_micro_batches_are_compiled(
     run = RunDir(tmp_path)
     assert train_one(job, run, store).status == "done"
     assert start_of(run)["compiled"], start_of(run)["note"]
-    # Three are tried before the first step.
-    assert shapes == [(True, 4)] * (3 + 2 * num_steps + last // 4)
+    # Four are tried before the first step.
+    assert shapes == [(True, 4)] * (4 + 2 * (num_steps + 1))
     monkeypatch.setattr(forward, "_compile", compile_it)
 
     # With dropout too, in another process as well, a resume is exact.
@@ -248,12 +248,34 @@ def test_a_padded_head_computes_the_same(kind: str, parts: bool, monkeypatch: py
     monkeypatch.setattr(forward, "next_token_loss", watched)
     for one, other in zip(losses_and_gradients(plain, ids_BT), losses_and_gradients(padded, ids_BT), strict=True):
         assert (one - other).abs().max() <= 1e-6 * one.abs().max()
-    # Other passes know nothing of it.
     padded(ids_BT[:1])
+    # Other passes know nothing of it.
+    padded(ids_BT[:, :8])
     padded.eval()(ids_BT)
-    assert sizes == [300, 384, 300, 300]
+    assert sizes == [300, 384, 384, 300, 300]
     assert block_logits(padded, ids_BT, None).shape[-1] == vocab_size
     assert padded.model.get_output_embeddings().weight.shape[0] == vocab_size
+
+
+def test_a_short_batch_is_filled_up_with_blocks_that_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    ids_BT = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
+    plain, compiled = (build({"model_type": "llama", **ARCHITECTURES["llama"], "vocab_size": 300}) for _ in range(2))
+    compiled.compile_whole((8, 16))
+    for one, other in zip(losses_and_gradients(plain, ids_BT), losses_and_gradients(compiled, ids_BT), strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= 1e-6 * one.abs().max()
+
+
+def test_the_loss_of_a_router_sees_no_block_that_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    model = build(
+        {"model_type": "mixtral", **ARCHITECTURES["mixtral"], "vocab_size": 300, "output_router_logits": True}
+    )
+    ids_BT = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
+    before = model(ids_BT)[1]
+    model.compile_whole((8, 16))
+    assert model(ids_BT)[1] == before
 
 
 def test_a_head_is_padded_for_tensor_cores_alone(make_job: MakeJob) -> None:
@@ -283,7 +305,7 @@ def test_parts_are_compiled_in_whole_passes_of_training_alone(monkeypatch: pytes
     ids_BT = torch.zeros(2, 16, dtype=torch.int64)
     model(ids_BT)
     assert calls == ["forward"] * len(model.model.transformer.h) + ["_loss"]
-    model(ids_BT[:1])
+    model(ids_BT[:, :8])
     block_logits(model, ids_BT, None)
     model.eval()(ids_BT)
     model.train().uncompile()

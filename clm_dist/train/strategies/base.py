@@ -223,7 +223,8 @@ class Strategy(ABC):
         """
         if self.world_size == 1 and not on_device:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        # A copy from pinned memory waits for nothing.
+        tensor = torch.tensor(values, dtype=torch.float64, pin_memory=self._use_gpu).to(self.device, non_blocking=True)
         if on_device:
             tensor = torch.cat([tensor, torch.stack([value.double() for value in on_device])])
         if self.world_size > 1:
