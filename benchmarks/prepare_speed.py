@@ -116,13 +116,13 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.one == "encode_batch":
         return measure_encode_batch(job)
     import awkward  # noqa: F401
-    import datasets  # noqa: F401
     import gigatoken  # noqa: F401
 
     from clm_dist.config.load import load_job
     from clm_dist.files.stores import Stores
     from clm_dist.prepare import encoded, engines, pipeline, token_bytes
     from clm_dist.prepare.encoding import Encoding
+    from clm_dist.pretrained.late_torch import import_without_torch
     from clm_dist.pretrained.tokenizer import load_tokenizer
     from clm_dist.progress import Silent
 
@@ -144,6 +144,7 @@ def measure_one(arguments: argparse.Namespace) -> dict[str, float]:
     build_engine = lru_cache(timed(engines.build_engine.__wrapped__))
     for module in (engines, encoded, token_bytes):
         setattr(module, "build_engine", build_engine)  # noqa: B010
+    import_without_torch()
     from transformers import AutoTokenizer  # noqa: F401
 
     config = load_job(job, [f"tokenizer.engine={arguments.one}"]).config

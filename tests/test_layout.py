@@ -104,6 +104,25 @@ def test_help_loads_few_modules_and_none_that_is_heavy() -> None:
     assert_starts_at_once(modules)
 
 
+_COLLECTIONS = """
+import gc, sys
+from clm_dist.cli.app import main
+before = gc.get_stats()[0]["collections"]
+sys.argv[1:] = ["schema"]
+try:
+    main()
+finally:
+    import transformers
+    print(gc.get_stats()[0]["collections"] - before)
+"""
+
+
+def test_a_command_collects_no_garbage_while_it_imports() -> None:
+    said = subprocess.run([sys.executable, "-c", _COLLECTIONS], capture_output=True, text=True, check=True)
+    # With Python's own threshold there are hundreds.
+    assert int(said.stdout.splitlines()[-1]) < 20
+
+
 def test_every_job_file_is_a_job() -> None:
     from clm_dist.config.load import load_job
 

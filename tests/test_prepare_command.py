@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 
 from clm_dist.files.blocks import Manifest
 from tests.conftest import WriteJob
-from tests.support.command import Said, assert_starts_at_once, clm_dist, modules_of
+from tests.support.command import HEAVY, Said, assert_starts_at_once, clm_dist, modules_of
+
+MOST_MODULES_THAT_ENCODE = 2000
+"""Of a preparation that reads files and encodes; with torch 2,900, with datasets 300 more."""
 
 
 class Prepare:
@@ -50,6 +54,27 @@ def test_a_second_call_loads_no_tokenizer_and_no_library_of_data_sets(prepare: P
     out, modules = modules_of("prepare", job, "--store", prepare.stores)
     assert out == f"{prepare.store}\n"
     assert_starts_at_once(modules)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["trained", "named"])
+def test_a_first_call_loads_nothing_that_its_job_does_not_use(
+    prepare: Prepare, write_job: WriteJob, tmp_path: Path, named: bool
+) -> None:
+    settings: list[str] = []
+    if named:
+        # One of a type whose class transformers has a module for, beside a model's configuration.
+        assert prepare(write_job(name="other.yaml")).code == 0
+        tokenizer = shutil.copytree(prepare.store / "tokenizer", tmp_path / "gpt2")
+        shutil.rmtree(prepare.store)
+        config = json.loads((tokenizer / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+        (tokenizer / "config.json").write_text('{"model_type": "gpt2"}')
+        settings = ["tokenizer.train=null", f"tokenizer.path={tokenizer}"]
+    out, modules = modules_of("prepare", write_job(*settings), "--store", prepare.stores)
+    assert out == f"{prepare.store}\n"
+    # pyarrow imports pandas for its first array, to see whether that is one of pandas'.
+    assert {name.partition(".")[0] for name in modules} & HEAVY == {"tokenizers", "transformers", "pandas"}
+    assert len(modules) < MOST_MODULES_THAT_ENCODE
 
 
 def test_show_prints_blocks_with_the_borders_of_documents(prepare: Prepare, write_job: WriteJob) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +11,6 @@ import numpy.typing as npt
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.shards import Ids, TokenBytes, token_dtype
-from clm_dist.pretrained.tokenizer import num_ids
 
 _PREFIXED = '"add_prefix_space": true'
 
@@ -46,18 +46,28 @@ class Encoding:
                 field="data.append_eos",
             )
         prefix, suffix = _special_tokens(backend)
-        described = json.loads(backend.to_str())
+        tokenizer_json = backend.to_str()
+        described = described_by(tokenizer_json)
+        token_bytes = _token_bytes(tokenizer, json.dumps(described.get("decoder")))
         before = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
         return cls(
-            tokenizer_json=backend.to_str(),
+            tokenizer_json=tokenizer_json,
             prefix=prefix,
             suffix=suffix,
             eos=eos,
-            token_bytes=_token_bytes(tokenizer, json.dumps(described.get("decoder"))),
-            dtype=token_dtype(num_ids(tokenizer)),
+            token_bytes=token_bytes,
+            dtype=token_dtype(len(token_bytes)),
             is_byte_level=described.get("normalizer") is None and '"ByteLevel"' in before and _PREFIXED not in before,
             has_dummy_prefix=any(word in before for word in ('"Prepend"', '"always"', '"first"', _PREFIXED)),
         )
+
+
+@lru_cache(maxsize=1)
+def described_by(tokenizer_json: str) -> dict[str, Any]:
+    """A tokenizer.json without its model: parsed once, because a vocabulary takes tenths of a second."""
+    described: dict[str, Any] = json.loads(tokenizer_json)
+    described.pop("model", None)
+    return described
 
 
 @dataclass(frozen=True)
@@ -117,8 +127,9 @@ def completed(tokens: Tokens, encoding: Encoding) -> Tokens:
 def _token_bytes(tokenizer: Any, decoder: str) -> TokenBytes:
     """Bytes of text that each token of the vocabulary stands for, (vocab_size,); 0 for special tokens."""
     special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(num_ids(tokenizer), np.uint16)
-    for piece, index in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    sizes = np.zeros(1 + max(vocabulary.values()), np.uint16)
+    for piece, index in vocabulary.items():
         if index not in special:
             sizes[index] = _num_bytes(piece, decoder)
     return sizes

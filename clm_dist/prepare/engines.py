@@ -1,7 +1,6 @@
 """Encoders: the reference tokenizer, and a faster engine where it was seen to return the same ids."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from functools import lru_cache
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.prepare.encoding import Encoding, Tokens
+from clm_dist.prepare.encoding import Encoding, Tokens, described_by
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Gigatoken:
 
     def __init__(self, tokenizer_json: str) -> None:
         """Raises EngineError where the tokenizer is not supported."""
-        if problem := _not_for_gigatoken(json.loads(tokenizer_json)):
+        if problem := _not_for_gigatoken(described_by(tokenizer_json)):
             raise EngineError(problem)
         with _rust():
             import gigatoken
@@ -166,7 +165,7 @@ def choose_engine(wanted: str, encoding: Encoding, sample: pa.Array) -> str:
 
 def _hard_texts(encoding: Encoding) -> pa.Array:
     """Texts that engines are likeliest to disagree on, with every added token of the tokenizer among them."""
-    added = [token["content"] for token in json.loads(encoding.tokenizer_json).get("added_tokens") or ()]
+    added = [token["content"] for token in described_by(encoding.tokenizer_json).get("added_tokens") or ()]
     around = [text.format(token) for token in added for text in ("{}", "a{}b", " {} ", "\n{}\n", "{0}{0}", "1{}.")]
     return pa.array([*_HARD_TEXTS, *around], pa.large_string())
 

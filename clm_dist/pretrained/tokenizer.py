@@ -14,6 +14,7 @@ from typing import Any
 
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.pretrained.late_torch import import_without_torch
 from clm_dist.pretrained.passing import raise_if_passing
 
 # What most tokenizers have. A loader may read others, which is seen when it does; see `tokenizer_fingerprint`.
@@ -73,6 +74,7 @@ def tokenizer_fingerprint(directory: Path) -> str:
 
 def _is_class_of(kind: str, model_type: str) -> bool:
     """Whether transformers takes this class of tokenizers for models of a type."""
+    import_without_torch()
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     return str(TOKENIZER_MAPPING_NAMES.get(model_type, kind)).removesuffix("Fast") == kind.removesuffix("Fast")
@@ -141,6 +143,7 @@ def load_tokenizer(
         StorageError: its files cannot be read now.
         HubError: the Hub is away.
     """
+    import_without_torch()
     from transformers import AutoTokenizer
 
     try:
