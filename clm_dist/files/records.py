@@ -8,9 +8,11 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NotRequired, TypedDict
+
+from pydantic_core import from_json
 
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import whole_file, writing
@@ -177,19 +179,24 @@ def read_records(path: Path, *, last_steps: int | None = None) -> Iterator[Recor
     Raises:
         ConfigError: another line is not a record; the message names it.
     """
+    steps: deque[tuple[int, bytes]] = deque(maxlen=last_steps)
+    for number, line in _numbered_lines(path):
+        if last_steps is not None and _STEP in line:
+            steps.append((number, line))
+        else:
+            yield _parse_record(line, path, number)
+    for number, line in steps:
+        yield _parse_record(line, path, number)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file with their numbers, from 1; none where there is no file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
-    steps: deque[tuple[int, bytes]] = deque(maxlen=last_steps)
     with file:
-        for number, line in enumerate(_whole_lines(file), 1):
-            if last_steps is not None and _STEP in line:
-                steps.append((number, line))
-            else:
-                yield _parse_record(line, f"{path}:{number}")
-    for number, line in steps:
-        yield _parse_record(line, f"{path}:{number}")
+        yield from enumerate(_whole_lines(file), 1)
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -227,7 +234,7 @@ class RecordReader:
                 self._inode, self._position = inode, _last_start(file)
             file.seek(self._position)
             lines = list(_whole_lines(file))
-        records = [_parse_record(line, str(self._path)) for line in lines]
+        records = [_parse_record(line, self._path) for line in lines]
         self._position += sum(map(len, lines))
         return records, is_new
 
@@ -242,14 +249,17 @@ def _last_start(file: BinaryIO) -> int:
     return found
 
 
-def _parse_record(line: bytes, where: str) -> Record:
-    """The record in a line. Raises ConfigError where it is none; `where` is the line, for the message."""
+def _parse_record(line: bytes, path: Path, number: int = 0) -> Record:
+    """The record in a line. Raises ConfigError where it is none; `number` is that of the line, 0 if not known."""
     try:
-        record = json.loads(line)
+        record = from_json(line)  # in a fifth of the time of json
     except ValueError:
-        record = None
+        try:
+            record = json.loads(line)  # which also reads a file name that is not UTF-8, as json writes it
+        except ValueError:
+            record = None
     if not isinstance(record, dict) or not record.keys() >= {"kind", "step"}:
-        raise ConfigError(f"{where}: not a record of a run; remove this line")
+        raise ConfigError(f"{path}{f':{number}' if number else ''}: not a record of a run; remove this line")
     return record  # type: ignore[return-value]  # clm-dist wrote it
 
 
@@ -277,9 +287,15 @@ def _end_of_records(file: BinaryIO) -> int:
     return 0
 
 
-def replace_records(path: Path, records: Iterable[Record]) -> None:
-    """Write the file anew, in one step: a process that follows it sees the old records or these."""
+def replace_records(path: Path, records: Iterable[Record], *, keep: Callable[[Record], bool] | None = None) -> None:
+    """Write the file anew, in one step: a process that follows it sees the old records or the new ones.
+
+    Args:
+        keep: whether a record of the file stays, before `records`; raises ConfigError where a line is not a record.
+    """
     with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        if keep is not None:
+            file.writelines(line for number, line in _numbered_lines(path) if keep(_parse_record(line, path, number)))
         _write(file, records)
 
 

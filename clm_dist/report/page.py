@@ -23,7 +23,30 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 800, 320, 64, 40, 14, 14
 _TRAIN_COLOUR, _EVAL_COLOUR = "#8aa4c8", "#c2410c"
 _MAX_POINTS = 600
 
-Points = Sequence[tuple[float, float]]
+
+class _Curve:
+    """The points of a curve, in memory at most _MAX_POINTS. Where there were more, each is the mean of neighbours."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[float, float, int]] = []
+        self._each = 1
+        """Points of which a mean is taken, a power of two; the last mean may be of fewer."""
+
+    def add(self, x: float, y: float) -> None:
+        if self._sums and self._sums[-1][2] < self._each:
+            self._sums[-1] = _joined(self._sums[-1], (x, y, 1))
+            return
+        if len(self._sums) == _MAX_POINTS:
+            self._sums = [_joined(*pair) for pair in zip(self._sums[::2], self._sums[1::2], strict=True)]
+            self._each *= 2
+        self._sums.append((x, y, 1))
+
+    def points(self) -> list[tuple[float, float]]:
+        return [(x / count, y / count) for x, y, count in self._sums]
+
+
+def _joined(one: tuple[float, float, int], other: tuple[float, float, int]) -> tuple[float, float, int]:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
 
 
 def write_page(run: RunDir, result: Result) -> None:
@@ -34,13 +57,13 @@ def write_page(run: RunDir, result: Result) -> None:
 
 def render_page(result: Result, records: Iterable[Record], job: str) -> str:
     """The page's HTML."""
-    train, evals, speed = [], [], []
+    train, evals, speed = _Curve(), _Curve(), _Curve()
     for record in records:
         if record["kind"] == "step":
-            train.append((record["step"], record["loss"]))
-            speed.append((record["step"], record["tokens_per_s"]))
+            train.add(record["step"], record["loss"])
+            speed.add(record["step"], record["tokens_per_s"])
         elif record["kind"] == "eval":
-            evals.append((record["step"], record["loss"]))
+            evals.add(record["step"], record["loss"])
     name = html.escape(result["name"])
     figures = result["train"]
     body = [
@@ -90,9 +113,9 @@ def _facts(result: Result) -> str:
     return f"<table>{lines}</table>"
 
 
-def _plot(series: Sequence[tuple[Points, str, bool]], x_name: str, y_name: str) -> str:
-    """An SVG line plot; each series is its points, its colour and whether points are marked."""
-    shown = [(_thinned(points), colour, marked) for points, colour, marked in series if points]
+def _plot(series: Sequence[tuple[_Curve, str, bool]], x_name: str, y_name: str) -> str:
+    """An SVG line plot; each series is its curve, its colour and whether points are marked."""
+    shown = [(points, colour, marked) for curve, colour, marked in series if (points := curve.points())]
     if not shown:
         return "<p>No data yet.</p>"
     xs = [x for points, _, _ in shown for x, _ in points]
@@ -125,13 +148,6 @@ def _plot(series: Sequence[tuple[Points, str, bool]], x_name: str, y_name: str) 
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="#5b6675" role="img" '
         f'aria-label="{y_name} by {x_name}">{"".join(parts)}</svg>'
     )
-
-
-def _thinned(points: Points) -> Points:
-    """At most _MAX_POINTS points, each the mean of its neighbours."""
-    size = -(-len(points) // _MAX_POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -20,9 +20,8 @@ def accept_export(job: JobConfig, run: RunDir) -> dict[str, str]:
     Raises:
         RunError: the losses differ; the model stays where it was written.
     """
-    records = list(read_records(run.metrics, last_steps=0))
-    trained = [r for r in records if r["kind"] == "eval"][-1]["loss"]
-    written = [r for r in records if r["kind"] == "verify"][-1]["loss"]
+    losses = {r["kind"]: r["loss"] for r in read_records(run.metrics, last_steps=0) if r["kind"] in ("eval", "verify")}
+    trained, written = losses["eval"], losses["verify"]
     unverified = run.root / "final.unverified"
     tolerance = _VERIFY_TOLERANCE[job.train.precision]
     if not abs(written - trained) <= tolerance * abs(trained):

@@ -8,9 +8,7 @@ checkpoint is committed when every rank has said that its file is on the storage
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from itertools import chain
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.atomic import write_json
@@ -138,11 +136,9 @@ class Recorder:
         starts = [record["step"] for record in records if record["kind"] == "start"]
         if starts:
             # In one write: who follows the file sees the new start with what it takes back.
-            kept = surviving_records(self._run.metrics, starts[0])
-            if any(record.get("owes_evaluation") for record in records):
-                # It comes again, if it came in a part of the run that was lost.
-                kept = (r for r in kept if (r["kind"], r["step"]) != ("eval", starts[0]))
-            replace_records(self._run.metrics, chain(kept, records))
+            owes_evaluation = any(record.get("owes_evaluation") for record in records)
+            keep = outlives_start(starts[0], owes_evaluation=owes_evaluation)
+            replace_records(self._run.metrics, records, keep=keep)
         else:
             append_records(self._run.metrics, records)
         if self._tensorboard:
@@ -151,7 +147,16 @@ class Recorder:
             self._events.add(records)
 
 
-def surviving_records(metrics: Path, step: int) -> Iterator[Record]:
-    """A metrics file's records without those of steps that are trained again after a start from a step."""
-    always = ("start", "failure")
-    return (r for r in read_records(metrics) if r["kind"] in always or (r["step"] <= step and step > 0))
+def outlives_start(step: int, *, owes_evaluation: bool = False) -> Callable[[Record], bool]:
+    """Whether a record stays after a start from a step: not those of steps that are trained again.
+
+    Args:
+        owes_evaluation: the step is to be evaluated, again if it was in a part of the run that was lost.
+    """
+
+    def outlives(record: Record) -> bool:
+        if owes_evaluation and record["kind"] == "eval" and record["step"] == step:
+            return False
+        return record["kind"] in ("start", "failure") or (record["step"] <= step and step > 0)
+
+    return outlives

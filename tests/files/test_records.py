@@ -1,8 +1,11 @@
 """The records of a run are of the types that are declared, whoever wrote them."""
 
 import json
+import math
+import struct
 import tracemalloc
 from pathlib import Path
+from random import Random
 from typing import Any, get_args, get_type_hints
 from unittest.mock import Mock
 
@@ -13,7 +16,7 @@ from clm_dist.files import records
 from clm_dist.files.records import Record, RecordReader, append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.submit.training import Training
-from clm_dist.train.recorder import surviving_records
+from clm_dist.train.recorder import outlives_start
 
 TYPES = {kind: of for of in get_args(Record) for kind in get_args(get_type_hints(of)["kind"])}
 
@@ -47,6 +50,23 @@ def test_a_line_that_is_no_record_is_named(line: bytes, tmp_path: Path) -> None:
     path.write_bytes(b'{"kind": "phase", "step": 0, "phase": "Training"}\n' + line + b"\n")
     with pytest.raises(ConfigError, match=f"^{path}:2: not a record of a run; remove this line$"):
         list(read_records(path))
+
+
+def test_numbers_and_texts_are_read_to_the_last_bit(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    random = Random(0)
+    bits = (random.getrandbits(64).to_bytes(8, "little") for _ in range(20_000))
+    numbers = [number for (number,) in map(struct.Struct("<d").unpack, bits) if math.isfinite(number)]
+    record: Any = {
+        "kind": "failure",
+        "step": 2**63,
+        "numbers": [*numbers, *(random.random() * 10**k for k in range(-20, 20)), 5e-324, 1.7976931348623157e308, -0.0],
+        "not a file name": "\udcff",
+    }
+    append_records(path, [record, record | {"not a file name": "\U0001f600\u2028"}])
+    read: list[Any] = list(read_records(path))
+    assert read[0] == record
+    assert str(read[1]) == str(record | {"not a file name": "\U0001f600\u2028"})
 
 
 def test_a_reader_gives_what_is_new_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
@@ -128,7 +148,7 @@ def test_a_long_run_is_read_in_constant_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         assert Training.of_records(read_records(path)) == Training(1, 9, 1.5, 0.8)
-        replace_records(path, surviving_records(path, 1))
+        replace_records(path, [], keep=outlives_start(1))
         assert RecordReader(path, from_end=True).new() == ([], False)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

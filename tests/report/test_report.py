@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
 from clm_dist.report.card import render_card
 from clm_dist.report.compare import comparability, comparison_table
-from clm_dist.report.page import render_page
+from clm_dist.report.page import _Curve, render_page
 from clm_dist.report.table import COLUMNS, change, checkpoint_table, result_table, rows
 from tests.support.command import clm_dist
 from tests.support.disks import mode
@@ -87,6 +88,23 @@ def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDi
     # 24 training losses, 3 evaluations, 24 speeds.
     assert page.points == 24 + 3 + 24
     assert "learning_rate: 0.001" in text
+
+
+@pytest.mark.parametrize(("num_steps", "num_points"), [(600, 600), (601, 301), (1200, 600), (1201, 301), (50_000, 391)])
+def test_the_curve_of_a_long_run_is_means_of_neighbours(num_steps: int, num_points: int) -> None:
+    curve = _Curve()
+    for step in range(num_steps):
+        curve.add(step, step % 2)
+    points = curve.points()
+    assert len(points) == num_points
+    each = int(points[-2][0] - points[-3][0])
+    assert each == 2 ** math.ceil(math.log2(num_steps / 600))
+    means = [(sum(steps) / len(steps), sum(s % 2 for s in steps) / len(steps)) for steps in batched(num_steps, each)]
+    assert points == means
+
+
+def batched(num_steps: int, each: int) -> list[range]:
+    return [range(first, min(first + each, num_steps)) for first in range(0, num_steps, each)]
 
 
 def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:

@@ -1,7 +1,7 @@
 """What the driver shows of a run's metrics."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tests.train.test_record import sent
 def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, notes, exported = RunDir(tmp_path), Notes(), list[int]()
     recorder = Recorder(run, checkpoints_of(run), num_micros=1, num_tokens=4, keep=2)
-    follower = Follower(run, notes, lambda path, step: exported.append(step))
+    follower = Follower(run, notes, 0, lambda path, step: exported.append(step))
     evaluation = {"kind": "eval", "step": 0, "epoch": 0.0, "micros": [(0, 4.0, 4, 8)]}
     start = {"kind": "start", "num_steps": 9}
     recorder.receive([sent(start | {"step": 0}, evaluation=evaluation)])
@@ -27,8 +27,8 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
     follower.look()
     assert (len(notes.notes), exported) == (1, [2])
 
-    def look_at_once(path: Path, records: Iterable[Record]) -> None:
-        replace_records(path, records)
+    def look_at_once(path: Path, records: Iterable[Record], *, keep: Callable[[Record], bool]) -> None:
+        replace_records(path, records, keep=keep)
         follower.look()
 
     # The follower may look between any two writes.
@@ -40,7 +40,7 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
 
 def test_a_start_is_found_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
     run, notes = RunDir(tmp_path), Notes()
-    follower = Follower(run, notes, lambda path, step: None)
+    follower = Follower(run, notes, 0, lambda path, step: None)
     lines = [
         {"step": 0, "num_steps": 9, "kind": "start"},
         {"step": 3, "error": "killed", "worker": 0, "kind": "failure"},

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.lease import HeldError, Holder, Lease
 from clm_dist.files.markers import DamagedError, TrainerState, check_state
-from clm_dist.files.records import append_records
+from clm_dist.files.records import append_records, read_records
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
@@ -115,9 +116,11 @@ def _train(
         Group(run, checkpoints, elastic=job.cluster.elastic, max_failures=job.train.max_failures),
     ]
     trainer = build_trainer(job, run, store, cluster, callbacks)
-    follower = Follower(run, progress, on_export, micro_size=job.batch.micro_size)
+    before = Counter(record["kind"] for record in read_records(run.metrics, last_steps=0))
+    follower = Follower(
+        run, progress, before["start"], on_export, micro_size=with_blocks_that_fit(job, run).batch.micro_size
+    )
     watch = WorkerWatch(job, run, cluster, progress)
-    num_failures = len(failures_of(run))
     progress.start("Starting workers")
     try:
         with _stop_on_signals(run, progress):
@@ -126,7 +129,7 @@ def _train(
             raise (StorageError if outcome["try_again"] else RunError)(outcome["error"])
         files = accept_export(job, run) if outcome["status"] == "done" else None
     except WorkersFailedError as failed:
-        error = with_first_death(failed, failures_of(run)[num_failures:])
+        error = with_first_death(failed, failures_of(run)[before["failure"] :])
         _write_failed(job, run, manifest, error)
         raise error from failed
     except ClmDistError as error:

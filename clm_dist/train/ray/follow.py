@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from clm_dist.files.records import Record, RecordReader, read_records
+from clm_dist.files.records import Record, RecordReader
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
 
@@ -12,17 +12,22 @@ class Follower:
     """Shows what is added to a run's metrics.
 
     Args:
-        micro_size: blocks of a pass that the job names.
+        num_starts: how often workers have started before.
         on_export: called with the directory and the step of every model that is written before the end.
+        micro_size: blocks of a pass, as far as the driver knows.
     """
 
     def __init__(
-        self, run: RunDir, progress: Progress, on_export: Callable[[Path, int], None], *, micro_size: int | None = None
+        self,
+        run: RunDir,
+        progress: Progress,
+        num_starts: int,
+        on_export: Callable[[Path, int], None],
+        *,
+        micro_size: int | None = None,
     ) -> None:
-        self._run, self._progress, self._on_export = run, progress, on_export
-        starts = [record for record in read_records(run.metrics, last_steps=0) if record["kind"] == "start"]
-        self._num_starts = len(starts)
-        self._micro_size = starts[-1].get("micro_size") if starts else micro_size
+        self._run, self._progress, self._num_starts, self._on_export = run, progress, num_starts, on_export
+        self._micro_size = micro_size
         self._reader = RecordReader(run.metrics, from_end=True)
         self._num_steps: int | None = None
 
