@@ -3,6 +3,7 @@
 import ctypes
 import json
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,25 @@ def test_the_system_is_asked_for_the_pages_of_a_block(
         assert start % mmap.PAGESIZE == 0
         assert block.ctypes.data - mmap.PAGESIZE < start <= block.ctypes.data
         assert start + num_bytes == block.ctypes.data + block.nbytes
+
+
+def bytes_from_disks() -> int:
+    """Bytes that this process made the system read from disks."""
+    (line,) = (line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes:"))
+    return int(line.split()[1])
+
+
+def test_opening_a_store_reads_nothing_of_its_blocks(tmp_path: Path) -> None:
+    store = store_of(tmp_path, np.zeros((2**17, 16), np.uint16))
+    with (store / "train" / "00000.arrow").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = bytes_from_disks()
+    read = Blocks(store, "train", shuffled=True)
+    assert bytes_from_disks() - before <= 2**16
+    assert not read[np.arange(0, 2**17, 2**10)].any()
+    if bytes_from_disks() == before:
+        pytest.skip("the files of tests lie in memory")
+    assert bytes_from_disks() - before >= 2**18
 
 
 def test_ids_take_two_bytes_where_they_fit() -> None:

@@ -97,7 +97,9 @@ class MappedShard:
         self._path, self._block_size = path, block_size
         try:
             with pa.memory_map(str(path)) as file:
-                self._whole = file.read_buffer()
+                # Of what is asked for, Arrow makes the system read the beginning, a MiB or so of each shard.
+                first = file.read_buffer(1)
+                self._whole = pa.foreign_buffer(first.address, file.size(), first)
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from None
         if self._whole.size < num_bytes:
