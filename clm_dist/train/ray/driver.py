@@ -42,6 +42,7 @@ from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
 from clm_dist.train.ray.follow import Follower
+from clm_dist.train.ray.memory import with_blocks_that_fit
 from clm_dist.train.ray.trainer import build_trainer, fit
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
