@@ -21,7 +21,7 @@ from clm_dist.report.card import render_card
 from clm_dist.report.compare import comparability, comparison_table
 from clm_dist.report.page import _Curve, render_page
 from clm_dist.report.table import COLUMNS, change, checkpoint_table, result_table, rows
-from tests.support.command import clm_dist
+from tests.support.command import assert_starts_at_once, clm_dist, modules_of
 from tests.support.disks import mode
 from tests.support.runs import checkpoints_of
 
@@ -166,6 +166,12 @@ def test_report_writes_the_page_and_compares_runs(
     write_json(other.result, json.loads(run.result.read_text()) | {"name": "other", "data": "ffff"})
     said = clm_dist(capsys, monkeypatch, "report", run.root, other.root)
     assert "not comparable" in said.out
+
+
+def test_a_report_loads_nothing_that_is_heavy(run: RunDir) -> None:
+    out, modules = modules_of("report", run.root)
+    assert "baseline" in out
+    assert_starts_at_once(modules)
 
 
 @pytest.mark.parametrize("command", ["report", "push"])
