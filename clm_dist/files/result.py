@@ -14,7 +14,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import damaged, read_json
 from clm_dist.files.blocks import Manifest
-from clm_dist.files.records import EvalRecord, StartRecord, read_records
+from clm_dist.files.record_types import EvalRecord, StartRecord
+from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
 

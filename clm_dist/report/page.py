@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from clm_dist.files.atomic import write_text
-from clm_dist.files.records import Record, read_records
+from clm_dist.files.record_types import Record
+from clm_dist.files.records import read_records
 from clm_dist.files.result import Result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.report.table import COLUMNS, rows, show

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from clm_dist.files.records import Record, StartRecord, StepRecord
+from clm_dist.files.record_types import Record, StartRecord, StepRecord
 
 MARK = "clm-dist training: "
 """Begins the text of a line that is for programs."""

@@ -21,7 +21,7 @@ from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import TrainerState
-from clm_dist.files.records import OutlierRecord, StepRecord
+from clm_dist.files.record_types import OutlierRecord, StepRecord
 from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder, Feed, MicroBatch, block_checksum, pass_seed
 from clm_dist.train.checkpointing.reporter import Reporter, StopCheck, Wish

@@ -3,7 +3,7 @@
 from typing import Literal, TypedDict
 
 from clm_dist.files.markers import TrainerState
-from clm_dist.files.records import Record
+from clm_dist.files.record_types import Record
 from clm_dist.train.checkpointing.saver import Saved
 
 

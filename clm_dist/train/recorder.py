@@ -14,7 +14,8 @@ from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.atomic import write_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import Marker, TrainerState
-from clm_dist.files.records import CheckpointRecord, Record, append_records, read_records, replace_records
+from clm_dist.files.record_types import CheckpointRecord, Record
+from clm_dist.files.records import append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.train.checkpointing.saver import Saved

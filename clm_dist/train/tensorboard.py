@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.files.atomic import make_dir, writing
-from clm_dist.files.records import Record
+from clm_dist.files.record_types import Record
 
 
 class EventFile:

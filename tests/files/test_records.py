@@ -13,7 +13,8 @@ import pytest
 
 from clm_dist.errors import ConfigError
 from clm_dist.files import records
-from clm_dist.files.records import Record, RecordReader, append_records, read_records, replace_records
+from clm_dist.files.record_types import Record
+from clm_dist.files.records import RecordReader, append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.submit.training import Training
 from clm_dist.train.recorder import outlives_start

@@ -1,6 +1,6 @@
 """How far a run has trained: from its records, and through a log."""
 
-from clm_dist.files.records import Record, StartRecord, StepRecord
+from clm_dist.files.record_types import Record, StartRecord, StepRecord
 from clm_dist.submit.training import Training, recent
 
 

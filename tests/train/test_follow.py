@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clm_dist.files.records import Record, replace_records
+from clm_dist.files.record_types import Record
+from clm_dist.files.records import replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray.follow import Follower
 from clm_dist.train.recorder import Recorder

@@ -22,7 +22,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ClmDistError, MendFirstError, SubmitError, TryAgainError
 from clm_dist.files.atomic import make_dir, write_text
-from clm_dist.files.records import Record, RecordReader, read_records
+from clm_dist.files.record_types import Record
+from clm_dist.files.records import RecordReader, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
 from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now

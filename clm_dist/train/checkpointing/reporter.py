@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from clm_dist.files.markers import TrainerState
-from clm_dist.files.records import Record
+from clm_dist.files.record_types import Record
 from clm_dist.train.checkpointing.saver import Saved, Saver
 from clm_dist.train.heartbeat import Heart
 from clm_dist.train.messages import Message

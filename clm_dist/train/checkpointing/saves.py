@@ -10,7 +10,7 @@ from clm_dist.errors import CheckpointError, ConfigError, StorageError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import DamagedError, Marker, TrainerState, check_parameters, check_state, checkpoint_name
-from clm_dist.files.records import DamagedRecord
+from clm_dist.files.record_types import DamagedRecord
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
 from clm_dist.train.checkpointing.reporter import Reporter

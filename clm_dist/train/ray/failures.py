@@ -5,7 +5,8 @@ from pathlib import Path
 import ray
 
 from clm_dist.errors import ClmDistError, RunError, describe_os_error, first_line
-from clm_dist.files.records import FailureRecord, read_records
+from clm_dist.files.record_types import FailureRecord
+from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.ray import private
 from clm_dist.train.ray.own import RayEndedError, log_dir

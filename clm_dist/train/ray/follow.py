@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from clm_dist.files.records import Record, RecordReader
+from clm_dist.files.record_types import Record
+from clm_dist.files.records import RecordReader
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
 
