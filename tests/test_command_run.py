@@ -85,8 +85,8 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     code, out, err = finish(process)
     assert code == 0, err
     result = read_json(tmp_path / "quickstart" / "result.json")
-    assert result["baseline"]["perplexity"] / result["final"]["perplexity"] > 10
-    assert [e["epoch"] for e in result["evals"]] == [1, 2, 3]
+    assert result["baseline"]["perplexity"] / result["final"]["perplexity"] > 20
+    assert result["evals"][-1]["epoch"] == 8
     # A table, a sample, and lines for a log file instead of a moving display.
     assert "baseline" in out
     assert "A sample, from the prompt" in out

@@ -21,7 +21,8 @@ class DataConfig(Section):
     """Which text, how it is split, and how it is cut into blocks."""
 
     source: Literal["hub", "files", "builtin"] = "hub"
-    """Where the records come from: a Hub data set, files, or the corpus that ships with Python."""
+    """Where the records come from: a Hub data set, files, or the corpus that ships with Python, which has the fields
+    `topic`, `text` and `paragraphs` (its prose)."""
     dataset: str | None = None
     """Hub id of the data set, for `source: hub`."""
     config: str | None = None

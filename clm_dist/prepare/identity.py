@@ -13,16 +13,11 @@ from clm_dist.config.data import DataConfig
 from clm_dist.errors import REFUSED, DataError, StorageError
 from clm_dist.files.hashes import HashMemory
 from clm_dist.files.storage import reaching
+from clm_dist.prepare.builtin import builtin_identity
 from clm_dist.prepare.data_file import is_url
 from clm_dist.prepare.files import find_files
 
 _PIECE_BYTES = 1 << 22
-
-
-def builtin_version() -> list[int]:
-    from pydoc_data.topics import topics
-
-    return [len(topics), sum(map(len, topics.values()))]
 
 
 def pinned(data: DataConfig) -> DataConfig:
@@ -53,7 +48,7 @@ def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
         known: local files that are as it remembers them are not read.
     """
     if data.source == "builtin":
-        return {"builtin": "pydoc_data.topics", "topics": builtin_version(), "split": data.split}
+        return {**builtin_identity(data), "split": data.split}
     if data.source == "files":
         files = find_files(data).files
         local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], known)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from clm_dist.config.data import DataConfig, overlap
 from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.hub_errors import describe_full_disk, describe_hub_error
+from clm_dist.prepare.builtin import load_builtin
 from clm_dist.prepare.data_file import DataFile
 from clm_dist.prepare.fields import check_fields, select_fields
 from clm_dist.prepare.files import find_files
@@ -147,7 +148,7 @@ def open_source(data: DataConfig) -> Source:
     if data.source == "builtin":
         if data.split.partition("[")[0] != "train":
             raise ConfigError(f"data.split {data.split}: the built-in corpus has one split, train", field="data.split")
-        return _table_source(_load_builtin(), data, f"the built-in corpus{split}", Slice.of_split(data.split))
+        return _table_source(load_builtin(), data, f"the built-in corpus{split}", Slice.of_split(data.split))
     if data.source == "hub":
         where = f"the data set {data.dataset}{split}"
         if data.streaming:
@@ -186,12 +187,6 @@ def _table_source(table: pa.Table, data: DataConfig, where: str, rows: Slice) ->
             yield select_fields(pa.Table.from_batches([batch]), data, where)
 
     return Source(where, data, lambda size: table_partitions(tables(), where, size), table.nbytes, rows)
-
-
-def _load_builtin() -> pa.Table:
-    from pydoc_data.topics import topics
-
-    return pa.table({"topic": pa.array(topics.keys(), pa.string()), "text": pa.array(topics.values(), pa.string())})
 
 
 def _streamed_source(data: DataConfig, where: str) -> Source:

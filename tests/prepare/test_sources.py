@@ -14,6 +14,8 @@ import pytest
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import ConfigError, DataError, StorageError
 from clm_dist.files.hashes import HashMemory
+from clm_dist.prepare import builtin
+from clm_dist.prepare.builtin import load_builtin, paragraphs_of
 from clm_dist.prepare.identity import source_identity
 from clm_dist.prepare.partitions import read_partition
 from clm_dist.prepare.sources import open_source
@@ -131,6 +133,62 @@ def test_the_built_in_corpus_is_python_s_reference() -> None:
     table = load_records(DataConfig(source="builtin", id="topic", split_method="hash"))
     assert len(table) > 50
     assert "import" in table.column("topic").to_pylist()
+
+
+def test_paragraphs_of_the_built_in_corpus_are_its_prose() -> None:
+    text = """The "with" statement
+********************
+
+The "with" statement is used to *wrap* the
+execution of a **block**.
+
+   with_stmt ::= "with" suite
+
+1. The context manager’s "__enter__()" is
+   called, and "*args" stays. The "**" operator: *x* "**" *y*.
+
+   with A() as a:
+       SUITE
+
++------+-------+
+| A b c d. | e |
++------+-------+
+
+   Note:
+
+     * It returns without an error:
+"""
+    assert paragraphs_of(text) == [
+        "The with statement is used to wrap the execution of a block.",
+        "The context manager’s __enter__() is called, and *args stays. The ** operator: x ** y.",
+        "It returns without an error:",
+    ]
+    table = load_records(DataConfig(source="builtin", text="paragraphs"))
+    paragraphs = [one for of_topic in table.column("paragraphs").to_pylist() for one in of_topic]
+    assert len(paragraphs) > 1000
+    assert not [one for one in paragraphs if "\n" in one or "  " in one or " ::= " in one]
+    letters = sum(c.isalpha() or c == " " for one in paragraphs for c in one)
+    assert letters > 0.93 * sum(map(len, paragraphs))
+
+
+def test_the_paragraphs_change_no_store_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pydoc_data.topics import topics
+
+    def identity(**settings: Any) -> dict[str, Any]:
+        return source_identity(DataConfig(source="builtin", **settings), HashMemory(tmp_path / "known.json"))
+
+    counts = [len(topics), sum(map(len, topics.values()))]
+    of_text = {"builtin": "pydoc_data.topics", "topics": counts, "split": "train"}
+    assert identity() == identity(text="topic") == of_text
+    made = identity(text="paragraphs")
+    assert made == identity(text="{topic}: {paragraphs}") == of_text | {"paragraphs": made["paragraphs"]}
+    # Another way to make them is another store.
+    monkeypatch.setattr(builtin, "_FEWEST_SPACES", 9)
+    load_builtin.cache_clear()
+    try:
+        assert identity(text="paragraphs") != made
+    finally:
+        load_builtin.cache_clear()
 
 
 def error_of(data: DataConfig, size: int = LARGE) -> DataError | ConfigError:
