@@ -1,4 +1,4 @@
-"""Does `jobs/eli5-guide.yaml` give what the Hugging Face guide's own program gives?
+"""Does the job `eli5-guide` give what the Hugging Face guide's own program gives?
 
     python benchmarks/guide_parity.py --peer hf_tutorial.py --data eli5.jsonl.gz --model stories260K \
         --tokenizer gpt2-tokenizer [--rows 5000] [--random-rows 1000] [--work DIR] [--report out.md]

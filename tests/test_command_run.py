@@ -13,7 +13,7 @@ import pytest
 
 from clm_dist.files.atomic import read_json
 from clm_dist.files.run_dir import RunDir
-from tests.conftest import ROOT, WriteJob
+from tests.conftest import WriteJob
 from tests.support.command import clm_dist
 from tests.support.processes import descendants, running
 from tests.support.runs import metrics_of, saved_steps
@@ -74,7 +74,7 @@ def writes_runs(pid: int) -> bool:
 @pytest.mark.slow
 def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Path) -> None:
     """The README's first command, apart from its installation."""
-    process = start("run", ROOT / "jobs" / "quickstart.yaml", "--runs", tmp_path, "--store", tmp_path / "store")
+    process = start("run", "quickstart", "--runs", tmp_path, "--store", tmp_path / "store")
     deadline = time.monotonic() + TIMEOUT_S
     while not (tmp_path / "quickstart" / "metrics.jsonl").exists():  # which workers that train write
         assert process.poll() is None, process.communicate()

@@ -16,6 +16,7 @@ from clm_dist.cli.app import app
 from clm_dist.config.describe import describe_fields
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job, read_saved_job
+from clm_dist.config.packaged import packaged_jobs
 from clm_dist.config.schema import field_names, section_of
 from clm_dist.files.run_dir import RunDir
 from tests.conftest import ROOT, WriteJob
@@ -174,18 +175,26 @@ def examples(*words: str) -> list[str]:
     return sorted({command for command in found if all(word in command for word in words[1:])})
 
 
-@pytest.mark.parametrize("command", [c for c in examples("submit", "jobs/") if "--sync" not in c])
+def named_job(command: str) -> str | None:
+    """The packaged job that a shown command names."""
+    return next((word for word in words_of(command) if word in packaged_jobs()), None)
+
+
+def test_examples_name_packaged_jobs() -> None:
+    assert len([command for _, command in COMMANDS if named_job(command)]) > 10
+
+
+@pytest.mark.parametrize("command", [c for c in examples("submit") if named_job(c) and "--sync" not in c])
 def test_an_example_of_submit_is_a_job_that_fits_its_hosts(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.setenv("CLM_DIST_RUNS", str(tmp_path / "runs"))
     words = ["registry.example/clm-dist:0.1.0" if word == "..." else word for word in words_of(command)]
     said = clm_dist(capsys, monkeypatch, *words, *(() if "--dry-run" in words else ("--dry-run",)))
     assert said.code == 0, said.err
     assert "#SBATCH" in said.out or "kind: RayJob" in said.out or "kind: Job" in said.out
-    assert [path.name for path in tmp_path.iterdir()] == ["jobs"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_examples_of_prepare_run(
@@ -220,12 +229,13 @@ def test_examples_with_a_run_run(
         assert said.code == 0, f"{command}: {said.err}"
 
 
-@pytest.mark.parametrize("command", examples("run", "--set", "jobs/"))
-def test_an_example_of_run_is_a_job(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("command", [c for c in (*examples("run"), *examples("prepare")) if named_job(c)])
+def test_an_example_is_a_job(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     words = words_of(command)
-    settings = [setting for word, setting in pairwise(words) if word == "--set"]
-    assert load_job(ROOT / words[1], settings).config.data.text
+    data = load_job(Path(words[1]), [setting for word, setting in pairwise(words) if word == "--set"]).config.data
+    # The quickstart's own field is not one of files.
+    assert (data.text == "paragraphs") == (data.source == "builtin")
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,9 @@ def test_a_command_collects_no_garbage_while_it_imports() -> None:
 
 def test_every_job_file_is_a_job() -> None:
     from clm_dist.config.load import load_job
+    from clm_dist.config.packaged import packaged_jobs
 
-    jobs = {file.stem: load_job(file).config for file in (PACKAGE.parent / "jobs").glob("*.yaml")}
+    jobs = {name: load_job(Path(name)).config for name in packaged_jobs()}
     assert {"quickstart", "eli5-guide", "eli5-subset", "eli5-full", "eli5-zero3"} <= jobs.keys()
     assert all(job.name == name for name, job in jobs.items())
     full, subset = jobs["eli5-full"], jobs["eli5-subset"]

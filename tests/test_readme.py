@@ -22,7 +22,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 def test_every_job_is_named() -> None:
     for job in (ROOT / "jobs").glob("*.yaml"):
-        assert f"](../jobs/{job.name})" in GUIDE
+        assert f"](../clm_dist/jobs/{job.name})" in GUIDE
 
 
 def test_the_full_job_is_the_subset_and_six_lines() -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.logging import RichHandler
 
 from clm_dist import __version__
+from clm_dist.cli.init import init
 from clm_dist.cli.model import evaluate, generate
 from clm_dist.cli.run import push, report, run, train
 from clm_dist.cli.store import prepare
@@ -57,7 +58,7 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for command in (run, prepare, train, evaluate, generate, push, report, schema):
+for command in (run, init, prepare, train, evaluate, generate, push, report, schema):
     app.command()(command)
 app.add_typer(submit, name="submit")
 for command in (status, logs, cancel):

@@ -12,7 +12,8 @@ from clm_dist.config.load import Job
 from clm_dist.errors import ClmDistError
 from clm_dist.files.stores import Stores
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")]
+JOB_HELP = "Job file, or the name of a packaged job: quickstart."
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help=JOB_HELP)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the job; repeatable.")
 ]

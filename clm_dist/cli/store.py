@@ -8,6 +8,7 @@ from rich.table import Table
 
 from clm_dist.cli.options import (
     DEFAULT_STORES,
+    JOB_HELP,
     Overrides,
     StoreOption,
     is_given,
@@ -24,9 +25,7 @@ from clm_dist.progress import err, open_progress, out
 
 def prepare(
     context: typer.Context,
-    job_file: Annotated[
-        Path | None, typer.Argument(metavar="JOB", help="Job file, for example jobs/quickstart.yaml.")
-    ] = None,
+    job_file: Annotated[Path | None, typer.Argument(metavar="JOB", help=JOB_HELP)] = None,
     overrides: Overrides = None,
     stores: StoreOption = DEFAULT_STORES,
     tasks: Annotated[

@@ -14,8 +14,9 @@ _HEAD = """\
 # The job file
 
 YAML with these sections. Unknown keys are refused, with the nearest valid key, the file and the line. `extends: FILE`
-takes all values of another job file, which this one changes; `--set section.field=value` changes both. A job file reads
-no environment variable and runs no code. `clm-dist schema` prints the JSON Schema, for editors.
+takes all values of another job file (a path from this one's directory, or the name of a packaged job), which this one
+changes; `--set section.field=value` changes both. A job file reads no environment variable and runs no code. `clm-dist
+init` writes one to start from, and `clm-dist schema` prints the JSON Schema, for editors.
 
 `clm_dist/config/describe.py` writes this page from the fields:
 
@@ -42,7 +43,7 @@ def _describe(section: type[BaseModel], prefix: str, default: str) -> Iterator[s
             is_null = not field.is_required() and field.default is None
             inner.append((name, model, text or (model.__doc__ or "").strip(), "null" if is_null else ""))
             continue
-        shown = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
+        shown = "required" if field.is_required() else f"`{yaml_value(field.get_default(call_default_factory=True))}`"
         rows.append(f"| `{name}` | {shown} | {_values(schema['properties'][name])} | {_cell(text)} |")
     if prefix:
         yield f"## {prefix}\n"
@@ -63,7 +64,7 @@ def _values(schema: dict[str, Any]) -> str:
 
 def _alternative(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
-        return ", ".join(f"`{_yaml(value)}`" for value in schema.get("enum", [schema.get("const")]))
+        return ", ".join(f"`{yaml_value(value)}`" for value in schema.get("enum", [schema.get("const")]))
     kind = schema.get("type")
     if kind == "array":
         if "prefixItems" in schema:
@@ -82,7 +83,7 @@ def _range(schema: dict[str, Any]) -> str:
     return f" {', '.join(bounds)}" if bounds else ""
 
 
-def _yaml(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """A value as a job file has it; JSON is YAML."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from clm_dist.config import yaml_text
 from clm_dist.config.blame import describe_problem, where_set
 from clm_dist.config.job import JobConfig
+from clm_dist.config.packaged import describe_packaged, find_job
 from clm_dist.config.paths import local_path
 from clm_dist.config.shown import shown
 from clm_dist.errors import ConfigError, first_line
@@ -52,10 +53,14 @@ class Job:
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """The job of a file, of the files that it extends, and of `section.field=value` overrides, in that order.
 
+    Args:
+        path: of a file, or where no such file exists the name of a packaged job.
+
     Raises:
         ConfigError: a file is missing or does not parse, files extend each other in a circle, or a key
             or a value is wrong; the message names file and line.
     """
+    path = find_job(path, str(path))
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for file, values, lines in _extension_chain(path):
@@ -142,7 +147,7 @@ def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, i
         named_by = f"{path}:{lines['extends']}: extends: "
         if not isinstance(base, str):
             raise ConfigError(f"{named_by}must be the name of one job file, not {shown(repr(base))}")
-        path = Path(os.path.normpath(path.parent / base))
+        path = find_job(Path(os.path.normpath(path.parent / base)), base)
 
 
 def _read(path: Path, named_by: str) -> str:
@@ -155,7 +160,8 @@ def _read(path: Path, named_by: str) -> str:
             raise ConfigError(f"{named_by}{path} has {about.st_size:,} bytes, and a job file at most {_MOST_BYTES:,}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{named_by}there is no job file {shown(str(path), _PATH_MAX)}") from None
+        missing = f"{named_by}there is no job file {shown(str(path), _PATH_MAX)}"
+        raise ConfigError(f"{missing}; {describe_packaged(path)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file: {error.reason} at byte {error.start}") from None
     except (OSError, ValueError) as error:
