@@ -47,16 +47,32 @@ def generate(
         ConfigError: the model is not there or damaged, or a prompt fills its context.
         HubError: the Hub is away.
     """
-    import torch
     import transformers
-    from transformers import set_seed
 
     from clm_dist.pretrained.tokenizer import load_tokenizer
     from clm_dist.pretrained.weights import load_pretrained
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(model, slow=True)
-    network = load_pretrained(model)
+    yield from go_on(
+        load_pretrained(model), tokenizer, prompts, model=model, seed=seed, sampling=sampling, device=device
+    )
+
+
+def go_on(
+    network: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    model: str,
+    seed: int,
+    sampling: Sampling | None,
+    device: str = "auto",
+) -> Iterator[str]:
+    """What `generate` yields, of a model and a tokenizer that are loaded; `model` names them in messages."""
+    import torch
+    from transformers import set_seed
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device).eval()

@@ -14,14 +14,12 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store, Stores
 from clm_dist.progress import Progress, err, open_progress, out
+from clm_dist.samples import show_samples
 
 if TYPE_CHECKING:
     from clm_dist.prepare.pipeline import Resolved
 
 logger = logging.getLogger(__name__)
-
-# A sample is generated in the driver, on its CPU; larger models get the command instead.
-_SAMPLE_BYTES = 2 * 2**30
 
 
 def run_job(
@@ -36,7 +34,7 @@ def run_job(
     """Prepare, train, report, and push if the job says so. Return the run's result.
 
     Args:
-        only_train: take blocks that are prepared already, and show no sample.
+        only_train: take blocks that are prepared already, and show no samples.
 
     Raises:
         ClmDistError: see the stages; what is wrong with the job is said before a worker is started.
@@ -59,7 +57,7 @@ def run_job(
         else:
             result = _train(config, directory, stores, progress, overwrite=overwrite, only_train=only_train)
     if result["status"] == "done":
-        _conclude(config, directory, result, sample=not done and not only_train)
+        _conclude(config, directory, result, with_samples=not only_train and (not done or directory.samples.is_file()))
     return result
 
 
@@ -109,8 +107,8 @@ def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved
     return resolved
 
 
-def _conclude(job: JobConfig, directory: RunDir, result: Result, *, sample: bool) -> None:
-    """Report a run that is done, push it if its job says so, and show what its model writes."""
+def _conclude(job: JobConfig, directory: RunDir, result: Result, *, with_samples: bool) -> None:
+    """Report a run that is done, push it if its job says so, and show what its models write."""
     from clm_dist import hub
     from clm_dist.report.card import write_card
     from clm_dist.report.page import write_page
@@ -135,22 +133,9 @@ def _conclude(job: JobConfig, directory: RunDir, result: Result, *, sample: bool
                 markup=False,
                 soft_wrap=True,
             )
-    if sample:
-        _show_sample(directory)
+    if with_samples:
+        show_samples(job, directory, out, err)
     out.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
-
-
-def _show_sample(directory: RunDir) -> None:
-    from clm_dist.generate import Sampling, generate
-
-    size = sum(file.stat().st_size for file in directory.final.glob("*.safetensors"))
-    if size > _SAMPLE_BYTES:
-        out.print(f"sample: clm-dist generate {directory.root} --prompt 'Once upon a time'", soft_wrap=True)
-        return
-    prompt = "The"
-    (text,) = generate(str(directory.final), [prompt], seed=42, sampling=Sampling(max_new_tokens=60))
-    out.print(f"A sample, from the prompt {prompt!r}:")
-    out.print(f"  {text.strip()}\n", markup=False, style="italic")
 
 
 def _push_epoch(job: JobConfig, directory: RunDir, store: Store, path: Path, step: int, progress: Progress) -> None:

@@ -87,9 +87,9 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     result = read_json(tmp_path / "quickstart" / "result.json")
     assert result["baseline"]["perplexity"] / result["final"]["perplexity"] > 20
     assert result["evals"][-1]["epoch"] == 8
-    # A table, a sample, and lines for a log file instead of a moving display.
+    # A table, two samples, and lines for a log file instead of a moving display.
     assert "baseline" in out
-    assert "A sample, from the prompt" in out
+    assert "The model's text after the prompt 'The':" in out
     # A fast machine is done with an epoch before a line within it is due; test_progress.py has such lines.
     assert re.search(r"^\d+-\d+-\d+ \d+:\d+:\d+ Training$", err, re.MULTILINE)
     assert "\x1b" not in out + err

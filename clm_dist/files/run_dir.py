@@ -54,6 +54,11 @@ class RunDir:
         return self.root / "final"
 
     @property
+    def samples(self) -> Path:
+        """What the untouched and the trained model write after the same prompt; see `files/samples.py`."""
+        return self.root / "samples.json"
+
+    @property
     def hashes(self) -> Path:
         """The memory of the hashes of `final`; result.json has those that count."""
         return self.root / "hashes.json"

@@ -21,6 +21,7 @@ from clm_dist.files.atomic import read_json
 from clm_dist.files.lease import Lease
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
+from clm_dist.files.samples import read_samples, write_samples
 from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
 from clm_dist.train.ray import driver
@@ -154,7 +155,10 @@ def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_
     assert find_run(job, run.root.parent) == (run, True)
     longer = make_job("train.max_steps=36", "train.epochs=3", "model.config.n_positions=128")
     assert find_run(longer, run.root.parent, resume=True) == (run, False)
+    write_samples(run, {"prompt": "The", "seed": 42, "after": "The end."})
     driver._open_run(longer, run, overwrite=False)
+    # What the model wrote whose training goes on is not what the longer one's writes.
+    assert read_samples(run) is None
     # Here the power fails.
     assert find_run(longer, run.root.parent) == (run, False)
 

@@ -238,8 +238,9 @@ def _open_run(job: JobConfig, run: RunDir, overwrite: bool) -> None:
     for directory in (run.beats, run.ray_logs):
         shutil.rmtree(directory, ignore_errors=True)
     checkpoints.check_access()
-    # With the result of an earlier job it would say of itself that it is done.
+    # With the result of an earlier job it would say of itself that it is done; what that model wrote is not this one's.
     run.result.unlink(missing_ok=True)
+    run.samples.unlink(missing_ok=True)
     write_text(run.job, job_text(job), private=True)
     if run.metrics.exists():
         # What a full disk or a kill left of a record is named here, where a person reads it.
