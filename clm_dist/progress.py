@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from clm_dist.timing import Kind, Times, clock
+
 _LOG_WIDTH = 120
 
 
@@ -25,8 +27,15 @@ err = Console(stderr=True, width=_width(sys.stderr), highlight=False)
 class Progress(Protocol):
     """Where a stage says how far it is."""
 
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
-        """Begin a stage of `total` units; None where the end is not known."""
+    def start(self, stage: str, *, total: int | None = None, unit: str = "", kind: Kind | None = None) -> None:
+        """Begin a stage of `total` units; None where the end is not known.
+
+        Args:
+            kind: what its time is spent on; None is what that of the stage before is.
+        """
+
+    def spent(self, kind: Kind, seconds: float) -> None:
+        """Count seconds of the stages until now as time of another kind."""
 
     def update(self, done: int, **figures: str) -> None:
         """`done` units of the stage are done; figures are shown as they are: `tokens_per_s="9,100"`."""
@@ -41,7 +50,8 @@ class Progress(Protocol):
 class Silent:
     """No display."""
 
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None: ...
+    def start(self, stage: str, *, total: int | None = None, unit: str = "", kind: Kind | None = None) -> None: ...
+    def spent(self, kind: Kind, seconds: float) -> None: ...
     def update(self, done: int, **figures: str) -> None: ...
     def note(self, text: str) -> None: ...
     def log(self, text: str) -> None: ...
@@ -97,10 +107,21 @@ def _line(stage: Task) -> str:
     return " · ".join(parts)
 
 
-class TerminalProgress:
+class _Timed:
+    """A display that knows on what the time was spent."""
+
+    def __init__(self) -> None:
+        self.times = Times()
+
+    def spent(self, kind: Kind, seconds: float) -> None:
+        self.times.move(kind, seconds)
+
+
+class TerminalProgress(_Timed):
     """A live line at the bottom of a terminal."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__()
         self._console = console
         self._stages = _Stages(console, live=True)
 
@@ -113,7 +134,8 @@ class TerminalProgress:
     ) -> None:
         self._stages.bar.stop()
 
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
+    def start(self, stage: str, *, total: int | None = None, unit: str = "", kind: Kind | None = None) -> None:
+        self.times.begin(kind)
         self._stages.start(stage, total, unit)
 
     def update(self, done: int, **figures: str) -> None:
@@ -125,10 +147,11 @@ class TerminalProgress:
     def log(self, text: str) -> None: ...
 
 
-class LineProgress:
+class LineProgress(_Timed):
     """One line a stage, and one every few seconds within it."""
 
     def __init__(self, console: Console, interval_s: float = 10) -> None:
+        super().__init__()
         self._console = console
         self._interval_s = interval_s
         self._stages = _Stages(console, live=False)
@@ -142,7 +165,8 @@ class LineProgress:
     ) -> None:
         pass
 
-    def start(self, stage: str, *, total: int | None = None, unit: str = "") -> None:
+    def start(self, stage: str, *, total: int | None = None, unit: str = "", kind: Kind | None = None) -> None:
+        self.times.begin(kind)
         again = self._stages.stage is not None and self._stages.stage.description == stage
         self._stages.start(stage, total, unit)
         self._said = time.monotonic()
@@ -167,10 +191,3 @@ class LineProgress:
 def open_progress(console: Console) -> TerminalProgress | LineProgress:
     """The display that fits where the output goes; a context manager."""
     return TerminalProgress(console) if console.is_terminal else LineProgress(console)
-
-
-def clock(seconds: float) -> str:
-    """A duration as `m:ss` or `h:mm:ss`."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

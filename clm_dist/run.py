@@ -14,7 +14,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store, Stores
 from clm_dist.progress import Progress, err, open_progress, out
-from clm_dist.samples import show_samples
+from clm_dist.samples import keep_samples, show_samples
 
 if TYPE_CHECKING:
     from clm_dist.prepare.pipeline import Resolved
@@ -40,7 +40,6 @@ def run_job(
         ClmDistError: see the stages; what is wrong with the job is said before a worker is started.
     """
     with open_progress(err) as progress:
-        progress.start("Checking the job")
         directory, done = find_run(config, runs, resume=resume, overwrite=overwrite)
         if done:
             from clm_dist.prepare import pipeline
@@ -56,8 +55,13 @@ def run_job(
                     )
         else:
             result = _train(config, directory, stores, progress, overwrite=overwrite, only_train=only_train)
+            if result["status"] == "done" and not only_train:
+                keep_samples(config, directory, progress)
     if result["status"] == "done":
-        _conclude(config, directory, result, with_samples=not only_train and (not done or directory.samples.is_file()))
+        progress.times.begin("end")
+        _conclude(config, directory, result, with_samples=not only_train)
+        if not done:
+            out.print(f"time:   {progress.times.describe()}")
     return result
 
 
@@ -65,12 +69,14 @@ def _train(
     config: JobConfig, directory: RunDir, stores: Stores, progress: Progress, *, overwrite: bool, only_train: bool
 ) -> Result:
     """Check, prepare and train a job."""
+    progress.start("Loading torch, transformers and Ray")
     from clm_dist.prepare import pipeline
 
     # All of Ray before its thread: two threads that import parts of one library may get in each other's way.
     from clm_dist.train.ray import driver
     from clm_dist.train.ray.cluster import starting_ray
 
+    progress.start("Checking the job")
     with starting_ray(config.cluster, directory.ray_logs) as started_ray:
         resolved = _resolve(config, stores, progress)
         if only_train and not resolved.store.fetch():
@@ -83,7 +89,13 @@ def _train(
             def push_epoch(path: Path, step: int) -> None:
                 pushing.submit(_push_epoch, config, directory, store, path, step, progress)
 
-            return driver.train(config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch)
+            result = driver.train(
+                config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
+            )
+            if config.hub.push == "epoch":
+                progress.start("Waiting for the pushes of epochs", kind="end")
+        progress.start("Closing Ray", kind="end")
+        return result
 
 
 def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved":
@@ -134,7 +146,7 @@ def _conclude(job: JobConfig, directory: RunDir, result: Result, *, with_samples
                 soft_wrap=True,
             )
     if with_samples:
-        show_samples(job, directory, out, err)
+        show_samples(directory, out)
     out.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from clm_dist.config.shown import shown
 from clm_dist.errors import ClmDistError, first_line
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import Samples, read_samples, write_samples
+from clm_dist.progress import Progress
 
 _MOST_BYTES = 2 * 2**30
 """Of weights, which this process loads twice, one model after the other, on its CPU or a GPU of its machine."""
@@ -18,15 +19,19 @@ _PROMPT, _SEED, _NUM_TOKENS = "The", 42, 60
 _MOST_LINES = 2
 
 
-def show_samples(job: JobConfig, run: RunDir, out: Console, err: Console) -> None:
-    """Print what the run's models write, from samples.json or written now; of a large model, the command to run."""
+def keep_samples(job: JobConfig, run: RunDir, progress: Progress) -> None:
+    """Write samples.json of a run that is done, but not of a large model."""
+    if sum(file.stat().st_size for file in run.final.glob("*.safetensors")) <= _MOST_BYTES:
+        progress.start("Generating text", kind="end")
+        write_samples(run, make_samples(job, run, progress))
+
+
+def show_samples(run: RunDir, out: Console) -> None:
+    """Print what samples.json has; where it is missing, the command that generates text."""
     samples = read_samples(run)
     if samples is None:
-        if sum(file.stat().st_size for file in run.final.glob("*.safetensors")) > _MOST_BYTES:
-            out.print(f"sample: clm-dist generate {run.root} --prompt 'Once upon a time'", soft_wrap=True)
-            return
-        samples = make_samples(job, run, err)
-        write_samples(run, samples)
+        out.print(f"sample: clm-dist generate {run.root} --prompt 'Once upon a time'", soft_wrap=True)
+        return
     texts = {"before training": samples.get("before"), "after training": samples["after"]}
     table = Table.grid(padding=(0, 2))
     width = out.width - 2 - max(map(len, texts)) - 2
@@ -41,7 +46,7 @@ def show_samples(job: JobConfig, run: RunDir, out: Console, err: Console) -> Non
     out.print()
 
 
-def make_samples(job: JobConfig, run: RunDir, err: Console) -> Samples:
+def make_samples(job: JobConfig, run: RunDir, progress: Progress) -> Samples:
     """Texts of the model that training starts from and of the final one, with the same seed.
 
     The first is loaded as the workers load it, and is the same: weights that are random come from `train.seed`.
@@ -61,5 +66,5 @@ def make_samples(job: JobConfig, run: RunDir, err: Console) -> Samples:
             network, slow, [_PROMPT], model="the untouched model", seed=_SEED, sampling=sampling
         )
     except ClmDistError as error:  # it may be gone, or the Hub away; the run is done all the same
-        err.print(f"no text of the untouched model: {first_line(error)}", style="yellow", markup=False, soft_wrap=True)
+        progress.note(f"No text of the untouched model: {first_line(error)}")
     return samples

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.files.atomic import read_json
+from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
 from tests.conftest import WriteJob
 from tests.support.command import clm_dist
@@ -71,6 +72,10 @@ def writes_runs(pid: int) -> bool:
     return b"RayTrainWorker" in name or b"TrainController" in name
 
 
+def seconds(clock: tuple[str, str]) -> int:
+    return 60 * int(clock[0]) + int(clock[1])
+
+
 @pytest.mark.slow
 def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Path) -> None:
     """The README's first command, apart from its installation."""
@@ -90,6 +95,9 @@ def test_quickstart_goes_from_nothing_to_a_perplexity(start: Start, tmp_path: Pa
     # A table, two samples, and lines for a log file instead of a moving display.
     assert "baseline" in out
     assert "The model's text after the prompt 'The':" in out
+    whole, *parts = re.findall(r"(\d+):(\d\d)", out[out.index("time:   ") :])
+    assert seconds(whole) == sum(map(seconds, parts))
+    assert {"starting", "training"} <= set(re.findall(r"[(,] ?([a-z ]+) \d", out))
     # A fast machine is done with an epoch before a line within it is due; test_progress.py has such lines.
     assert re.search(r"^\d+-\d+-\d+ \d+:\d+:\d+ Training$", err, re.MULTILINE)
     assert "\x1b" not in out + err
@@ -177,6 +185,38 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert (said.code, "is done; --overwrite starts it again" in said.err) == (0, True)
     assert "baseline" in said.out
     assert "has changed since" not in said.err
+
+
+def test_a_run_ends_with_its_samples_and_where_the_time_went(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("run", run.job, "--runs", run.root.parent)
+    time_line = r"\ntime:   0:\d\d \(.*\)\n\Z"
+
+    def train(*_: object, **__: object) -> Result:
+        time.sleep(1)
+        return read_result(run.root)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("clm_dist.run.find_run", lambda *_, **__: (run, False))
+        patched.setattr("clm_dist.run._train", train)
+        trained_only = clm_dist(capsys, patched, "train", *command[1:])
+        assert not run.samples.exists()
+        trained = clm_dist(capsys, patched, *command)
+    assert trained.code == 0
+    assert re.search(r"\n  before training  The", trained.out)
+    assert re.search(r"\n  after training   The", trained.out)
+    assert re.search(time_line, trained.out)
+    assert "after training" not in trained_only.out
+    assert re.search(time_line, trained_only.out)
+    # What is not done again takes no time, and what was written is shown.
+    again = clm_dist(capsys, monkeypatch, *command)
+    assert "is done; --overwrite starts it again" in again.err
+    assert "  after training   The" in again.out
+    assert "time:" not in again.out
+    run.samples.unlink()
+    assert "\nsample: clm-dist generate " in clm_dist(capsys, monkeypatch, *command).out
+    assert not run.samples.exists()
 
 
 def test_a_run_that_is_done_says_if_its_data_has_changed_since(

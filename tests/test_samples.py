@@ -18,14 +18,21 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import read_samples, write_samples
 from clm_dist.generate import Sampling, generate
 from clm_dist.progress import Silent
-from clm_dist.samples import make_samples, show_samples
+from clm_dist.samples import keep_samples, make_samples, show_samples
+from tests.support.notes import Notes
 
 
-def shown(run: RunDir, width: int = 60) -> tuple[str, str]:
-    """What `show_samples` prints, as result and as warning."""
-    out, err = io.StringIO(), io.StringIO()
-    show_samples(read_saved_job(run.job), run, Console(file=out, width=width), Console(file=err, width=200))
-    return out.getvalue(), err.getvalue()
+def kept(run: RunDir) -> list[str]:
+    """What is said while the samples of a run are made."""
+    notes = Notes()
+    keep_samples(read_saved_job(run.job), run, notes)
+    return notes.notes
+
+
+def shown(run: RunDir, width: int = 60) -> str:
+    out = io.StringIO()
+    show_samples(run, Console(file=out, width=width))
+    return out.getvalue()
 
 
 def test_the_text_before_is_that_of_the_model_which_was_evaluated_as_the_baseline(
@@ -42,7 +49,7 @@ def test_the_text_before_is_that_of_the_model_which_was_evaluated_as_the_baselin
 
     monkeypatch.setattr("clm_dist.generate.go_on", keep)
     job = read_saved_job(run.job)
-    made = make_samples(job, run, Console(file=io.StringIO()))
+    made = make_samples(job, run, Silent())
     first = next(network for network in used if network.config.use_cache is not None and not is_final(network, run))
     first.save_pretrained(tmp_path / "first")
     for file in run.final.glob("*token*"):
@@ -65,22 +72,21 @@ def is_final(network: Any, run: RunDir) -> bool:
     return found
 
 
-def test_samples_are_made_once_and_shown_in_two_lines_each(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, err = shown(run)
+def test_samples_are_kept_and_shown_in_two_lines_each(run: RunDir) -> None:
+    assert kept(run) == []
+    out = shown(run)
     saved = json.loads(run.samples.read_text())
     assert saved == read_samples(run)
     assert (saved["prompt"], saved["seed"], set(saved)) == ("The", 42, {"prompt", "seed", "before", "after"})
     assert out.startswith("The model's text after the prompt 'The':\n  before training  The")
     assert "  after training   The" in out
-    assert (len(out.rstrip().splitlines()), err) == (5, "")
+    assert len(out.rstrip().splitlines()) == 5
     assert max(map(len, out.splitlines())) <= 60
-    monkeypatch.setattr(samples, "make_samples", lambda *_: pytest.fail("made again"))
-    assert shown(run)[0] == out
 
 
 def test_what_an_untrained_model_writes_leaves_the_terminal_alone(run: RunDir) -> None:
     write_samples(run, {"prompt": "The", "seed": 42, "before": "The \x1b[2J [bold]\n\n\x07", "after": "The end."})
-    out, _ = shown(run)
+    out = shown(run)
     assert "The \\x1b[2J [bold] \\x07" in out
     assert "\x1b" not in out
 
@@ -90,13 +96,14 @@ def test_a_model_that_is_gone_does_not_fail_a_run_that_is_done(run: RunDir, monk
         raise HubError("the Hub is away")
 
     monkeypatch.setattr("clm_dist.train.model.load_model", away)
-    out, err = shown(run)
-    assert err == "no text of the untouched model: the Hub is away\n"
+    assert kept(run) == ["No text of the untouched model: the Hub is away"]
+    out = shown(run)
     assert "before training" not in out
     assert "  after training  The" in out
 
 
 def test_of_a_large_model_the_command_is_shown(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "_MOST_BYTES", 1000)
-    assert shown(run)[0] == f"sample: clm-dist generate {run.root} --prompt 'Once upon a time'\n"
+    assert kept(run) == []
     assert not run.samples.exists()
+    assert shown(run) == f"sample: clm-dist generate {run.root} --prompt 'Once upon a time'\n"

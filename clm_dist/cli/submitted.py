@@ -8,11 +8,12 @@ from rich.table import Table
 from clm_dist.cli.options import DEFAULT_RUNS, Runs
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.paths import local_dir
-from clm_dist.progress import clock, out
+from clm_dist.progress import out
 from clm_dist.submit.launch import backend_of
 from clm_dist.submit.logs import follow as follow_lines
 from clm_dist.submit.states import describe
 from clm_dist.submit.submission import find_submission
+from clm_dist.timing import clock
 
 Which = Annotated[
     str | None,

@@ -97,6 +97,7 @@ def prepare_resolved(resolved: Resolved, progress: Progress, effort: Effort | No
         ConfigError, DataError: the data is broken, or too small.
         StorageError: a disk is full, or a storage is away; what is done until then is kept.
     """
+    progress.start("Looking for the blocks", kind="prepare")
     store, known = resolved.store, resolved.stores.known_files()
 
     def note_wait(holder: Holder) -> None:

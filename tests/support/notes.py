@@ -1,5 +1,7 @@
 """A display that a test reads."""
 
+from typing import Any
+
 from clm_dist.progress import Silent
 
 
@@ -8,6 +10,10 @@ class Notes(Silent):
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.stages: list[str] = []
+
+    def start(self, stage: str, **about: Any) -> None:
+        self.stages.append(stage)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -77,6 +77,8 @@ def test_a_run_leaves_what_the_design_promises(
     assert (exported[0][0] / "model.safetensors").is_file()
     assert any(run.tensorboard.iterdir())
     assert any("Step 24, epoch 2.00: eval loss" in note for note in progress.notes)
+    assert progress.stages[:2] == ["Starting 2 workers (usually 10 to 40 s)", "Evaluating the untouched model"]
+    assert progress.stages[-2:] == ["Writing the model", "Evaluating the written model"]
 
     # The same numbers without Ray, in one process: the evaluation of equal weights to the last bit.
     (tmp_path / "alone").mkdir()

@@ -1,14 +1,18 @@
 """What the driver shows of a run's metrics."""
 
+import io
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from clm_dist.files.record_types import Record
-from clm_dist.files.records import replace_records
+from clm_dist.files.records import append_records, replace_records
 from clm_dist.files.run_dir import RunDir
+from clm_dist.progress import LineProgress
 from clm_dist.train.ray.follow import Follower
 from clm_dist.train.recorder import Recorder
 from tests.support.notes import Notes
@@ -37,6 +41,35 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
     recorder.receive([sent(start | {"step": 2})])
     follower.look()
     assert (notes.notes[1:], exported) == (["Resuming from the checkpoint of step 2"], [2])
+
+
+def test_time_is_counted_by_what_the_workers_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run, progress = RunDir(tmp_path), LineProgress(Console(file=io.StringIO()))
+    follower = Follower(run, progress, 0, lambda path, step: None)
+    figures = {"epoch": 0.0, "loss": 1.0, "perplexity": 2.7}
+    for seconds, record in (
+        (20, {"kind": "start", "step": 0, "num_steps": 2}),
+        (0, {"kind": "phase", "step": 0, "phase": "Evaluating the untouched model"}),
+        (3, {"kind": "eval", "step": 0, **figures}),
+        (0, {"kind": "phase", "step": 0, "phase": "Training"}),
+        (50, {"kind": "checkpoint", "step": 1, "blocked": 8.0}),
+        (0, {"kind": "failure", "step": 1, "worker": 0, "error": "killed"}),
+        (25, {"kind": "start", "step": 1, "num_steps": 2}),
+        (0, {"kind": "phase", "step": 1, "phase": "Training"}),
+        (10, {"kind": "phase", "step": 2, "phase": "Evaluating"}),
+        (4, {"kind": "eval", "step": 2, **figures}),
+        (0, {"kind": "phase", "step": 2, "phase": "Writing the model"}),
+        (5, {"kind": "phase", "step": 2, "phase": "Evaluating the written model"}),
+        (6, {"kind": "verify", "step": 2, **figures}),
+    ):
+        now[0] += seconds
+        append_records(run.metrics, [record])  # type: ignore[list-item]
+        follower.look()
+    assert progress.times.describe() == (
+        "2:03 (starting 0:45, training 0:52, evaluating 0:13, waiting for checkpoints 0:08, writing the model 0:05)"
+    )
 
 
 def test_a_start_is_found_whatever_the_order_of_its_keys(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _train(
         run, progress, before["start"], on_export, micro_size=with_blocks_that_fit(job, run).batch.micro_size
     )
     watch = WorkerWatch(job, run, cluster, progress)
-    progress.start("Starting workers")
+    progress.start(f"Starting {_count_workers(job)} (usually 10 to 40 s)", kind="start")
     try:
         with _stop_on_signals(run, progress):
             outcome = fit(trainer, follower, watch)
@@ -143,6 +143,11 @@ def _train(
     result = build_result(job, run, manifest, outcome["status"], files=files)
     write_json(run.result, result)
     return result
+
+
+def _count_workers(job: JobConfig) -> str:
+    fewest, most = job.cluster.min_workers, job.cluster.max_workers
+    return f"{fewest} to {most} workers" if job.cluster.elastic else f"{most} worker{'s' if most > 1 else ''}"
 
 
 def _write_failed(job: JobConfig, run: RunDir, manifest: Manifest, error: ClmDistError) -> None:

@@ -7,6 +7,10 @@ from clm_dist.files.record_types import Record
 from clm_dist.files.records import RecordReader
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
+from clm_dist.timing import Kind
+
+_KINDS: dict[str, Kind] = {"Training": "training", "Writing": "model"}
+"""On what the time of a phase is spent, by its first word."""
 
 
 class Follower:
@@ -54,13 +58,16 @@ class Follower:
                 progress.note(note)
         elif record["kind"] == "failure":
             progress.note(f"Worker {record['worker']} failed after step {record['step']}: {record['error']}")
+            progress.start("Starting workers again", kind="start")
         elif record["kind"] == "damaged":
             progress.note(f"{record['error']}; trying the checkpoint before it")
-        elif record["kind"] == "checkpoint" and "error" in record:
-            progress.note(
-                f"The checkpoint of step {record['step']} could not be written, {record['error']}; training goes on, "
-                "and what was committed is whole"
-            )
+        elif record["kind"] == "checkpoint":
+            progress.spent("checkpoints", record.get("blocked", 0.0))
+            if "error" in record:
+                progress.note(
+                    f"The checkpoint of step {record['step']} could not be written, {record['error']}; training goes "
+                    "on, and what was committed is whole"
+                )
         elif record["kind"] in ("nonfinite", "spike"):
             what = "is far above those before it" if record["kind"] == "spike" else "or its gradient is not finite"
             blocks = ", ".join(map(str, record["blocks"][:4]))
@@ -73,7 +80,10 @@ class Follower:
         elif record["kind"] == "phase":
             training = record["phase"] == "Training"
             progress.start(
-                record["phase"], total=self._num_steps if training else None, unit="step" if training else ""
+                record["phase"],
+                total=self._num_steps if training else None,
+                unit="step" if training else "",
+                kind=_KINDS.get(record["phase"].partition(" ")[0], "evaluation"),
             )
             if training:
                 progress.update(record["step"])
@@ -91,7 +101,7 @@ class Follower:
                 f"eval loss {record['loss']:.4f}, perplexity {shown}"
             )
             if record["step"] != self._num_steps:
-                progress.start("Training", total=self._num_steps, unit="step")
+                progress.start("Training", total=self._num_steps, unit="step", kind="training")
                 progress.update(record["step"])
         elif record["kind"] == "export":
             self._on_export(Path(record["path"]), record["step"])
