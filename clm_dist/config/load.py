@@ -27,8 +27,8 @@ from clm_dist.errors import ConfigError, first_line
 _MALFORMED = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 _MOST_BYTES = 1 << 20
 _PATH_MAX = 4096
-# What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
 _MOST_PROBLEMS = 10
+# What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
 _NOT_COMPUTED: Mapping[str, Any] = {
     **dict.fromkeys(("cluster", "hub", "tracking"), True),
     "checkpoint": {"every", "keep"},

@@ -30,7 +30,7 @@ class StartRecord(TypedDict):
     compiled: NotRequired[bool]
     """Whether passes are compiled."""
     note: NotRequired[str | None]
-    """What is to be said of that."""
+    """What is to be said of whether they are."""
     hosts: NotRequired[list[str]]
     """Host of each rank."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from clm_dist.errors import ConfigError, first_line
+from clm_dist.pretrained.passing import raise_if_passing
 
 
 def attention_of(config: Any) -> str:
@@ -18,6 +19,11 @@ def set_attention(config: Any, name: str) -> None:
     """Let models of a configuration compute attention as a job's `model.attention` says."""
     if name != "auto":
         config._attn_implementation = name
+
+
+def attention_options(name: str) -> dict[str, str]:
+    """What `from_pretrained` is told of a job's `model.attention`."""
+    return {} if name == "auto" else {"attn_implementation": name}
 
 
 def check_attention(config: Any, error: Exception, build: Callable[[Any], Any]) -> None:
@@ -35,6 +41,8 @@ def check_attention(config: Any, error: Exception, build: Callable[[Any], Any]) 
     except Exception:  # so it is another part of the configuration
         return
     name = attention_of(config)
+    # A kernel of the Hub may be out of reach.
+    raise_if_passing(error, f"model.attention {name}")
     install = "; pip install flash-attn" if name == "flash_attention_2" and isinstance(error, ImportError) else ""
     problem = f"model.attention: {name} cannot be used: {first_line(error)}{install}, or leave model.attention out"
     raise ConfigError(problem, field="model.attention") from error

@@ -4,21 +4,24 @@ Compiled, a pass is one graph from ids to losses (blocks of the model for themse
 be compiled, or computes something else then, its passes run as before; that is said and ends no run.
 """
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, linear
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import first_line
 from clm_dist.files.markers import TrainerState
 from clm_dist.train.batches import pass_seed
+from clm_dist.train.forward import compile_function
 from clm_dist.train.strategies.base import Strategy, local_shard
 
 logger = logging.getLogger(__name__)
@@ -28,11 +31,13 @@ _COST_S = 30.0
 _SAVED = 0.7
 # Share of a GPU's peak that passes reach before.
 _USED = 0.12
-# Largest share by which the mean loss of a compiled pass may differ: by rounding, or where dropout draws, because it
-# draws otherwise then. The norm of a gradient may differ by more.
+# Largest share by which losses and gradients of a compiled pass may differ by rounding.
 _ROUNDED = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-2, "fp16": 1e-2}
+_OF_GRADIENT = 5
+# Where dropout draws, it draws otherwise in a compiled pass: the share for the mean loss, and the least cosine of the
+# angle between the figures of the gradients.
 _DRAWN = 0.05
-_OF_NORM = 5
+_SAME_DIRECTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,21 +60,34 @@ class Compilation:
 
 @dataclass(frozen=True)
 class _Tried:
-    """What one pass computed on this rank."""
+    """What one pass computed on this rank, of its gradients as far as the strategy has not taken them away by then."""
 
     losses: Tensor
     """(B, T - 1), on the CPU."""
     checksum: int
-    """Of the bits of this rank's gradients, as far as the strategy has not taken them away by then."""
+    """Of the bits of the gradients."""
+    figures: Tensor
+    """For each parameter the norm of its gradient, and a sum of it in which each element has another weight in
+    [-1, 1], (2, P) float64: a gradient with another sign or in another place has another."""
     norm: float
-    """Of the gradient, over all ranks."""
+    """Of the whole gradient, over all ranks."""
 
-    def differs(self, other: "_Tried", share: float) -> bool:
-        """Whether it is another pass, and not one that is rounded otherwise."""
-        pairs = [(self.losses.mean().item(), other.losses.mean().item(), share)]
-        if math.isfinite(self.norm):  # in fp16 the first gradients may overflow
-            pairs.append((self.norm, other.norm, _OF_NORM * share))
-        return any(not abs(a - b) <= share * abs(a) for a, b, share in pairs)
+    def is_as(self, other: "_Tried", *, rounded: float, draws: bool) -> bool:
+        """Whether the other is the same pass, but for rounding or, roughly, for what dropout draws."""
+        allowed = _DRAWN if draws else rounded
+        mean = self.losses.mean()
+        if not abs(other.losses.mean() - mean) <= allowed * abs(mean):
+            return False
+        if not (math.isfinite(self.norm) and self.figures.numel()):
+            # In fp16 the first gradients may overflow.
+            return True
+        if draws:
+            return float(cosine_similarity(self.figures[1], other.figures[1], dim=0)) > _SAME_DIRECTION
+        norms, sums = self.figures
+        # Of a gradient that is 0 but for rounding nothing can be said.
+        bounds = _OF_GRADIENT * rounded * (norms + norms.norm())
+        per_token = (other.losses - self.losses).abs().max() <= _OF_GRADIENT * rounded * self.losses.abs().max()
+        return bool(per_token and ((other.figures[1] - sums).abs() <= bounds).all())
 
     def is_same(self, other: "_Tried") -> bool:
         """Whether they are equal to the last bit."""
@@ -77,7 +95,7 @@ class _Tried:
         return torch.equal(self.losses, other.losses) and self.checksum == other.checksum and same_norm
 
 
-def compile_passes(
+def try_compiling(
     job: JobConfig,
     strategy: Strategy,
     ids: npt.NDArray[np.int64],
@@ -92,47 +110,23 @@ def compile_passes(
         seconds_at_peak: that the run's passes would take at a GPU's full peak; None where it has none that is known.
     """
     wanted = job.train.compile
-    if not wanted or (wanted == "auto" and not is_worth_it(seconds_at_peak)):
+    # GPUs may be of several kinds.
+    if not wanted or (wanted == "auto" and strategy.any_rank(not is_worth_it(seconds_at_peak))):
         return Compilation()
     if strategy.why_not_compiled:
         return Compilation(note=f"Passes are not compiled: {strategy.why_not_compiled}")
     began = time.perf_counter()
-    # Kernels that add in another order each time are not taken; where there is no other, a warning suffices.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # A pass that is not compiled takes several times the memory.
-    few = ids[: -(-len(ids) // 4)] if strategy.with_loss.fills_short_batches else ids
-    plain, redrawn = (_try_pass(job, strategy, few, document_end, micro_batch=m) for m in (0, 1))
-    draws = strategy.any_rank(not torch.equal(plain.losses, redrawn.losses))
-
-    strategy.compile_passes(ids.shape)
-    problem: str | None = None
-    try:
-        # Where ranks exchange gradients after the last pass only, none waits here for one that fails.
-        _compute(job, strategy, ids, document_end, micro_batch=0, scale=0.0, last=False)
-    except Exception as error:  # whatever the compiler, or the code that it writes, raises
-        logger.debug("a pass could not be compiled", exc_info=True)
-        problem = _cause(error)
-    is_exact = False
-    if strategy.any_rank(problem is not None):
-        problem = problem or "another worker could not compile them"
-    else:
-        tried = _try_pass(job, strategy, few, document_end, micro_batch=0)
-        one, other = (_try_pass(job, strategy, ids, document_end, micro_batch=0) for _ in range(2))
-        is_exact = not strategy.any_rank(not one.is_same(other))
-        if strategy.any_rank(plain.differs(tried, _DRAWN if draws else _ROUNDED[job.train.precision])):
-            problem = (
-                f"compiled, the first has a loss of {tried.losses.mean():.6g} and a gradient of norm {tried.norm:.6g}, "
-                f"else {plain.losses.mean():.6g} and {plain.norm:.6g}"
-            )
-        elif not is_exact and wanted == "auto":
-            problem = (
-                "compiled, their last bits differ each time, and so would those of a run that is resumed; "
-                "train.compile: true takes that"
-            )
+    with reproducible(True):
+        problem, is_exact = _try(job, strategy, ids, document_end)
+    if not problem and not is_exact and wanted == "auto":
+        problem = (
+            "compiled, their last bits differ each time, and so would those of a run that is resumed; "
+            "train.compile: true takes that"
+        )
     if problem:
         strategy.with_loss.uncompile()
-        torch.use_deterministic_algorithms(False)
+        # Of the pass that failed.
+        strategy.optimizer.zero_grad()
         return Compilation(note=f"Passes are not compiled: {problem}")
     note = f"Passes of training are compiled, in {time.perf_counter() - began:.0f} s"
     if not is_exact:
@@ -141,38 +135,102 @@ def compile_passes(
 
 
 def is_worth_it(seconds_at_peak: float | None) -> bool:
-    """Whether compiling saves more time than it costs, for what `compile_passes` is told of a run.
+    """Whether compiling saves more time than it costs, for what `try_compiling` is told of a run.
 
     On a CPU it does not: 3 to 14 % are saved there, and 40 s lost.
     """
     return seconds_at_peak is not None and _SAVED * seconds_at_peak / _USED > _COST_S
 
 
-def _cause(error: Exception) -> str:
-    """What failed, in a line: that which the compiler met, where its error wraps one."""
-    cause = getattr(error, "inner_exception", error)
-    return f"{type(cause).__name__}, {first_line(cause)}"
+@contextlib.contextmanager
+def reproducible(on: bool) -> Iterator[None]:
+    """Inside, if `on`, no kernel is taken that adds in another order each time, where there is another.
+
+    The compiled gradient of an embedding is one, on a CPU with several threads too.
+    """
+    if not on:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def _try(
+    job: JobConfig, strategy: Strategy, ids: npt.NDArray[np.int64], document_end: int | None
+) -> tuple[str | None, bool]:
+    """The problem of compiled passes, and whether they are the same to the last bit each time. Collective."""
+    # A pass that is not compiled takes several times the memory.
+    few = ids[: -(-len(ids) // 4)] if strategy.with_loss.fills_short_batches else ids
+    plain, redrawn = (_try_pass(job, strategy, few, document_end, micro_batch=m) for m in (0, 1))
+    draws = strategy.any_rank(not torch.equal(plain.losses, redrawn.losses))
+
+    # What one rank alone lacks, such as a compiler, must be seen before a pass in which the others would wait for it.
+    problem = _problem_of(lambda: _compile_something(strategy.device))
+    if not strategy.any_rank(problem is not None):
+        strategy.compile_when_called(ids.shape)
+        problem = _problem_of(lambda: _compute(job, strategy, ids, document_end, micro_batch=0, scale=0.0, last=False))
+        if not strategy.any_rank(problem is not None):
+            tried = _try_pass(job, strategy, few, document_end, micro_batch=0)
+            one, other = (_try_pass(job, strategy, ids, document_end, micro_batch=0) for _ in range(2))
+            is_exact = not strategy.any_rank(not one.is_same(other))
+            if not plain.is_as(tried, rounded=_ROUNDED[job.train.precision], draws=draws):
+                problem = (
+                    f"compiled, the first has a loss of {tried.losses.mean():.6g} and a gradient of norm "
+                    f"{tried.norm:.6g}, else {plain.losses.mean():.6g} and {plain.norm:.6g}, or they differ in parts"
+                )
+            if not strategy.any_rank(problem is not None):
+                return None, is_exact
+    return problem or "another worker cannot compile them", False
+
+
+def _problem_of(call: Callable[[], object]) -> str | None:
+    """What failed in a call, in a line: that which the compiler met, where its error wraps one."""
+    try:
+        call()
+    except Exception as error:  # whatever the compiler, or the code that it writes, raises
+        logger.debug("a pass could not be compiled", exc_info=True)
+        cause = getattr(error, "inner_exception", error)
+        return f"{type(cause).__name__}, {first_line(cause)}"
+    return None
+
+
+def _compile_something(device: torch.device) -> None:
+    """Compile and compute a little on this rank alone."""
+    weight = torch.ones(8, 8, device=device, requires_grad=True)
+    compile_function(lambda w: linear(w, w).tanh().sum())(weight).backward()
 
 
 def _try_pass(
     job: JobConfig, strategy: Strategy, ids: npt.NDArray[np.int64], document_end: int | None, *, micro_batch: int
 ) -> _Tried:
     """A pass over blocks with the seed of a micro-batch; its gradient is forgotten. Collective."""
-    checksums: dict[str, int] = {}
+    named = [(name, p) for name, p in strategy.plain_model.named_parameters() if p.requires_grad]
+    checksums = dict.fromkeys((name for name, _ in named), 0)
+    figures = {name: (0.0, 0.0) for name, _ in named}
 
     def keep(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                checksums[name] = _checksum(parameter.grad)
+                gradient = local_shard(parameter.grad).flatten()
+                checksums[name], figures[name] = _checksum(gradient), _figures(gradient)
 
         return hook
 
-    named = [(name, p) for name, p in strategy.plain_model.named_parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(keep(name)) for name, p in named]  # type: ignore[no-untyped-call]
-    losses = _compute(job, strategy, ids, document_end, micro_batch=micro_batch)
-    for hook in hooks:
-        hook.remove()
-    return _Tried(losses, sum(checksums.values()), strategy.gradient_norm())
+    try:
+        losses = _compute(job, strategy, ids, document_end, micro_batch=micro_batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    by_parameter = torch.tensor(list(figures.values()), dtype=torch.float64).T
+    return _Tried(losses, sum(checksums.values()), by_parameter, strategy.gradient_norm())
 
 
 def _compute(
@@ -199,4 +257,9 @@ def _compute(
 def _checksum(gradient: Tensor) -> int:
     """The sum of its bit patterns, which is the same in whatever order it is added."""
     bits = {2: torch.int16, 4: torch.int32}[gradient.element_size()]
-    return int(local_shard(gradient).contiguous().view(bits).sum(dtype=torch.int64))
+    return int(gradient.view(bits).sum(dtype=torch.int64))
+
+
+def _figures(gradient: Tensor) -> tuple[float, float]:
+    weights = torch.linspace(-1, 1, gradient.numel(), device=gradient.device)
+    return float(gradient.float().norm()), float(gradient.float() @ weights)

@@ -1,7 +1,7 @@
 """The eval split's loss, the same to the last bit at every number of workers."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import transformers
 from torch import nn
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ConfigError, DataError
+from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
 from clm_dist.metrics import Evaluation, MicroLoss, combine
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.progress import Progress
+from clm_dist.train.attention import attention_options
 from clm_dist.train.documents import document_end_of, num_predicted
 from clm_dist.train.forward import WithLoss, block_losses, unwrapped
+from clm_dist.train.memory import is_out_of_memory
 from clm_dist.train.mixing import find_mixing
 from clm_dist.train.model import autocast, set_matrix_products
 
@@ -65,7 +67,7 @@ def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -
     """The eval split's figures of a model that is written already, in this process alone, at the job's precision."""
     transformers.utils.logging.disable_progress_bar()
     set_matrix_products(job.train.precision)
-    model = WithLoss(load_pretrained(path).float())
+    model = WithLoss(load_pretrained(path, **attention_options(job.model.attention)).float())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     document_end = document_end_of(store) if job.data.document_mask else None
     split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
@@ -123,13 +125,28 @@ def evaluate_micros(
     with torch.no_grad():
         for turn in range(rounds):
             index = turn * world_size + rank
-            if index < split.num_micros:
-                micros.append(_evaluate_micro(model, split, index, device, autocast))
-            elif in_step:
-                _evaluate_micro(model, split, 0, device, autocast)
+            with _enough_memory(split.micro_size):
+                if index < split.num_micros:
+                    micros.append(_evaluate_micro(model, split, index, device, autocast))
+                elif in_step:
+                    _evaluate_micro(model, split, 0, device, autocast)
             on_micro(turn + 1)
     model.train(was_training)
     return micros
+
+
+@contextlib.contextmanager
+def _enough_memory(micro_size: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"eval.micro_size: an evaluation of {micro_size} blocks at a time does not fit into memory "
+            f"({first_line(error)}); lower eval.micro_size",
+            field="eval.micro_size",
+        ) from error
 
 
 def _evaluate_micro(

@@ -11,6 +11,7 @@ from clm_dist.files.atomic import replace_dir, writing
 from clm_dist.metrics import MicroLoss
 from clm_dist.pretrained.portable import make_portable
 from clm_dist.pretrained.weights import load_pretrained
+from clm_dist.train.attention import attention_options
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.strategies.base import Strategy
@@ -52,7 +53,7 @@ def evaluate_export(
     Raises:
         RunError: it cannot be evaluated as it is sharded.
     """
-    model = load_pretrained(directory)
+    model = load_pretrained(directory, **attention_options(job.model.attention))
     bf16 = job.train.precision == "bf16" and job.cluster.strategy == "fsdp2"
     try:
         if strategy.sharded:

@@ -96,15 +96,15 @@ class WithLoss(nn.Module):
                 0. The weights stay as they are.
         """
         self._pad_head(multiple)
-        self._compiled, self._compiled_shape = _compile(self._losses), shape
+        self._compiled, self._compiled_shape = compile_function(self._losses), shape
 
     def compile_parts(self, shape: tuple[int, ...], parts: Iterable[nn.Module], *, multiple: int = 1) -> None:
         """As `compile_whole`, but some modules of the model, and the loss, each for itself."""
         self._pad_head(multiple)
         for part in parts:
             # The hooks of a strategy, which are called with the module, stay outside.
-            part.forward = self._where_compiled(_compile(part.forward), part.forward)
-        self._compiled, self._compiled_shape = partial(self._losses, loss=_compile(self._loss)), shape
+            part.forward = self._where_compiled(compile_function(part.forward), part.forward)
+        self._compiled, self._compiled_shape = partial(self._losses, loss=compile_function(self._loss)), shape
 
     def uncompile(self) -> None:
         """Compute every pass as it was before it was compiled."""
@@ -147,7 +147,8 @@ class WithLoss(nn.Module):
         return lambda *args, **kwargs: (compiled if self._runs_compiled else plain)(*args, **kwargs)
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when it is first called, as one graph, for the shapes that it is called with."""
     # `deterministic`: no choice between kernels by how fast each has just been.
     return torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
 
@@ -215,7 +216,7 @@ def first_pass(model: nn.Module) -> Iterator[None]:
             raise
         raise ConfigError(
             f"model: {name_of(model)} cannot compute a block: {first_line(error)}; its configuration is at fault, or "
-            "it needs more than text",
+            f"it needs more than text, or its attention ({attention_of(unwrapped(model).config)}) does not work here",
             field="model",
         ) from error
 

@@ -27,12 +27,13 @@ from clm_dist.train.batches import BatchOrder, Feed, MicroBatch, block_checksum,
 from clm_dist.train.checkpointing.reporter import Reporter, StopCheck, Wish
 from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import NotSavedError, Saves
-from clm_dist.train.compiling import compile_passes
+from clm_dist.train.compiling import reproducible, try_compiling
 from clm_dist.train.documents import document_end_of, num_predicted
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
+from clm_dist.train.memory import of_a_pass
 from clm_dist.train.model import load_config, load_model, set_matrix_products
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
@@ -147,14 +148,15 @@ class _Loop:
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
-        check_training(job, strategy, self.blocks, self.document_end)
-        self.compilation = compile_passes(
-            job,
-            strategy,
-            self.blocks[order.global_batch(0)[: job.batch.micro_size]],
-            self.document_end,
-            seconds_at_peak=self.throughput.seconds_at_peak(order.num_tokens(self.blocks.block_size)),
-        )
+        with of_a_pass():
+            check_training(job, strategy, self.blocks, self.document_end)
+            self.compilation = try_compiling(
+                job,
+                strategy,
+                self.blocks[order.global_batch(0)[: job.batch.micro_size]],
+                self.document_end,
+                seconds_at_peak=self.throughput.seconds_at_peak(order.num_tokens(self.blocks.block_size)),
+            )
         before = self._resume()
         self.reporter.add(
             {
@@ -262,7 +264,8 @@ class _Loop:
             data_wait += time.perf_counter() - reading
             self.heart.at(self.step, f"pass {number + 1} of {len(micros)}")
             strategy.seed(pass_seed(job.train.seed, self.step, micro.index))
-            with strategy.one_pass(last=number == len(micros) - 1) as model:
+            last = number == len(micros) - 1
+            with of_a_pass(), reproducible(self.compilation.compiled), strategy.one_pass(last=last) as model:
                 losses, router_loss = model(ids_BT, self.document_end)
                 objective = losses.sum()
                 if router_loss is not None:

@@ -111,7 +111,7 @@ def check_gradient_checkpointing(bench: Bench) -> None:
 
 
 def check_compile(bench: Bench) -> None:
-    bench.monkeypatch.setattr("clm_dist.train.forward._compile", lambda function: function)
+    bench.monkeypatch.setattr("clm_dist.train.forward.compile_function", lambda function: function)
     runs = [bench.train(on, "train.max_steps=1", f"train.compile={on}") for on in ("true", "false")]
     starts = [next(record for record in metrics_of(run.metrics) if record["kind"] == "start") for run in runs]
     assert [start["compiled"] for start in starts] == [True, False]

@@ -15,10 +15,11 @@ from clm_dist.config.load import job_text
 from clm_dist.errors import CheckpointError, ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
+from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.callbacks import Group
 from clm_dist.train.ray.failures import cause_of, reason_of
-from clm_dist.train.ray.memory import with_blocks_that_fit
+from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.ray.own import RayEndedError
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of
@@ -63,19 +64,11 @@ def test_a_worker_that_meets_what_a_person_must_mend_is_not_started_again(
         group.before_controller_execute_failure_decision("RETRY")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ],
-)
-def test_workers_that_are_out_of_memory_take_half_the_blocks(
-    error: Exception, make_job: MakeJob, tmp_path: Path
-) -> None:
+def test_workers_whose_pass_does_not_fit_take_half_the_blocks(make_job: MakeJob, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     group = Group(run, checkpoints_of(run), elastic=False, max_failures=2)
-    job = make_job("batch.global_size=6", "batch.micro_size=32")
+    settings = ("batch.global_size=6", "batch.micro_size=32")
+    job = make_job(*settings)
     run.job.write_text(job_text(job))
 
     def fail_with(error: Exception) -> int:
@@ -83,14 +76,16 @@ def test_workers_that_are_out_of_memory_take_half_the_blocks(
         group.before_controller_execute_failure_decision("RETRY")
         return with_blocks_that_fit(job, run).batch.micro_size
 
-    assert fail_with(RuntimeError("killed")) == 32
-    assert [fail_with(error) for _ in range(3)] == [3, 2, 1]
+    too_large = PassTooLargeError("CUDA out of memory")
+    assert fail_with(torch.OutOfMemoryError("of the optimizer")) == 32
+    assert [fail_with(too_large) for _ in range(3)] == [3, 2, 1]
     assert fail_with(RuntimeError("killed")) == 1
     with pytest.raises(ConfigError, match=r"a pass of one block does not fit into memory; set train\.grad"):
-        fail_with(error)
-    # A person who has set another is obeyed.
-    other = make_job("batch.global_size=6", "batch.micro_size=4")
-    assert with_blocks_that_fit(other, run) == other
+        fail_with(too_large)
+    # A person who has changed what a pass needs is obeyed.
+    for changed in ("batch.micro_size=4", "train.gradient_checkpointing=true", "cluster.strategy=zero2"):
+        other = make_job(*settings, changed)
+        assert with_blocks_that_fit(other, run) == other
 
 
 class Running:

@@ -1,5 +1,6 @@
 """Passes that are compiled: they compute the same, a resume is exact, and what cannot be compiled runs as before."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +99,7 @@ def test_every_pass_of_training_is_compiled_in_one_shape_and_a_resume_is_exact(
     num_steps, last = divmod(len(Blocks(store, "train")), 8)
     assert last
     shapes: list[tuple[bool, int]] = []
-    compile_it = forward._compile
+    compile_it = forward.compile_function
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         compiled = compile_it(function)
@@ -111,13 +112,13 @@ def test_every_pass_of_training_is_compiled_in_one_shape_and_a_resume_is_exact(
 
         return call
 
-    monkeypatch.setattr(forward, "_compile", watched)
+    monkeypatch.setattr(forward, "compile_function", watched)
     run = RunDir(tmp_path)
     assert train_one(job, run, store).status == "done"
     assert start_of(run)["compiled"], start_of(run)["note"]
     # Four are tried before the first step.
     assert shapes == [(True, 4)] * (4 + 2 * (num_steps + 1))
-    monkeypatch.setattr(forward, "_compile", compile_it)
+    monkeypatch.setattr(forward, "compile_function", compile_it)
 
     # With dropout too, in another process as well, a resume is exact.
     resumed = RunDir(tmp_path / "resumed")
@@ -125,6 +126,11 @@ def test_every_pass_of_training_is_compiled_in_one_shape_and_a_resume_is_exact(
     run_workers(train_several, 1, [job], [resumed.root], store)
     assert losses_of(resumed.root) == losses_of(run.root)
     assert weights_of(resumed) == weights_of(run)
+
+
+def compile_with(compiler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "compile_function", compiler)
+    monkeypatch.setattr(compiling, "_compile_something", lambda device: None)
 
 
 class Fake:
@@ -151,6 +157,8 @@ def fail(losses: Tensor, call: int) -> Tensor:
     [
         ("true", fail, False, "Passes are not compiled: RuntimeError, no compiler is installed"),
         ("true", lambda losses, _: losses * 1.01, False, "Passes are not compiled: compiled, the first has a loss of"),
+        ("true", lambda losses, _: 2 * losses.detach() - losses, False, "or they differ in parts"),
+        ("true", lambda losses, _: losses.roll(1), False, "or they differ in parts"),
         ("true", lambda losses, call: losses * (1 + call * 1e-6), True, "They are not the same to the last bit each"),
         ("auto", lambda losses, call: losses * (1 + call * 1e-6), False, "train.compile: true takes that"),
         ("auto", lambda losses, _: losses, True, "Passes of training are compiled, in 0 s"),
@@ -166,7 +174,7 @@ def test_what_cannot_be_trusted_is_not_compiled(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forward, "_compile", Fake(change))
+    compile_with(Fake(change), monkeypatch)
     monkeypatch.setattr(compiling, "is_worth_it", lambda seconds: True)
     job, plain = (make_job("train.max_steps=2", f"train.compile={value}") for value in (on, "false"))
     store = prepared(job)
@@ -176,9 +184,35 @@ def test_what_cannot_be_trusted_is_not_compiled(
     start = start_of(runs[0])
     assert start["compiled"] is compiled
     assert note in start["note"]
-    assert torch.are_deterministic_algorithms_enabled() is False
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if not compiled:
         assert losses_of(runs[0].root) == losses_of(runs[1].root)
+
+
+def train_where_rank_1_cannot(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> str:
+    if rank == 1:
+        compiling.compile_function = no_compiler  # type: ignore[attr-defined]
+    assert train_one(job, run, store, rank, world_size).status == "done"
+    return str(start_of(run)["note"])
+
+
+def no_compiler(function: Callable[..., Any]) -> Any:
+    raise OSError("no compiler on this node")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_a_worker_that_cannot_compile_holds_up_no_other(
+    strategy: str, make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    # With buffers, which DistributedDataParallel exchanges in a forward pass.
+    llama = f"model.config={json.dumps({'model_type': 'llama', **ARCHITECTURES['llama']})}"
+    job = make_job(
+        llama, "train.max_steps=1", "train.compile=true", f"cluster.strategy={strategy}", "cluster.workers=2"
+    )
+    notes = run_workers(train_where_rank_1_cannot, 2, job, RunDir(tmp_path), prepared(job))
+    assert notes == ["Passes are not compiled: another worker cannot compile them"] * 2
 
 
 def test_a_model_that_breaks_the_graph_runs_as_before(
@@ -200,7 +234,7 @@ def test_a_model_that_breaks_the_graph_runs_as_before(
 def test_a_resume_says_that_passes_are_computed_otherwise(
     make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    compile_with(lambda function: function, monkeypatch)
     run = RunDir(tmp_path)
     for steps, on, note in (
         (2, "false", None),
@@ -230,7 +264,7 @@ def losses_and_gradients(model: WithLoss, ids_BT: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "cohere", "granite", "phi"])
 def test_a_padded_head_computes_the_same(kind: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tied or not, with a bias, with logits that are capped or scaled."""
-    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    compile_with(lambda function: function, monkeypatch)
     vocab_size = 300
     config = {"model_type": kind, **ARCHITECTURES[kind], "vocab_size": vocab_size}
     ids_BT = torch.randint(vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -258,7 +292,7 @@ def test_a_padded_head_computes_the_same(kind: str, parts: bool, monkeypatch: py
 
 
 def test_a_short_batch_is_filled_up_with_blocks_that_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    compile_with(lambda function: function, monkeypatch)
     ids_BT = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
     plain, compiled = (build({"model_type": "llama", **ARCHITECTURES["llama"], "vocab_size": 300}) for _ in range(2))
     compiled.compile_whole((8, 16))
@@ -268,7 +302,7 @@ def test_a_short_batch_is_filled_up_with_blocks_that_count_nothing(monkeypatch: 
 
 
 def test_the_loss_of_a_router_sees_no_block_that_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_compile", lambda function: function)
+    compile_with(lambda function: function, monkeypatch)
     model = build(
         {"model_type": "mixtral", **ARCHITECTURES["mixtral"], "vocab_size": 300, "output_router_logits": True}
     )
@@ -299,7 +333,7 @@ def test_parts_are_compiled_in_whole_passes_of_training_alone(monkeypatch: pytes
 
         return call
 
-    monkeypatch.setattr(forward, "_compile", compile_it)
+    monkeypatch.setattr(forward, "compile_function", compile_it)
     model = build({"model_type": "gpt2", **ARCHITECTURES["gpt2"]})
     model.compile_parts((2, 16), model.model.transformer.h)
     ids_BT = torch.zeros(2, 16, dtype=torch.int64)

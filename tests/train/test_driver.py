@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from clm_dist.config.job import JobConfig
@@ -24,9 +23,10 @@ from clm_dist.files.runs import find_run
 from clm_dist.files.samples import read_samples, write_samples
 from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
+from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
-from clm_dist.train.ray.memory import with_blocks_that_fit
+from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.ray.worker import train_worker
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted
@@ -135,7 +135,7 @@ def test_a_pass_that_does_not_fit_into_memory_is_halved_and_the_steps_stay(
         # Ray brings it to the workers as it is.
         run = RunDir(Path(config["run"]))
         if with_blocks_that_fit(read_saved_job(run.job), run).batch.micro_size > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            raise PassTooLargeError("CUDA out of memory. Tried to allocate 1 GiB")
         return train_worker(config)
 
     monkeypatch.setattr("clm_dist.train.ray.trainer.train_worker", train_where_two_blocks_fit)
@@ -145,7 +145,7 @@ def test_a_pass_that_does_not_fit_into_memory_is_halved_and_the_steps_stay(
     records = metrics_of(tmp_path / "halved" / "metrics.jsonl")
     assert sum(r["kind"] == "failure" for r in records) == 2
     assert [r["micro_size"] for r in records if r["kind"] == "start"] == [2]
-    assert any("OutOfMemoryError: CUDA out of memory" in note for note in progress.notes)
+    assert any("PassTooLargeError: CUDA out of memory" in note for note in progress.notes)
     assert "A pass has 2 blocks now, not 8; a step has the same blocks" in progress.notes
     small = make_job("batch.micro_size=2", "train.max_steps=2")
     assert train_one(small, RunDir(tmp_path / "small"), prepared(small)).status == "done"

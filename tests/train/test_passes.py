@@ -1,6 +1,7 @@
 """What a pass and a step count, and where dropout is on."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from clm_dist.config.job import JobConfig
+from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import MicroLoss
 from clm_dist.train.batches import pass_seed
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.forward import WithLoss
+from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.model import load_model
 from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.fsdp2 import shard
@@ -119,3 +122,29 @@ def test_matrix_products_keep_all_bits_unless_the_job_says_otherwise(
         job = make_job("train.max_steps=1", f"train.precision={precision}")
         assert train_one(job, RunDir(tmp_path / precision), prepared(job)).status == "done"
         assert torch.get_float32_matmul_precision() == kept
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_too_little_memory_is_said_of_the_pass_that_it_was_too_little_for(
+    evaluating: bool,
+    error: Exception,
+    make_job: MakeJob,
+    prepared: Callable[[JobConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = WithLoss.forward
+
+    def too_large(self: WithLoss, *arguments: Any, **options: Any) -> Any:
+        if len(arguments[0]) > 2 and torch.is_grad_enabled() != evaluating:
+            raise error
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(WithLoss, "forward", too_large)
+    job = make_job("train.max_steps=1", "eval.micro_size=3")
+    message = "eval.micro_size: an evaluation of 3 blocks at a time does not fit" if evaluating else str(error)
+    with pytest.raises(ConfigError if evaluating else PassTooLargeError, match=re.escape(message)):
+        train_one(job, RunDir(tmp_path), prepared(job))

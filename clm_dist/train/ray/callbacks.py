@@ -10,9 +10,10 @@ from ray.train import UserCallback
 from clm_dist.errors import ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
+from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.failures import causes_of, reason_of
-from clm_dist.train.ray.memory import halve_micro_size, is_out_of_memory
+from clm_dist.train.ray.micro_size import halve_micro_size
 from clm_dist.train.ray.own import log_dir
 from clm_dist.train.ray.private import ControllerCallback, WorkerCallback, WorkerGroupCallback, tell_of_other_nodes
 from clm_dist.train.recorder import Recorder
@@ -63,7 +64,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._placed = False
         self._num_unborn = 0
         self._mend_first: ConfigError | None = None
-        self._out_of_memory = False
+        self._too_large = False
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._forget_workers()
@@ -81,7 +82,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         # A store or a checkpoint may be damaged on one node alone, and other workers do without it.
         ours = (cause for cause in causes if isinstance(cause, ConfigError) and not isinstance(cause, DataError))
         self._mend_first = next(ours, None)
-        self._out_of_memory = any(is_out_of_memory(cause) for cause in causes)
+        self._too_large = any(isinstance(cause, PassTooLargeError) for cause in causes)
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._running = None
@@ -91,8 +92,8 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._forget_workers()
         if self._mend_first:
             raise self._mend_first
-        if self._out_of_memory:
-            self._out_of_memory = False
+        if self._too_large:
+            self._too_large = False
             halve_micro_size(self._run)
         self._num_unborn += self._placed
         self._placed = False

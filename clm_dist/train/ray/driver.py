@@ -42,7 +42,6 @@ from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
 from clm_dist.train.ray.follow import Follower
-from clm_dist.train.ray.memory import with_blocks_that_fit
 from clm_dist.train.ray.trainer import build_trainer, fit
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
@@ -118,9 +117,7 @@ def _train(
     ]
     trainer = build_trainer(job, run, store, cluster, callbacks)
     before = Counter(record["kind"] for record in read_records(run.metrics, last_steps=0))
-    follower = Follower(
-        run, progress, before["start"], on_export, micro_size=with_blocks_that_fit(job, run).batch.micro_size
-    )
+    follower = Follower(run, progress, before["start"], on_export, micro_size=job.batch.micro_size)
     watch = WorkerWatch(job, run, cluster, progress)
     progress.start(f"Starting {_count_workers(job)} (usually 10 to 40 s)", kind="start")
     try:

@@ -19,7 +19,7 @@ class Follower:
     Args:
         num_starts: how often workers have started before.
         on_export: called with the directory and the step of every model that is written before the end.
-        micro_size: blocks of a pass, as far as the driver knows.
+        micro_size: blocks of a pass that the job names.
     """
 
     def __init__(

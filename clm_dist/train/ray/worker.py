@@ -15,7 +15,7 @@ from clm_dist.files.stores import Store
 from clm_dist.train.loop import train
 from clm_dist.train.messages import Message
 from clm_dist.train.ray import signals
-from clm_dist.train.ray.memory import with_blocks_that_fit
+from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.session import Session
 
 

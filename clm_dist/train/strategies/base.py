@@ -3,8 +3,8 @@
 All that differs between strategies is in this folder. Three promises hold for each: the gradient of a step is the mean
 over the ranks of what each of them passed to `backward`; the norm that `step` returns is that of the whole gradient,
 the same on every rank; and `fragments` are all that changes in training, so that a checkpoint of one strategy and
-number of workers loads into any other. `first_step.py` tries the first before any step is
-trained.
+number of workers loads into any other. `first_step.py` tries the
+first before any step is trained.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class Strategy(ABC):
         """Inside, models are built whole on every rank, whatever `prepare` makes of them. Not collective."""
         return contextlib.nullcontext()
 
-    def compile_passes(self, shape: tuple[int, ...]) -> None:
+    def compile_when_called(self, shape: tuple[int, ...]) -> None:
         """Compile passes of training over blocks of a shape, (B, T), when the first comes. Not collective."""
         self.with_loss.compile_whole(shape, multiple=self._head_multiple)
 

@@ -1,14 +1,13 @@
 """The environment in which a worker's libraries start."""
 
 import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from clm_dist.errors import RunError
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "clm_dist" / "compiled"
+CACHE = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist/compiled"
 """Where compiled passes are kept for the next start; the user's own, because it is code."""
 
 
@@ -25,10 +24,10 @@ def set_up_worker(*, rank: int, world_size: int, use_gpu: bool, num_threads: int
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    # torch's own place is under /tmp, where anybody may have put something before.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))
-    torch.use_deterministic_algorithms(False)
-    if use_gpu and compiles:
+    if compiles:
+        # torch's own place is under /tmp, where anybody may have put something before.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(CACHE))  # noqa: PTH111  # it never raises
+    if compiles and use_gpu:
         # Without it matrix products are not the same each time where passes are compiled.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The job alone decides; what a shell or `accelerate config` left behind must not.

@@ -42,7 +42,7 @@ class FullyShard(Strategy):
         self._shards = {name: p for name, p in self.plain_model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.model)
 
-    def compile_passes(self, shape: tuple[int, ...]) -> None:
+    def compile_when_called(self, shape: tuple[int, ...]) -> None:
         self.with_loss.compile_parts(shape, self._blocks, multiple=self._head_multiple)
 
     def step(self, learning_rate: float, *, drop: bool = False) -> float:

@@ -1,17 +1,10 @@
 """A pass that does not fit into memory: the next workers take half its blocks, which changes no global batch."""
 
-import torch
-
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import read_saved_job
+from clm_dist.config.load import fingerprint, read_saved_job
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import read_json, write_json
 from clm_dist.files.run_dir import RunDir
-
-
-def is_out_of_memory(cause: BaseException) -> bool:
-    """Whether a worker failed because its device, or the host where it trains there, had too little memory for it."""
-    return isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(cause)
 
 
 def with_blocks_that_fit(job: JobConfig, run: RunDir) -> JobConfig:
@@ -19,8 +12,8 @@ def with_blocks_that_fit(job: JobConfig, run: RunDir) -> JobConfig:
     if not run.micro_size.exists():
         return job
     found = read_json(run.micro_size)
-    if found["job"] != job.batch.micro_size:
-        # A person has changed it since.
+    if found["of"] != _of(job):
+        # A person has changed what a pass needs since.
         return job
     return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_size": found["fits"]})})
 
@@ -40,4 +33,10 @@ def halve_micro_size(run: RunDir) -> None:
             "or lower data.block_size",
             field="batch.micro_size",
         )
-    write_json(run.micro_size, {"job": job.batch.micro_size, "fits": -(-blocks // 2)})
+    write_json(run.micro_size, {"of": _of(job), "fits": -(-blocks // 2)})
+
+
+def _of(job: JobConfig) -> str:
+    """A fingerprint of what decides how much memory a pass takes."""
+    sections = ("batch", "train", "model", "cluster")
+    return fingerprint(job.model_dump(mode="json", include={"data": {"block_size"}, **dict.fromkeys(sections, True)}))
