@@ -78,15 +78,18 @@ class _Tried:
         mean = self.losses.mean()
         if not abs(other.losses.mean() - mean) <= allowed * abs(mean):
             return False
-        if not (math.isfinite(self.norm) and self.figures.numel()):
+        if not math.isfinite(self.norm):
             # In fp16 the first gradients may overflow.
             return True
-        if draws:
-            return float(cosine_similarity(self.figures[1], other.figures[1], dim=0)) > _SAME_DIRECTION
+        if not abs(other.norm - self.norm) <= _OF_GRADIENT * allowed * self.norm:
+            return False
         norms, sums = self.figures
+        if draws:
+            cosine = float(cosine_similarity(sums, other.figures[1], dim=0))
+            return cosine > _SAME_DIRECTION or not norms.any()
         # Of a gradient that is 0 but for rounding nothing can be said.
-        bounds = _OF_GRADIENT * rounded * (norms + norms.norm())
-        per_token = (other.losses - self.losses).abs().max() <= _OF_GRADIENT * rounded * self.losses.abs().max()
+        bounds = _OF_GRADIENT * allowed * (norms + norms.norm())
+        per_token = (other.losses - self.losses).abs().max() <= _OF_GRADIENT * allowed * self.losses.abs().max()
         return bool(per_token and ((other.figures[1] - sums).abs() <= bounds).all())
 
     def is_same(self, other: "_Tried") -> bool:

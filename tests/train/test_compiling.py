@@ -57,7 +57,12 @@ def weights_of(run: RunDir) -> bytes:
 @pytest.mark.parametrize(
     ("strategy", "settings"),
     [
-        *((strategy, ()) for strategy in STRATEGIES),
+        *((strategy, ()) for strategy in STRATEGIES if strategy != "zero1"),
+        ("zero2", DROPOUT),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("zero1", ()), ("ddp", DROPOUT), ("fsdp2", DROPOUT))
+        ),
         ("ddp", ("train.precision=bf16", "train.gradient_checkpointing=true", "data.document_mask=true")),
         ("fsdp2", ("train.precision=bf16", "train.gradient_checkpointing=true", "data.document_mask=true")),
     ],
@@ -73,7 +78,7 @@ def test_a_compiled_run_is_the_same_run_and_its_resume_is_exact(
     leave_only(runs[1], step=4, target=runs[2])
     run_workers(train_several, 2, [compiled], [runs[2].root], store)
 
-    rounded = 1e-2 if "train.precision=bf16" in settings else 1e-5
+    rounded = 1e-1 if settings == DROPOUT else 1e-2 if settings else 1e-5
     np.testing.assert_allclose(losses_of(runs[1].root), losses_of(runs[0].root), rtol=rounded)
     assert blocks_of(runs[0]) == blocks_of(runs[1]) == blocks_of(runs[2])
     # Evaluations are not compiled.
