@@ -67,18 +67,19 @@ class WithLoss(nn.Module):
 
     def forward(self, ids_BT: Tensor, end: int | None = None, *, logits: bool = False) -> tuple[Tensor, Tensor | None]:
         """The losses, or with `logits` the logits, (B, T, V); and the router's loss."""
+        compiled = self._compiled if self.training and not logits and self._is_compiled_for(ids_BT) else None
+        # Also what parts of the model go by, here and where the backward pass computes them again.
+        self._runs_compiled = compiled is not None
         # Plain tuples, which the engines of strategies can look into.
         if logits:
             prediction = predict(self.model, ids_BT, end)
             return prediction.logits, prediction.router_loss
-        self._runs_compiled = self.training and self._compiled is not None and self._is_compiled_for(ids_BT)
-        if not self._runs_compiled:
+        if compiled is None:
             return self._losses(ids_BT, end)
-        assert self._compiled
         # Blocks that are missing in a short batch are filled up by its first, whose losses there are left out.
         num_blocks = len(ids_BT)
         filling_BT = ids_BT[:1].expand(self._compiled_shape[0] - num_blocks, -1)
-        losses_BT, router_loss = self._compiled(torch.cat([ids_BT, filling_BT]), end)
+        losses_BT, router_loss = compiled(torch.cat([ids_BT, filling_BT]), end)
         return losses_BT[:num_blocks], router_loss
 
     @property

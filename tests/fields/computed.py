@@ -17,6 +17,7 @@ from clm_dist.config.job import ClusterConfig, JobConfig, TrainConfig
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
 from clm_dist.pretrained.tokenizer import load_tokenizer
+from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.model import load_config, load_model
@@ -157,9 +158,20 @@ def check_model_path(bench: Bench) -> None:
 
 
 def check_model_attention(bench: Bench) -> None:
-    job = bench.make_job("model.attention=eager")
-    model: Any = load_model(job, load_tokenizer(bench.prepared(job) / "tokenizer"))
-    assert model.transformer.h[0].attn.config._attn_implementation == "eager"
+    models: list[Any] = []
+
+    def keep(load: Any) -> Any:
+        def kept(*arguments: Any, **options: Any) -> Any:
+            models.append(load(*arguments, **options))
+            return models[-1]
+
+        return kept
+
+    bench.monkeypatch.setattr("clm_dist.train.loop.load_model", keep(load_model))
+    bench.monkeypatch.setattr("clm_dist.train.export.load_pretrained", keep(load_pretrained))
+    bench.train("eager", "model.attention=eager", "train.max_steps=1")
+    # The one that is trained, and the one that is read back.
+    assert [model.transformer.h[0].attn.config._attn_implementation for model in models] == ["eager", "eager"]
 
 
 def check_model_revision(bench: Bench) -> None:
