@@ -49,21 +49,18 @@ class DataParallel(Strategy):
     def shared_figures(self) -> list[Tensor]:
         limit = float("inf") if self._max_norm is None else self._max_norm
         self._own_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit).double()
-        finite = torch.isfinite(self._own_norm)
-        norm = torch.where(finite, self._own_norm, 0.0)
-        return [norm, norm * norm, finite, self._own_norm]
+        return [self._own_norm, self._own_norm * self._own_norm, torch.isfinite(self._own_norm)]
 
     def check_shared(self, sums: list[float]) -> None:
-        norms, squares, num_finite, own_norms = sums
+        norms, squares, num_finite = sums
         # As all have the same, this is it to the last bit, and tells what is infinite from what is no number.
-        self._norm = own_norms / self.world_size
-        mean = norms / self.world_size
-        variance = squares / self.world_size - mean * mean
-        if num_finite not in (0, self.world_size) or variance > (1e-5 * mean) ** 2 + 1e-24:
+        self._norm = norms / self.world_size
+        variance = squares / self.world_size - self._norm * self._norm
+        if num_finite not in (0, self.world_size) or variance > (1e-5 * self._norm) ** 2 + 1e-24:
             raise RunError(
                 f"the ranks do not share their gradients any more: this rank's gradient norm is "
-                f"{float(self._own_norm):.6g}, the "
-                f"mean of {self.world_size} ranks {mean:.6g}; nothing was saved since. {REPORT_FAULT}"
+                f"{float(self._own_norm):.6g}, the mean of {self.world_size} ranks {self._norm:.6g}; nothing was saved "
+                f"since. {REPORT_FAULT}"
             )
 
     def step(self, learning_rate: float, *, drop: bool = False) -> float:
