@@ -86,6 +86,8 @@ def test_the_newest_and_the_best_are_kept(make: MakeCheckpoints) -> None:
         save(make(), step, eval_loss=loss, keep=2)
     steps = [marker.state.step for marker in make().readable().values()]
     assert steps == [20, 50, 60]
+    # The untouched model is not what training found, however good it was.
+    save(make(), 0, eval_loss=0.1, keep=9)
     save(make(), 70, eval_loss=0.5, keep=2)
     assert [marker.state.step for marker in make().readable().values()] == [60, 70]
 

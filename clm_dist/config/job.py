@@ -123,6 +123,11 @@ class TrainConfig(Section):
     checkpoint's weights and skip the steps since. No update is made in any case."""
     on_spike: Literal["report", "skip"] = "report"
     """Where the loss is far above that of the last 128 steps: say so, or leave the step out as well."""
+    keep: Literal["last", "best"] = "last"
+    """The model that is written in the end: that of the last step, or that of the evaluation with the lowest loss since
+    training began, for which a checkpoint is saved at each evaluation that is better than those before."""
+    stop_after: Count | None = None
+    """End after this many evaluations in a row that are no better than the best before them (early stopping)."""
     max_failures: Annotated[int, Field(ge=0, le=MOST)] = 3
     """How often dead or hanging workers are replaced, from the last committed checkpoint, before the run fails."""
     hang_timeout_s: Annotated[float, Field(ge=2)] | None = 1200

@@ -28,7 +28,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, first_line
 from clm_dist.files.atomic import make_dir, write_json, writing
 from clm_dist.files.hashes import file_sha256
-from clm_dist.files.markers import FORMAT_VERSION, DamagedError, Marker, RankFile, TrainerState, best_of
+from clm_dist.files.markers import FORMAT_VERSION, BestEval, DamagedError, Marker, RankFile, TrainerState, best_of
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.storage import reaching
 
@@ -107,7 +107,11 @@ class Checkpoints:
                 )
                 parameters = {name: tuple(shape) for name, shape in content["state"]["parameters"].items()}
                 losses = tuple(content["state"]["recent_losses"])
-                state = TrainerState(**content["state"] | {"recent_losses": losses, "parameters": parameters})
+                best = content["state"].get("best")
+                state = TrainerState(
+                    **content["state"]
+                    | {"recent_losses": losses, "parameters": parameters, "best": best and BestEval(**best)}
+                )
                 return Marker(**content | {"state": state, "shares": shares})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{self.where(name)}/{_MARKER} is damaged ({first_line(error)})") from None

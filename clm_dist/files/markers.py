@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError
@@ -19,6 +19,24 @@ class RankFile:
     sha256: str
     fragments: Mapping[str, tuple[int, int]]
     """For each parameter, the first element in the file and the one after the last; parameters are flat."""
+
+
+@dataclass(frozen=True)
+class BestEval:
+    """The evaluation with the lowest loss since the first step was trained; of equal ones the first."""
+
+    step: int
+    loss: float
+    """Nats a token."""
+    num_since: int = 0
+    """Evaluations after it."""
+
+    @staticmethod
+    def with_next(best: "BestEval | None", step: int, loss: float) -> "BestEval":
+        """The best after one more evaluation, at `step`."""
+        if best is None or loss < best.loss:
+            return BestEval(step, loss)
+        return replace(best, num_since=best.num_since + 1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,8 @@ class TrainerState:
     """Whether the run was stopped before it had evaluated at this step, as it should."""
     compiled: bool = False
     """Whether passes were compiled, which rounds otherwise."""
+    best: BestEval | None = None
+    """The best evaluation until then; None before the first."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +96,19 @@ def checkpoint_name(step: int) -> str:
 
 
 def best_of(markers: Mapping[str, Marker]) -> str | None:
-    """The checkpoint with the lowest eval loss, the newest of equal ones; None where none was evaluated."""
-    losses = {name: marker.eval_loss for name, marker in markers.items() if marker.eval_loss is not None}
-    return min(sorted(losses, reverse=True), key=lambda name: losses[name], default=None)
+    """The checkpoint with the lowest eval loss since the first step was trained, the first of equal ones; None where
+    none was evaluated."""
+    trained = {name: marker for name, marker in markers.items() if marker.state.step > 0}
+    losses = {name: marker.eval_loss for name, marker in trained.items() if marker.eval_loss is not None}
+    return min(sorted(losses), key=lambda name: losses[name], default=None)
+
+
+def checkpoint_of(best: BestEval, markers: Mapping[str, Marker]) -> str | None:
+    """The checkpoint with the weights of the best evaluation; None where there is none."""
+    found = (
+        name for name, marker in markers.items() if (marker.state.step, marker.eval_loss) == (best.step, best.loss)
+    )
+    return next(found, None)
 
 
 def check_parameters(state: TrainerState, where: str, parameters: Mapping[str, tuple[int, ...]]) -> None:

@@ -139,6 +139,17 @@ class ExportRecord(TypedDict):
     path: str
 
 
+class FinalRecord(TypedDict):
+    """Training has ended, and the model is written."""
+
+    kind: Literal["final"]
+    step: int
+    kept: int
+    """Step of the weights that are written."""
+    stopped_early: bool
+    """Whether training ended after `train.stop_after` evaluations without a lower loss."""
+
+
 Record = (
     StartRecord
     | StepRecord
@@ -150,4 +161,5 @@ Record = (
     | OutlierRecord
     | RollbackRecord
     | ExportRecord
+    | FinalRecord
 )

@@ -14,7 +14,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import damaged, read_json
 from clm_dist.files.blocks import Manifest
-from clm_dist.files.record_types import EvalRecord, StartRecord
+from clm_dist.files.record_types import EvalRecord, FinalRecord, StartRecord
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
@@ -49,7 +49,11 @@ class Result(TypedDict):
     """The evaluation of the untouched model."""
     evals: list[EvalFigures]
     final: EvalFigures | None
-    """None until the run is done."""
+    """That of the model in `final`; None until the run is done."""
+    keep: NotRequired[Literal["last", "best"]]
+    """The value of `train.keep`."""
+    stopped_early: NotRequired[bool]
+    """Whether training ended before its last step, because the evaluations no longer got better."""
     train: Training
     workers: int
     """When the run ended."""
@@ -102,6 +106,7 @@ def build_result(
     """The content of result.json, from the run's metrics."""
     starts: list[StartRecord] = []
     evals: list[EvalFigures] = []
+    ends: list[FinalRecord] = []
     last_step = tokens = 0
     seconds = 0.0
     for record in read_records(run.metrics):
@@ -113,12 +118,17 @@ def build_result(
             starts.append(record)
         elif record["kind"] == "eval":
             evals.append(_figures(record))
+        elif record["kind"] == "final":
+            ends.append(record)
+    end = ends[-1] if ends and status == "done" else None
     result: Result = {
         "name": job.name,
         "status": status,
         "baseline": evals[0] if evals and evals[0]["step"] == 0 else None,
         "evals": [e for e in evals if e["step"] > 0],
-        "final": evals[-1] if evals and status == "done" else None,
+        "final": next(e for e in reversed(evals) if e["step"] == end["kept"]) if end else None,
+        "keep": job.train.keep,
+        "stopped_early": end is not None and end["stopped_early"],
         "train": {
             "steps": last_step,
             "tokens": tokens,

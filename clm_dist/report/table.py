@@ -17,10 +17,13 @@ def rows(result: Result) -> list[tuple[str, ...]]:
     """The cells of a run's evaluations under COLUMNS: baseline, every one in between, final."""
     named = [("baseline", result["baseline"])] if result["baseline"] else []
     evals = result["evals"]
-    for number, evaluation in enumerate(evals):
-        last = number == len(evals) - 1 and result["final"] is not None
-        epoch = evaluation["epoch"]
-        named.append(("final" if last else f"epoch {epoch:.3g}", evaluation))
+    for evaluation in evals:
+        is_final = result["final"] is not None and evaluation["step"] == result["final"]["step"]
+        name = f"epoch {evaluation['epoch']:.3g}"
+        if is_final:
+            # With train.keep best others may follow.
+            name = "final" if evaluation is evals[-1] else f"{name}, final"
+        named.append((name, evaluation))
     return [
         (
             name,

@@ -20,8 +20,14 @@ def accept_export(job: JobConfig, run: RunDir) -> dict[str, str]:
     Raises:
         RunError: the losses differ; the model stays where it was written.
     """
-    losses = {r["kind"]: r["loss"] for r in read_records(run.metrics, last_steps=0) if r["kind"] in ("eval", "verify")}
-    trained, written = losses["eval"], losses["verify"]
+    losses: dict[tuple[str, int], float] = {}
+    kept = 0
+    for record in read_records(run.metrics, last_steps=0):
+        if record["kind"] in ("eval", "verify"):
+            losses[record["kind"], record["step"]] = record["loss"]
+        elif record["kind"] == "final":
+            kept = record["kept"]
+    trained, written = losses["eval", kept], losses["verify", kept]
     unverified = run.root / "final.unverified"
     tolerance = _VERIFY_TOLERANCE[job.train.precision]
     if not abs(written - trained) <= tolerance * abs(trained):

@@ -1,7 +1,7 @@
 """The eval split's loss, the same to the last bit at every number of workers."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,24 @@ def evaluate_micros(
             on_micro(turn + 1)
     model.train(was_training)
     return micros
+
+
+def split_loss(
+    micros: Sequence[MicroLoss], split: EvalSplit, all_reduce: Callable[[list[float]], list[float]]
+) -> float:
+    """The mean loss of a token of the eval split on every rank, to the last bit what `combine` computes. Collective.
+
+    Args:
+        micros: those of this rank.
+    """
+    own = [0.0] * split.num_micros
+    for micro in micros:
+        own[micro.index] = micro.loss_sum
+    # The other ranks add zeros, which round nothing.
+    total = 0.0
+    for loss_sum in all_reduce(own):
+        total += loss_sum
+    return total / split.num_tokens
 
 
 @contextlib.contextmanager

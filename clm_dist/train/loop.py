@@ -20,7 +20,7 @@ from clm_dist.config.job import Every, JobConfig
 from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.checkpoints import Checkpoints
-from clm_dist.files.markers import TrainerState
+from clm_dist.files.markers import BestEval, TrainerState
 from clm_dist.files.record_types import OutlierRecord, StepRecord
 from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder, Feed, MicroBatch, block_checksum, pass_seed
@@ -29,7 +29,7 @@ from clm_dist.train.checkpointing.saver import Saver
 from clm_dist.train.checkpointing.saves import NotSavedError, Saves
 from clm_dist.train.compiling import reproducible, try_compiling
 from clm_dist.train.documents import document_end_of, num_predicted
-from clm_dist.train.evaluate import EvalSplit, evaluate_micros
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros, split_loss
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
@@ -145,6 +145,7 @@ class _Loop:
         self.step = 0
         self.outliers = Outliers(job.train)
         self.owes_evaluation = False
+        self.best: BestEval | None = None
 
     def run(self) -> Outcome:
         job, order, strategy = self.job, self.order, self.strategy
@@ -188,19 +189,20 @@ class _Loop:
         job, order, strategy = self.job, self.order, self.strategy
         if self.step == 0 or self.owes_evaluation:
             self._evaluate()
-            if job.train.on_nan == "rollback" and not resumed:
+            if self._is_kept() or (job.train.on_nan == "rollback" and not resumed):
                 self._save()
         self.reporter.phase("Training", self.step)
 
         strategy.model.train()
         wish = Wish()
-        while self.step < order.num_steps and not wish.stop:
+        while not self._is_last() and not wish.stop:
             wish = self._train_step()
-            last = self.step == order.num_steps
-            if self._is_due(job.eval.every) or last:
+            evaluated = self._is_due(job.eval.every) or self._is_last()
+            if evaluated:
                 self._evaluate()
+            last = self._is_last()
             due = self._is_due(job.checkpoint.every) or last or wish.stop or wish.save
-            if due and self.saves.saved_step != self.step:
+            if (evaluated and self._is_kept()) or (due and self.saves.saved_step != self.step):
                 self._save()
             if wish.save:
                 self.saves.conclude()
@@ -212,21 +214,38 @@ class _Loop:
                 epoch = order.epoch(self.step)
                 self.reporter.add({"kind": "export", "step": self.step, "epoch": epoch, "path": str(target)})
                 self.reporter.send()
-        if self.step < order.num_steps:
+        if not self._is_last():
             return self._end_early()
 
+        best = self.best if job.train.keep == "best" else None
+        kept = best.step if best else self.step
+        stopped_early = self.step < order.num_steps
+        self.reporter.add({"kind": "final", "step": self.step, "kept": kept, "stopped_early": stopped_early})
         self.reporter.phase("Writing the model", self.step)
+        if best and kept < self.step:
+            self.saves.conclude()
+            self.saves.load_best(best)
         unverified = self.session.run.root / "final.unverified"
         export(strategy, self.session.store / "tokenizer", unverified)
         self.saves.await_copy()
         strategy.release()
         self.reporter.phase("Evaluating the written model", self.step)
         micros = evaluate_export(strategy, job, unverified, self.eval_split, self._evaluating)
-        self.reporter.send_evaluation("verify", self.step, order.epoch(self.step), micros)
+        self.reporter.send_evaluation("verify", kept, order.epoch(kept), micros)
         with contextlib.suppress(NotSavedError):
             # A last checkpoint that cannot be written is recorded, and takes nothing from the model.
             self.saves.conclude()
         return Outcome("done", self.step)
+
+    def _is_last(self) -> bool:
+        """Whether training ends after this step: it is the last, or the evaluations no longer get better."""
+        limit = self.job.train.stop_after
+        converged = limit is not None and self.best is not None and self.best.num_since >= limit
+        return self.step == self.order.num_steps or converged
+
+    def _is_kept(self) -> bool:
+        """Whether the weights of this step are those that would be written if no better ones came."""
+        return self.job.train.keep == "best" and self.best is not None and self.best.step == self.step
 
     def _end_early(self) -> Outcome:
         if problem := self.saves.conclude():
@@ -373,7 +392,7 @@ class _Loop:
             # The weights of then, the blocks from now on: the steps between are skipped.
             self.step = left_out
             # On disk at once, or a restart would train those blocks after all.
-            self._save(regular=False)
+            self._save(regular=False, owes_evaluation=self._is_due(self.job.eval.every) or self._is_last())
         self.reporter.send()
 
     def _is_due(self, every: Every) -> bool:
@@ -393,6 +412,9 @@ class _Loop:
             on_micro=self._evaluating,
         )
         self.reporter.send_evaluation("eval", self.step, self.order.epoch(self.step), micros)
+        if self.step:
+            loss = split_loss(micros, self.eval_split, strategy.all_reduce)
+            self.best = BestEval.with_next(self.best, self.step, loss)
 
     def _evaluating(self, num_done: int) -> None:
         """Called by every rank after each of its passes. Collective."""
@@ -410,13 +432,13 @@ class _Loop:
         """
         if regular and self.job.train.on_nan == "rollback":
             self.outliers.num_left_out = 0
-        self.saves.begin(self._state(owes_evaluation))
+        self.saves.begin(self._state(owes_evaluation), needed=self._is_kept())
 
     def _resume(self) -> TrainerState | None:
         """Go on from the newest checkpoint that is whole, if there is one, and return its state. Collective."""
         state = self.saves.load_newest()
         if state is not None:
-            self.step, self.owes_evaluation = state.step, state.owes_evaluation
+            self.step, self.owes_evaluation, self.best = state.step, state.owes_evaluation, state.best
             self.outliers.restore(state.recent_losses, state.num_left_out)
         return state
 
@@ -440,4 +462,5 @@ class _Loop:
             parameters=self.strategy.shapes(),
             owes_evaluation=owes_evaluation,
             compiled=self.compilation.compiled,
+            best=self.best,
         )

@@ -58,6 +58,7 @@ COVERED: dict[str, str] = {
     "train.decay_bias_and_norm": (
         "tests/train/test_optim.py::test_biases_and_norms_are_decayed_unless_the_job_says_otherwise"
     ),
+    "train.keep": "tests/train/test_keep.py::test_the_model_of_the_best_evaluation_is_that_of_a_run_that_ends_there",
     "train.learning_rate": _RATE,
     "train.on_nan": "tests/train/test_outliers.py::test_a_step_that_is_not_finite_can_be_left_out",
     "train.on_spike": "tests/train/test_outliers.py::test_a_loss_that_stands_out_is_reported_and_skipped_if_asked",
@@ -67,6 +68,7 @@ COVERED: dict[str, str] = {
         "tests/train/test_optim.py::test_a_schedule_for_more_steps_does_not_depend_on_where_the_run_ends"
     ),
     "train.start_timeout_s": "tests/train/test_nodes.py::test_a_run_says_what_it_waits_for_and_for_how_long",
+    "train.stop_after": "tests/train/test_keep.py::test_training_ends_after_evaluations_that_are_no_better",
     "train.warmup_ratio": "tests/train/test_optim.py::test_wsd_rises_holds_and_falls_to_nothing",
     "train.warmup_steps": _RATE,
 }

@@ -83,3 +83,18 @@ def test_a_start_is_found_whatever_the_order_of_its_keys(tmp_path: Path) -> None
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     follower.look()
     assert notes.notes == ["Resuming from the checkpoint of step 2"]
+
+
+def test_an_early_end_and_the_model_that_is_kept_are_said(tmp_path: Path) -> None:
+    run, notes = RunDir(tmp_path), Notes()
+    follower = Follower(run, notes, 0, lambda path, step: None)
+    for record in (
+        {"kind": "final", "step": 5, "kept": 3, "stopped_early": True},
+        {"kind": "final", "step": 8, "kept": 8, "stopped_early": False},
+    ):
+        append_records(run.metrics, [record])  # type: ignore[list-item]
+    follower.look()
+    assert notes.notes == [
+        "Stopping early, after step 5: the evaluations no longer get better",
+        "Keeping the model of step 3, which has the lowest eval loss",
+    ]

@@ -150,6 +150,24 @@ def test_rollback_goes_back_to_the_last_commit_and_leaves_out_the_steps_since(
     assert [record["step"] for record in of_kind(run.root, "step")] == [1, 2, 3, 4, 6, 7, 8]
 
 
+def test_a_run_that_is_killed_after_it_went_back_makes_the_evaluation_that_was_due(
+    make_job: MakeJob, store: Path, tmp_path: Path
+) -> None:
+    settings = (*SETTINGS, "train.on_nan=rollback", "checkpoint.every=3", "checkpoint.keep=9", "eval.every=5")
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    job = make_job(*settings)
+    wrong = {block_of(job, store, 5): NAN}
+    train_all(store, (job, whole.root, "loss", wrong))
+    leave_only(whole, step=5, target=cut)
+    records = [record for record in metrics_of(whole.metrics) if (record["kind"], record["step"]) != ("eval", 5)]
+    cut.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    train_all(store, (job, cut.root, "loss", wrong))
+    assert of_kind(cut.root, "start")[-1]["step"] == 5
+    evals = of_kind(whole.root, "eval")
+    assert [record["step"] for record in evals] == [0, 5, 8]
+    assert of_kind(cut.root, "eval") == evals
+
+
 def test_a_run_that_only_leaves_out_steps_ends(make_job: MakeJob, store: Path, tmp_path: Path) -> None:
     # The first block must be right: with it the ranks try whether they share their gradients.
     everything = dict.fromkeys(range(1, len(Blocks(store, "train"))), NAN)

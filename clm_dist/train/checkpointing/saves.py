@@ -9,7 +9,16 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, ConfigError, StorageError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints
-from clm_dist.files.markers import DamagedError, Marker, TrainerState, check_parameters, check_state, checkpoint_name
+from clm_dist.files.markers import (
+    BestEval,
+    DamagedError,
+    Marker,
+    TrainerState,
+    check_parameters,
+    check_state,
+    checkpoint_name,
+    checkpoint_of,
+)
 from clm_dist.files.record_types import DamagedRecord
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
@@ -47,13 +56,17 @@ class Saves:
         self._checkpoints = Checkpoints.of_run(job, run)
         self._strategy, self._saver, self._reporter, self._heart = strategy, saver, reporter, heart
         self._num_failed = 0
+        self._needed = False
         self.saved_step = 0
         """Step of the save that was begun last."""
         self.damages: list[DamagedRecord] = []
         """Records of checkpoints that were not whole."""
 
-    def begin(self, state: TrainerState) -> None:
+    def begin(self, state: TrainerState, *, needed: bool = False) -> None:
         """Begin to save; the copy and the writing go on while training does. Collective.
+
+        Args:
+            needed: the run cannot do without it, so `conclude` raises where it could not be written.
 
         Raises:
             NotSavedError: see `conclude`, of the save before.
@@ -62,7 +75,7 @@ class Saves:
         names = [checkpoint_name(state.step)]
         if self._strategy.world_size > 1:
             dist.broadcast_object_list(names)
-        self.saved_step = state.step
+        self.saved_step, self._needed = state.step, needed
         self._reporter.state = state
         self._saver.begin(names[0], state.step, self._strategy.fragments())
 
@@ -74,7 +87,7 @@ class Saves:
         """Wait until the save that was begun is committed. Return the reason if it could not be. Collective.
 
         Raises:
-            NotSavedError: the one before it failed as well.
+            NotSavedError: the one before it failed as well, or this one was needed.
         """
         self._saver.wait(lambda: self._heart.goes_on("waiting for the checkpoint's file"))
         saved = self._reporter.conclude_save()
@@ -94,6 +107,11 @@ class Saves:
             return None
         self._num_failed += 1
         problem = f"the checkpoint of step {saved.step} could not be written: {error}"
+        if self._needed:
+            raise NotSavedError(
+                f"{problem}. train.keep best needs it, because no evaluation before was better; the same command "
+                "goes on from the checkpoint before"
+            )
         if self._num_failed > 1:
             raise NotSavedError(f"{problem}, and neither could the one before it. What was committed is whole")
         return problem
@@ -142,6 +160,24 @@ class Saves:
                 "again with --overwrite or another name"
             )
         return None
+
+    def load_best(self, best: BestEval) -> None:
+        """Take the weights of the best evaluation. Collective.
+
+        Raises:
+            CheckpointError: their checkpoint is missing or damaged.
+        """
+        rank_0 = self._strategy.rank == 0
+        names = [checkpoint_of(best, self._checkpoints.readable()) if rank_0 else None]
+        dist.broadcast_object_list(names)
+        name = names[0]
+        marker = self._read_marker(name) if name else None
+        if not (name and marker and self._load(name, marker, self._strategy.fragments())):
+            raise CheckpointError(
+                f"the checkpoint of step {best.step}, which has the lowest eval loss ({best.loss:.4f}), is missing or "
+                f"damaged in {self._checkpoints.root}; restore it, or write the model of the last step with "
+                "--set train.keep=last"
+            )
 
     def _read_marker(self, name: str) -> Marker | None:
         """A checkpoint's marker as rank 0 sees it, since other nodes may not see it yet; None where it is damaged.

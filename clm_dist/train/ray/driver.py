@@ -24,7 +24,7 @@ from clm_dist.files.atomic import make_dir, write_json, write_text
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.lease import HeldError, Holder, Lease
-from clm_dist.files.markers import DamagedError, TrainerState, check_state
+from clm_dist.files.markers import DamagedError, TrainerState, check_state, checkpoint_of
 from clm_dist.files.records import append_records, read_records
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
@@ -185,6 +185,7 @@ def _check(
     if newest is not None:
         where, state = newest
         check_state(state, where, job, manifest.fingerprint)
+        _check_best(job, checkpoints, state)
         if state.step > num_steps:
             raise CheckpointError(
                 f"{where} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
@@ -194,6 +195,16 @@ def _check(
         steps_before = BatchOrder.of_job(before, num_blocks).num_steps
         if changed := describe_change(before.train, steps_before, job.train, num_steps, state.step):
             progress.note(changed)
+
+
+def _check_best(job: JobConfig, checkpoints: Checkpoints, state: TrainerState) -> None:
+    """Raise CheckpointError where the weights that a run should keep were not saved, because its job kept others."""
+    if job.train.keep == "best" and state.best and checkpoint_of(state.best, checkpoints.readable()) is None:
+        raise CheckpointError(
+            f"train.keep is best, but the best evaluation until now, of step {state.best.step}, has no checkpoint, "
+            "since train.keep was last then; go on with --set train.keep=last, or start again with --overwrite or "
+            "another name"
+        )
 
 
 def _newest(checkpoints: Checkpoints) -> tuple[str, TrainerState] | None:

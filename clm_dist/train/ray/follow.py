@@ -103,5 +103,10 @@ class Follower:
             if record["step"] != self._num_steps:
                 progress.start("Training", total=self._num_steps, unit="step", kind="training")
                 progress.update(record["step"])
+        elif record["kind"] == "final":
+            if record["stopped_early"]:
+                progress.note(f"Stopping early, after step {record['step']}: the evaluations no longer get better")
+            if record["kept"] != record["step"]:
+                progress.note(f"Keeping the model of step {record['kept']}, which has the lowest eval loss")
         elif record["kind"] == "export":
             self._on_export(Path(record["path"]), record["step"])

@@ -1,0 +1,210 @@
+"""Early stopping, and the model of the best evaluation: which steps are trained, and whose weights are written."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clm_dist.train.loop
+from clm_dist.config.job import JobConfig
+from clm_dist.errors import CheckpointError
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.markers import BestEval
+from clm_dist.files.result import Result, build_result
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import Store
+from clm_dist.progress import Silent
+from clm_dist.report.table import rows
+from clm_dist.train.checkpointing.saver import write_safetensors
+from clm_dist.train.ray.cluster import Cluster
+from clm_dist.train.ray.driver import train as train_with_ray
+from tests.conftest import MakeJob
+from tests.support.runs import checkpoints_of, metrics_of, saved_steps
+from tests.support.training import SOME_SLOW, forget_after, train_one, train_several
+from tests.support.workers import run_workers
+
+# The rate rises until training diverges. Eval losses after the steps 1 to 8: 5.70, 5.10, 4.57, 5.07, 6.17, 6.91, 4.89,
+# 11.20, so the third is the best and none of the five after it is better.
+DIVERGES = (
+    *("train.max_steps=8", "train.learning_rate=0.5", "train.schedule=constant", "train.warmup_steps=8"),
+    *("eval.every=1", "checkpoint.every=1000"),
+)
+BEST, STOP_AFTER = 3, 2
+
+Train = Callable[..., RunDir]
+
+
+@pytest.fixture
+def train(make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path) -> Train:
+    """Trains a job that diverges in this process; the same run goes on."""
+
+    def train(name: str, *settings: str) -> RunDir:
+        job = make_job(*DIVERGES, *settings)
+        run = RunDir(tmp_path / name)
+        assert train_one(job, run, prepared(job)).status == "done"
+        return run
+
+    return train
+
+
+def written(run: RunDir) -> bytes:
+    """The weights of the model that a run of `train_one` has written."""
+    return (run.root / "final.unverified" / "model.safetensors").read_bytes()
+
+
+def of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    return [record for record in metrics_of(run.metrics) if record["kind"] == kind]
+
+
+def result_of(run: RunDir, job: JobConfig, store: Path) -> Result:
+    return build_result(job, run, Manifest.read(store / "manifest.json"), "done")
+
+
+@pytest.mark.parametrize("strategy", SOME_SLOW)
+def test_the_model_of_the_best_evaluation_is_that_of_a_run_that_ends_there(
+    strategy: str, make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    settings = (*DIVERGES, f"cluster.strategy={strategy}", "cluster.workers=2")
+    jobs = [make_job(*settings, "train.keep=best"), make_job(*settings, f"train.max_steps={BEST}")]
+    kept, ended = RunDir(tmp_path / "kept"), RunDir(tmp_path / "ended")
+    run_workers(train_several, 2, jobs, [kept.root, ended.root], prepared(jobs[0]))
+    assert written(kept) == written(ended)
+    assert [(end["step"], end["kept"], end["stopped_early"]) for end in of_kind(kept, "final")] == [(8, BEST, False)]
+    # Evaluated again as it was written, and by the same arithmetic.
+    evaluated = next(record for record in of_kind(kept, "eval") if record["step"] == BEST)
+    (verified,) = of_kind(kept, "verify")
+    assert verified["step"] == BEST
+    assert verified["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
+    # Every rank computed the loss that the driver wrote, to the last bit.
+    markers = checkpoints_of(kept).readable().values()
+    assert [marker.state.best for marker in markers if marker.state.step == BEST] == [BestEval(BEST, evaluated["loss"])]
+
+
+def test_the_result_says_which_model_was_kept(
+    train: Train, make_job: MakeJob, prepared: Callable[[JobConfig], Path]
+) -> None:
+    job = make_job(*DIVERGES, "train.keep=best")
+    result = result_of(train("run", "train.keep=best"), job, prepared(job))
+    losses = [evaluation["loss"] for evaluation in result["evals"]]
+    assert result["final"] == result["evals"][BEST - 1]
+    assert min(losses) == losses[BEST - 1]
+    assert (result["keep"], result["stopped_early"], result["train"]["steps"]) == ("best", False, 8)
+    names = [cells[0] for cells in rows(result)]
+    assert [name for name in names if "final" in name] == [names[BEST]] != ["final"]
+
+
+def test_training_ends_after_evaluations_that_are_no_better(
+    train: Train, make_job: MakeJob, prepared: Callable[[JobConfig], Path]
+) -> None:
+    job = make_job(*DIVERGES)
+    last, best = (train(keep, f"train.keep={keep}", f"train.stop_after={STOP_AFTER}") for keep in ("last", "best"))
+    for run in (last, best):
+        assert [record["step"] for record in of_kind(run, "step")] == [1, 2, 3, 4, 5]
+        assert result_of(run, job, prepared(job))["stopped_early"]
+        assert saved_steps(run)[-1] == 5
+    assert written(last) == written(train("ended", "train.max_steps=5"))
+    assert written(best) == written(train("kept", f"train.max_steps={BEST}"))
+    # Five are worse than the third.
+    assert not of_kind(train("on", "train.stop_after=6"), "final")[0]["stopped_early"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_run_that_is_resumed_keeps_and_ends_as_if_it_had_never_stopped(step: int, train: Train) -> None:
+    settings = ("train.keep=best", f"train.stop_after={STOP_AFTER}", "checkpoint.every=1", "checkpoint.keep=9")
+    run = train("run", *settings)
+    weights, evals = written(run), of_kind(run, "eval")
+    forget_after(run, step)
+    train("run", *settings)
+    assert of_kind(run, "start")[-1]["step"] == step
+    assert written(run) == weights
+    assert of_kind(run, "eval") == evals
+    assert of_kind(run, "final")[-1] == {"kind": "final", "step": 5, "kept": BEST, "stopped_early": True}
+
+
+def test_the_best_is_saved_and_stays_whatever_is_due(train: Train) -> None:
+    run = train("run", "train.keep=best", "checkpoint.every=3", "checkpoint.keep=2")
+    # 3 is the best, 6 and 8 are due.
+    assert saved_steps(run) == [3, 6, 8]
+    # Without it, no evaluation saves.
+    assert saved_steps(train("last", "checkpoint.every=3", "checkpoint.keep=9")) == [3, 6, 8]
+    assert saved_steps(train("all", "train.keep=best", "checkpoint.every=8", "checkpoint.keep=9")) == [1, 2, 3, 8]
+
+
+def test_a_best_evaluation_that_a_stop_interrupted_is_made_and_kept(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(*DIVERGES, "train.keep=best")
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    assert train_one(job, whole, prepared(job)).status == "done"
+    evaluating = clm_dist.train.loop._Loop._evaluating
+
+    def ask(self: Any, num_done: int) -> None:
+        if self.step == BEST:
+            cut.stop.touch()
+            self.reporter.looked = 0.0
+        evaluating(self, num_done)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(clm_dist.train.loop._Loop, "_evaluating", ask)
+        outcome = train_one(job, cut, prepared(job))
+        assert (outcome.status, outcome.step) == ("preempted", BEST)
+    cut.stop.unlink()
+    assert train_one(job, cut, prepared(job)).status == "done"
+    assert of_kind(cut, "eval") == of_kind(whole, "eval")
+    assert written(cut) == written(whole)
+
+
+def test_a_best_that_cannot_be_saved_ends_the_run_which_goes_on_from_before(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(*DIVERGES, "train.keep=best")
+    whole, failing = RunDir(tmp_path / "whole"), RunDir(tmp_path / "failing")
+    assert train_one(job, whole, prepared(job)).status == "done"
+
+    def write(file: Any, tensors: Any) -> tuple[int, str]:
+        if f"step-{BEST:08d}" in file.name:
+            raise OSError(28, "No space left on device")
+        return write_safetensors(file, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("clm_dist.train.checkpointing.saver.write_safetensors", write)
+        outcome = train_one(job, failing, prepared(job))
+    assert (outcome.status, outcome.try_again) == ("failed", True)
+    assert f"checkpoint of step {BEST} could not be written" in str(outcome.error)
+    assert "train.keep best needs it" in str(outcome.error)
+    assert saved_steps(failing) == [1, 2]
+    assert train_one(job, failing, prepared(job)).status == "done"
+    assert written(failing) == written(whole)
+
+
+def test_a_best_whose_checkpoint_is_damaged_is_not_replaced_by_another_model(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("run", "train.keep=best")
+    (name,) = (name for name in checkpoints_of(run).committed() if f"-{BEST:08d}-" in name)
+    with (run.checkpoints / name / "rank-00000.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    job = make_job(*DIVERGES, "train.keep=best")
+    with pytest.raises(CheckpointError, match=rf"step {BEST}, which has the lowest eval loss .* train.keep=last"):
+        train_one(job, run, prepared(job))
+    assert written(train("run", "train.keep=last")) == written(train("ended", "train.max_steps=8"))
+
+
+def test_a_run_that_did_not_save_its_best_cannot_keep_it(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train
+) -> None:
+    run = train("tiny", "checkpoint.every=4")
+    job = make_job(*DIVERGES, "train.keep=best")
+    with pytest.raises(CheckpointError, match=rf"of step {BEST}, has no checkpoint.*--set train.keep=last"):
+        train_with_ray(job, run, Store(prepared(job)), Cluster(0), Silent())
+
+
+def test_of_equal_evaluations_the_first_is_the_best() -> None:
+    best, found = None, []
+    for step, loss in enumerate((2.0, 1.0, 1.0, math.nan, 0.5), 1):
+        best = BestEval.with_next(best, step, loss)
+        found.append((best.step, best.num_since))
+    assert found == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
