@@ -6,6 +6,7 @@
 `asked` is the repository as it was named, perhaps without its user.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -40,6 +41,26 @@ def check_access(job: JobConfig) -> str | None:
         return None
 
 
+def check_card(front_matter: str) -> None:
+    """Have the Hub validate the front matter of a model card, which it would refuse with the first push.
+
+    Raises:
+        ConfigError: it refuses it. A Hub that does not answer says nothing.
+    """
+    from huggingface_hub import RepoCard
+
+    try:
+        RepoCard(f"---\n{front_matter}---\n").validate(repo_type="model")
+    except ValueError as error:
+        raise ConfigError(
+            f"the Hub refuses the model card ({first_line(error)}); mend hub.language or hub.license, see "
+            "https://huggingface.co/docs/hub/model-cards",
+            field="hub",
+        ) from None
+    except Exception as error:  # the transport's errors have no common base that is public
+        logger.warning("the Hub does not validate the model card: %s", first_line(error))
+
+
 def repo_of(job: JobConfig, repo: str | None = None) -> str:
     """The repository's full name: the one that is named, with the token's user where it names none.
 
@@ -68,6 +89,13 @@ def repo_of(job: JobConfig, repo: str | None = None) -> str:
     except Exception as error:  # the transport's errors have no common base that is public
         raise HubError(f"the Hub is not reachable: {first_line(error)}") from error
     return repo if "/" in repo else f"{user}/{repo}"
+
+
+def find_repo(job: JobConfig, repo: str | None = None) -> str | None:
+    """The repository's full name; None where it cannot be told now, for a reason that a push then says."""
+    with contextlib.suppress(ConfigError, HubError):
+        return repo_of(job, repo)
+    return None
 
 
 def _valid_name(job: JobConfig, repo: str | None) -> str:

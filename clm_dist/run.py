@@ -103,12 +103,14 @@ def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved
     from clm_dist import hub
     from clm_dist.prepare import pipeline
     from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.report.card import render_front_matter
     from clm_dist.train.model import check_model, check_tokenizer, load_config
     from clm_dist.train.ray.driver import check_trackers
     from clm_dist.train.unused import describe_unused, find_unused
 
     if config.hub.push != "never":
         hub.check_access(config)
+        hub.check_card(render_front_matter(config))
     check_model(config)
     check_trackers(config)
     resolved = pipeline.resolve(config, stores)
@@ -127,7 +129,8 @@ def _conclude(job: JobConfig, directory: RunDir, result: Result, *, with_samples
     from clm_dist.report.table import result_table
 
     write_page(directory, result)
-    write_card(directory.final, job, result)
+    repo = None if job.hub.push == "never" else hub.find_repo(job)
+    write_card(directory.final, directory, job, result, repo=repo)
     out.print(result_table(result))
     steps = result["train"]["steps"]
     if job.hub.push != "never":
@@ -158,7 +161,7 @@ def _push_epoch(job: JobConfig, directory: RunDir, store: Store, path: Path, ste
 
     try:
         result = build_result(job, directory, store.manifest(), "running")
-        write_card(path, job, result)
+        write_card(path, directory, job, result, repo=hub.find_repo(job))
         url = hub.push(job, directory, path, step)
     except Exception as error:  # whatever it is: an exception in a thread of the pool is never read
         if not isinstance(error, ClmDistError):

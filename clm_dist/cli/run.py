@@ -78,7 +78,7 @@ def push(
     result = read_result(run_dir)
     check_final(directory, read_all=True)
     job = read_saved_job(directory.job)
-    write_card(directory.final, job, result)
+    write_card(directory.final, directory, job, result, repo=hub.find_repo(job, repo))
     url = hub.push(job, directory, directory.final, result["train"]["steps"], repo=repo, private=private)
     with unfailing("stdout"):
         out.print(f"pushed to {url}", soft_wrap=True)

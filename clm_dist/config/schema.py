@@ -24,6 +24,18 @@ def field_names(section: type[BaseModel] = JobConfig, prefix: str = "") -> Itera
         yield from field_names(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
 
 
+def field_values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, value and default of every field of a job; the default of a field that must be set is `...`."""
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from field_values(value, f"{prefix}{name}.")
+        else:
+            default = ... if field.is_required() else field.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", values[name], default
+
+
 def section_of(model: type[BaseModel], field: str) -> type[BaseModel] | None:
     """The model behind a field's annotation, `Section` or `Section | None`."""
     annotation = model.model_fields[field].annotation

@@ -9,7 +9,7 @@ and of those that it predicts with `data.document_mask`.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,6 +82,11 @@ class Manifest:
         """The sha256 that each file of the store must have, by its name in the store."""
         shards = (shard for split in self.splits.values() for shard in split.shards)
         return {shard.file: shard.sha256 for shard in shards} | self.files
+
+    def without_files(self) -> "Manifest":
+        """The same manifest with counts alone, whose size does not depend on that of the data."""
+        splits = {name: replace(split, shards=()) for name, split in self.splits.items()}
+        return replace(self, splits=splits, files={})
 
     def write(self, path: Path) -> None:
         values = asdict(self)

@@ -9,17 +9,19 @@ from clm_dist.files.run_dir import RunDir
 
 CARD = "README.md"
 """The model card, which `run` and `push` write again."""
+PICTURE = "loss.png"
+"""The picture in the card, written with it."""
 
 
 def hash_final(run: RunDir) -> dict[str, str]:
-    """The sha256 of each file of a run's final model but the card, by its name in the model's directory.
+    """The sha256 of each file of a run's final model but the card's, by its name in the model's directory.
 
     The files are on the disk when this returns.
     """
     names = (str(file.relative_to(run.final)) for file in run.final.rglob("*") if file.is_file())
     hashes = {}
     for name in sorted(names):
-        if name != CARD:
+        if name not in (CARD, PICTURE):
             with (run.final / name).open("rb") as file:
                 os.fsync(file.fileno())
             hashes[name] = file_sha256(run.final / name)

@@ -48,6 +48,8 @@ class Result(TypedDict):
     baseline: EvalFigures | None
     """The evaluation of the untouched model."""
     evals: list[EvalFigures]
+    train_losses: NotRequired[list[float | None]]
+    """For each of `evals` the mean training loss of a token since the one before; None where no step was trained."""
     final: EvalFigures | None
     """That of the model in `final`; None until the run is done."""
     keep: NotRequired[Literal["last", "best"]]
@@ -107,17 +109,23 @@ def build_result(
     starts: list[StartRecord] = []
     evals: list[EvalFigures] = []
     ends: list[FinalRecord] = []
-    last_step = tokens = 0
-    seconds = 0.0
+    train_losses: list[float | None] = []
+    last_step = tokens = tokens_since = 0
+    seconds = loss_since = 0.0
     for record in read_records(run.metrics):
         if record["kind"] == "step":
             last_step = record["step"]
             tokens += record["tokens"]
+            tokens_since += record["tokens"]
+            loss_since += record["tokens"] * record["loss"]
             seconds += record["seconds"]
         elif record["kind"] == "start":
             starts.append(record)
         elif record["kind"] == "eval":
             evals.append(_figures(record))
+            if record["step"] > 0:
+                train_losses.append(loss_since / tokens_since if tokens_since else None)
+                tokens_since, loss_since = 0, 0.0
         elif record["kind"] == "final":
             ends.append(record)
     end = ends[-1] if ends and status == "done" else None
@@ -126,6 +134,7 @@ def build_result(
         "status": status,
         "baseline": evals[0] if evals and evals[0]["step"] == 0 else None,
         "evals": [e for e in evals if e["step"] > 0],
+        "train_losses": train_losses,
         "final": next(e for e in reversed(evals) if e["step"] == end["kept"]) if end else None,
         "keep": job.train.keep,
         "stopped_early": end is not None and end["stopped_early"],

@@ -26,6 +26,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def data(self) -> Path:
+        """The manifest of the run's store without its files: what the blocks were made from, and counts of them."""
+        return self.root / "data.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Where the checkpoints lie unless the job says otherwise."""
         return self.root / "checkpoints"

@@ -1,114 +1,230 @@
-"""The model card: README.md of the trained model."""
+"""The model card: README.md of the trained model, and the picture of its loss."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+from clm_dist import __version__
 from clm_dist.config import yaml_text
 from clm_dist.config.job import JobConfig
+from clm_dist.config.shown import shown
 from clm_dist.files.atomic import write_text
-from clm_dist.files.final import CARD
+from clm_dist.files.blocks import Manifest
+from clm_dist.files.final import CARD, PICTURE
+from clm_dist.files.records import read_records
 from clm_dist.files.result import Result, last_figures
-from clm_dist.report.table import COLUMNS, rows
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.samples import Samples, read_samples
+from clm_dist.report.picture import draw_loss
+from clm_dist.report.public import changed_fields, data_name, eval_name, hub_dataset, hub_model
+from clm_dist.report.table import COLUMNS, rows, show
+from clm_dist.timing import clock
+
+_HUB = "https://huggingface.co"
+_MOST_SAMPLE = 1000
 
 
-def write_card(directory: Path, job: JobConfig, result: Result) -> None:
-    """Write the card into a model's directory."""
-    write_text(directory / CARD, render_card(job, result))
+def write_card(directory: Path, run: RunDir, job: JobConfig, result: Result, *, repo: str | None = None) -> None:
+    """Write card and picture into a model's directory.
+
+    Args:
+        repo: the Hub's name of the model, where it is known.
+    """
+    has_picture = draw_loss(read_records(run.metrics), directory / PICTURE)
+    manifest = Manifest.read(run.data) if run.data.is_file() else None
+    card = render_card(job, result, manifest, read_samples(run), repo=repo, has_picture=has_picture)
+    write_text(directory / CARD, card)
 
 
-def render_card(job: JobConfig, result: Result) -> str:
-    """The card's Markdown, with the front matter that the Hub reads."""
-    # The Hub takes ids here, and would take a local path for a wrong one.
-    base = job.model.path if job.model.path and _is_hub_id(job.model.path) else None
-    dataset = job.data.dataset if job.data.source == "hub" else None
-    front = {
+def render_card(
+    job: JobConfig,
+    result: Result,
+    manifest: Manifest | None = None,
+    samples: Samples | None = None,
+    *,
+    repo: str | None = None,
+    has_picture: bool = False,
+) -> str:
+    """The card's Markdown, with the front matter that the Hub reads.
+
+    Args:
+        manifest: of the blocks, for their counts.
+        repo: the Hub's name of the model, where it is known.
+    """
+    sections = {
+        "": _summary(job, result),
+        "Usage": _usage(repo or job.hub.repo or job.name),
+        "Sample": _sample(samples) if samples else [],
+        "Evaluation": _evaluation(job, result, has_picture=has_picture),
+        "Data": _data(job, manifest),
+        "Training": _training(job, result),
+        "Limitations": _limitations(job),
+        "Reproduce": _reproduce(job, result),
+    }
+    lines = [f"---\n{render_front_matter(job, result)}---", "", f"# {job.name}"]
+    for heading, section in sections.items():
+        if section:
+            lines += ["", *([f"## {heading}", ""] if heading else []), *section]
+    return "\n".join(lines) + "\n"
+
+
+def render_front_matter(job: JobConfig, result: Result | None = None) -> str:
+    """The YAML that the Hub reads; before there is a result, without figures."""
+    dataset = hub_dataset(job)
+    final = result["final"] if result else None
+    front: dict[str, Any] = {
+        **({"language": job.hub.language} if job.hub.language else {}),
+        **({"license": job.hub.license} if job.hub.license else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["clm-dist", "generated_from_trainer"],
-        **({"base_model": base} if base else {}),
+        **({"base_model": base} if (base := hub_model(job)) else {}),
         **({"datasets": [dataset]} if dataset else {}),
-        "model-index": [
-            {
-                "name": job.name,
-                "results": [
-                    {
-                        "task": {"type": "text-generation"},
-                        "dataset": {"name": _eval_name(job) or _data_name(job), "type": dataset or job.data.source},
-                        "metrics": [
-                            {"type": name, "name": name, "value": result["final"][name]}
-                            for name in ("perplexity", "loss", "bits_per_byte")
-                            if result["final"][name] is not None
-                        ],
-                    }
-                ],
-            }
-        ]
-        if result["final"]
-        else [],
     }
-    start = f"[{base}](https://huggingface.co/{base})" if base else (job.model.path or "random weights")
+    if final:
+        metrics = [
+            {"type": name, "name": name, "value": final[name]}
+            for name in ("perplexity", "loss", "bits_per_byte")
+            if final[name] is not None
+        ]
+        evaluated_on = {"name": eval_name(job) or data_name(job), "type": dataset or job.data.source}
+        results = [{"task": {"type": "text-generation"}, "dataset": evaluated_on, "metrics": metrics}]
+        front["model-index"] = [{"name": job.name, "results": results}]
+    return yaml_text.dump(front)
+
+
+def _summary(job: JobConfig, result: Result) -> list[str]:
+    base, dataset = hub_model(job), hub_dataset(job)
+    if base:
+        begun = f"trained from [{base}]({_HUB}/{base})"
+    elif job.model.path:
+        begun = f"trained from {Path(job.model.path).name}"
+    else:
+        begun = f"of type {(job.model.config or {})['model_type']}, trained from random weights"
+    on = f"[{dataset}]({_HUB}/datasets/{dataset})" if dataset else data_name(job)
+    lines = [f"A causal language model {begun}, on {on}, with clm-dist."]
+    if evaluated := last_figures(result):
+        before = result["baseline"]
+        lines[0] += f" Its perplexity is **{show(evaluated['perplexity'], ',.2f')}**" + (
+            f", and was {show(before['perplexity'], ',.2f')} before training." if before else "."
+        )
+    return lines
+
+
+def _usage(repo: str) -> list[str]:
+    code = f'''from transformers import pipeline
+
+generator = pipeline("text-generation", model="{repo}")
+print(generator("The", max_new_tokens=60)[0]["generated_text"])'''
+    return _fenced(code, "python")
+
+
+def _sample(samples: Samples) -> list[str]:
+    lines = [f"What the model writes after {_code(samples['prompt'])}, with the seed {samples['seed']}:", ""]
+    for name, text in (("Before training", samples.get("before")), ("After training", samples["after"])):
+        if text is not None:
+            # A text could end a block of code with fences, but not one that is indented.
+            lines += [f"{name}:", "", *(f"    {shown(line, _MOST_SAMPLE)}" for line in text.splitlines()), ""]
+    return lines[:-1]
+
+
+def _evaluation(job: JobConfig, result: Result, *, has_picture: bool) -> list[str]:
+    columns = list(COLUMNS)
+    table = [list(cells) for cells in rows(result)]
+    if losses := result.get("train_losses"):
+        place = columns.index("loss")
+        columns[place : place + 1] = ["training loss", "eval loss"]
+        before = [None] * (len(table) - len(losses))
+        for cells, loss in zip(table, [*before, *losses], strict=True):
+            cells.insert(place, show(loss, ".4f"))
     lines = [
-        f"---\n{yaml_text.dump(front)}---",
-        "",
-        f"# {job.name}",
-        "",
-        f"A causal language model, trained from {start} on {_data_name(job)}"
-        f"{' (`' + job.data.text + '`)' if job.data.source != 'builtin' else ''} with clm-dist.",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
-        *(f"| {' | '.join(cells)} |" for cells in rows(result)),
+        f"| {' | '.join(columns)} |",
+        f"| --- |{' ---: |' * (len(columns) - 1)}",
+        *(f"| {' | '.join(cells)} |" for cells in table),
     ]
-    evaluated = last_figures(result) or result["baseline"]
-    if evaluated:
+    if evaluated := last_figures(result) or result["baseline"]:
         records = f"the {job.data.eval_fraction:.0%} of the records that were held out ({job.data.split_method} split)"
         if job.data.has_own_eval:
-            records = f"records of their own ({_eval_name(job)})"
+            records = f"records of their own ({eval_name(job)})"
         lines += [
             "",
             f"Evaluated on {evaluated['num_tokens']:,} tokens of {records}, in blocks of "
-            f"{job.data.block_size} tokens. The baseline is the same model before training.",
+            f"{job.data.block_size} tokens. The baseline is the same model before training"
+            + (", and a training loss the mean over the steps since the evaluation before." if losses else "."),
         ]
-    lines += ["", "## Training", ""]
-    batch, train = job.batch, job.train
+    if result.get("keep") == "best" and (final := result["final"]):
+        lines += ["", f"This is the model of step {final['step']}, the best of all that were evaluated."]
+    if has_picture:
+        lines += ["", f"![Loss by step]({PICTURE})"]
+    return lines
+
+
+def _data(job: JobConfig, manifest: Manifest | None) -> list[str]:
+    data, dataset = job.data, hub_dataset(job)
+    source = f"[{dataset}]({_HUB}/datasets/{dataset}), {data.split}" if dataset else data_name(job)
+    lines = [f"- source: {source}"]
+    if data.source != "builtin":
+        lines.append(f"- text of a record: {_code(data.text)}")
+    if data.revision:
+        lines.append(f"- revision: {_code(data.revision)}")
+    if manifest is None:
+        return lines
+    lines += ["", "| | records | skipped | documents | tokens | blocks |", f"| --- |{' ---: |' * 5}"]
+    for name, split in manifest.splits.items():
+        skipped = {reason.replace("_", " "): count for reason, count in split.num_skipped.items() if count}
+        why = f" ({', '.join(f'{count:,} {reason}' for reason, count in skipped.items())})" if skipped else ""
+        counts = f"{split.num_documents:,} | {split.num_tokens:,} | {split.num_blocks:,}"
+        lines.append(f"| {name} | {split.num_records:,} | {sum(skipped.values()):,}{why} | {counts} |")
+    return lines
+
+
+def _training(job: JobConfig, result: Result) -> list[str]:
+    batch, train, totals = job.batch, job.train, result["train"]
     falls = f" (falls in the last {train.decay_ratio:.3g} of the steps)" if train.schedule == "wsd" else ""
     warmup = f"{train.warmup_steps} warm-up steps"
     if train.warmup_ratio is not None:
         warmup = f"warm-up in the first {train.warmup_ratio:.3g} of the steps"
+    early = f", then stopped: {train.stop_after} evaluations were no better" if result.get("stopped_early") else ""
     facts = {
-        "steps": f"{result['train']['steps']} of {batch.global_size} blocks of {job.data.block_size} tokens",
+        "steps": f"{totals['steps']:,} of {batch.global_size} blocks of {job.data.block_size} tokens{early}",
         "learning rate": f"{train.learning_rate:g}, {train.schedule}{falls}, {warmup}",
         "optimizer": f"AdamW, betas {train.adam_beta1:g} and {train.adam_beta2:g}, weight decay {train.weight_decay:g}",
         "precision": train.precision,
         "seed": str(train.seed),
         "workers": f"{result['workers']} ({result['strategy']})",
+        "time": f"{clock(totals['seconds'])} of training steps, {show(totals['tokens_per_s'], ',.0f')} tokens/s",
+        "hardware": result["hardware"]["device"] or "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    return "\n".join(lines) + "\n"
+    return [f"- {name}: {value}" for name, value in facts.items()]
 
 
-def _data_name(job: JobConfig) -> str:
-    data = job.data
-    if data.source == "hub":
-        return f"{data.dataset}, {data.split}"
-    if data.source == "builtin":
-        return "the Python language reference (pydoc_data.topics)"
-    return _names(data.path)
+def _limitations(job: JobConfig) -> list[str]:
+    unknown = (
+        "The model was evaluated for its loss on text of the same source, and for nothing else. It may repeat what "
+        "is wrong or offensive in that text or in that of its base model."
+    )
+    return [job.hub.limitations.strip() if job.hub.limitations else unknown]
 
 
-def _eval_name(job: JobConfig) -> str:
-    """The files or the split that the eval records are; empty where they are a share of the records."""
-    data = job.data
-    if not data.has_own_eval:
-        return ""
-    of = {"hub": data.dataset, "files": _names(data.eval_path or data.path), "builtin": None}[data.source]
-    named = [of, data.eval_split]
-    return ", ".join(name for name in named if name)
+def _reproduce(job: JobConfig, result: Result) -> list[str]:
+    version = result["versions"].get("clm-dist", __version__)
+    return [
+        f"With `job.yaml` as below, in which local paths are names alone, and clm-dist {version}:",
+        "",
+        *_fenced("clm-dist run job.yaml", "bash"),
+        "",
+        *_fenced(yaml_text.dump(changed_fields(job)).rstrip("\n"), "yaml"),
+    ]
 
 
-def _names(paths: str | list[str] | None) -> str:
-    return ", ".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths or []))
+def _fenced(text: str, language: str) -> list[str]:
+    """A block of code, whatever stands in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{language}", text, fence]
 
 
-def _is_hub_id(path: str) -> bool:
-    return not Path(path).expanduser().exists() and path.count("/") <= 1 and not path.startswith(("~", ".", "/"))
+def _code(text: str) -> str:
+    """Inline code, whatever stands in it, on one line."""
+    plain = shown(text, 200).replace("|", "\\|")
+    return f"`` {plain} ``" if "`" in plain else f"`{plain}`"

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import yaml
 from rich.console import Console
 
-from clm_dist.config.load import load_job, read_saved_job
 from clm_dist.files.atomic import write_json
 from clm_dist.files.records import read_records
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
-from clm_dist.report.card import render_card
 from clm_dist.report.compare import comparability, comparison_table
 from clm_dist.report.page import _Curve, render_page
-from clm_dist.report.table import COLUMNS, change, checkpoint_table, result_table, rows
+from clm_dist.report.table import change, checkpoint_table, result_table, rows
 from tests.support.command import assert_starts_at_once, clm_dist, modules_of
 from tests.support.disks import mode
 from tests.support.runs import checkpoints_of
@@ -113,45 +110,6 @@ def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:
     text = render_page(failed, [], "name: a")
     assert "&lt;b&gt;no &amp; nothing&lt;/b&gt;" in text
     assert "No data yet" in text
-
-
-def test_the_card_has_front_matter_that_the_hub_reads_and_the_figures(finished_run: RunDir, result: Any) -> None:
-    card = render_card(read_saved_job(finished_run.job), result)
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["pipeline_tag"] == "text-generation"
-    assert "base_model" not in front
-    metrics = {m["type"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
-    assert metrics["perplexity"] == result["final"]["perplexity"]
-    table = card[card.index("| evaluation |") :].splitlines()[: 2 + len(rows(result))]
-    assert {line.count("|") for line in table} == {1 + len(COLUMNS)}
-    assert f"| final | 24 | 2.00 | {result['final']['loss']:.4f} |" in table[-1]
-
-
-def test_the_card_of_a_hub_job_links_model_and_data_set(result: Any) -> None:
-    job = load_job(Path(__file__).parent.parent.parent / "jobs" / "eli5-guide.yaml").config
-    card = render_card(job, result)
-    front = yaml.safe_load(card.split("---")[1])
-    assert (front["base_model"], front["datasets"]) == ("distilbert/distilgpt2", ["dany0407/eli5_category"])
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        (("data.eval_split=validation1",), "dany0407/eli5_category, validation1"),
-        (("data.source=files", "data.path=a/b.txt", "data.eval_path=[a/c.txt, d.txt]"), "c.txt, d.txt"),
-        (("data.source=files", "data.path=a/b", "data.eval_split='train[5000:]'"), "b, train[5000:]"),
-        (("data.source=builtin", "data.eval_split='train[5000:]'"), "train[5000:]"),
-    ],
-)
-def test_the_card_says_which_records_were_for_evaluation(result: Any, settings: tuple[str, ...], name: str) -> None:
-    path = Path(__file__).parent.parent.parent / "jobs" / "eli5-guide.yaml"
-    assert (
-        "tokens of the 20% of the records that were held out (random split), in blocks of 128 tokens."
-        in render_card(load_job(path).config, result)
-    )
-    card = render_card(load_job(path, settings).config, result)
-    assert f"tokens of records of their own ({name}), in blocks of 128 tokens. The baseline" in card
-    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["dataset"]["name"] == name
 
 
 def test_report_writes_the_page_and_compares_runs(

@@ -89,6 +89,7 @@ def train(
     _check(job, run, store, manifest, cluster, progress, overwrite=overwrite)
     with _only_driver(run, progress):
         _open_run(job, run, overwrite)
+        manifest.without_files().write(run.data)
         return _train(job, run, store, manifest, cluster, progress, on_export)
 
 

@@ -1,0 +1,70 @@
+"""A job as strangers may read it: ids of the Hub, names without directories, nothing of a cluster or an account."""
+
+from pathlib import Path
+from typing import Any
+
+from clm_dist.config.job import JobConfig
+from clm_dist.config.schema import field_values
+
+_PATHS = ("data.path", "data.eval_path", "model.path", "tokenizer.path")
+"""Fields that may hold a local path, of which the name alone is told."""
+_UNTOLD = ("cluster.slurm.", "cluster.k8s.", "checkpoint.path", "hub.")
+"""Fields that belong to a cluster or an account and change no model."""
+
+
+def changed_fields(job: JobConfig) -> dict[str, Any]:
+    """The fields of a job that are not at their defaults, nested as in a job file."""
+    told: dict[str, Any] = {}
+    for name, value, default in field_values(job):
+        if value == default or name.startswith(_UNTOLD):
+            continue
+        *sections, field = name.split(".")
+        place = told
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = _without_directories(value) if name in _PATHS else value
+    return told
+
+
+def _without_directories(paths: Any) -> Any:
+    if isinstance(paths, str):
+        return paths if _is_hub_id(paths) else Path(paths).name
+    return [_without_directories(path) for path in paths] if isinstance(paths, list) else paths
+
+
+def hub_model(job: JobConfig) -> str | None:
+    """The Hub's id of the model that training began with. The Hub would take a local path for a wrong one."""
+    return job.model.path if job.model.path and _is_hub_id(job.model.path) else None
+
+
+def hub_dataset(job: JobConfig) -> str | None:
+    """The Hub's id of the data set; None where the data come from elsewhere."""
+    return job.data.dataset if job.data.source == "hub" else None
+
+
+def data_name(job: JobConfig) -> str:
+    """The data set and its split, or the names of the files."""
+    data = job.data
+    if data.source == "hub":
+        return f"{data.dataset}, {data.split}"
+    if data.source == "builtin":
+        return "the Python language reference (pydoc_data.topics)"
+    return _names(data.path)
+
+
+def eval_name(job: JobConfig) -> str:
+    """The files or the split that the eval records are; empty where they are a share of the records."""
+    data = job.data
+    if not data.has_own_eval:
+        return ""
+    of = {"hub": data.dataset, "files": _names(data.eval_path or data.path), "builtin": None}[data.source]
+    named = [of, data.eval_split]
+    return ", ".join(name for name in named if name)
+
+
+def _names(paths: str | list[str] | None) -> str:
+    return ", ".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths or []))
+
+
+def _is_hub_id(path: str) -> bool:
+    return not Path(path).expanduser().exists() and path.count("/") <= 1 and not path.startswith(("~", ".", "/"))
