@@ -18,7 +18,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     """What `function(rank, world_size, *arguments)` gives in every process of a gloo group, one thread each."""
     # Else DeepSpeed warns of the GPU that it does not find.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    return run_ranks(_quietly, world_size, function, arguments, preload=["transformers"])
+    return run_ranks(_quietly, world_size, function, arguments, preload=["accelerate", "deepspeed", "transformers"])
 
 
 def _quietly(rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

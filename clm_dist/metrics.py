@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import TypedDict  # as in files.result
 
 # Dense bf16 peak of a device in FLOP/s, from the makers' data sheets, by a part of the device's name.
@@ -21,10 +23,38 @@ _PEAK_FLOPS = {
 }
 
 
+# Of a bootstrap: as many as take a second or two.
+_LEAST_DRAWS, _MOST_DRAWS, _DRAWN_DOCUMENTS = 200, 2000, 10**8
+
+
 def perplexity(loss_sum: float, num_tokens: int) -> float:
     """exp of the mean loss of a token, in nats; infinite where a float cannot hold it."""
     mean = loss_sum / num_tokens
     return math.exp(mean) if mean < 709 else math.inf
+
+
+def bootstrap_interval(
+    loss_sums: npt.NDArray[np.float64], num_tokens: npt.NDArray[np.int64], *, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of the mean loss of a token, from drawing documents again, with replacement; None for fewer than two.
+
+    The percentile bootstrap (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13) of a ratio of
+    sums. Documents are drawn and not tokens, because the tokens of one are alike. The draws are the same every time.
+
+    Args:
+        loss_sums: of each document, nats.
+        num_tokens: predicted tokens of each document.
+    """
+    num_documents = len(loss_sums)
+    if num_documents < 2:
+        return None
+    generator = np.random.default_rng(0)
+    means = np.empty(max(_LEAST_DRAWS, min(_MOST_DRAWS, _DRAWN_DOCUMENTS // num_documents)))
+    for draw in range(len(means)):
+        drawn = generator.integers(num_documents, size=num_documents)
+        means[draw] = loss_sums[drawn].sum() / num_tokens[drawn].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def bits_per_byte(loss_sum: float, num_bytes: int) -> float:

@@ -1,6 +1,7 @@
 """`clm-dist evaluate`: a written model on the eval split of its own job, or of another."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 def figures(said: Said) -> dict[str, float]:
     assert said.code == 0, said.err
-    printed: dict[str, float] = json.loads(said.out)
-    return printed
+    printed = json.loads(said.out)
+    return {name: printed[name] for name in ("loss", "perplexity", "bits_per_byte", "num_tokens")}
 
 
 @pytest.fixture
@@ -38,10 +39,17 @@ def test_a_run_evaluates_to_its_result_on_its_own_blocks(
     before = sorted(stores.iterdir())
     assert figures(evaluate(finished_run.root, "--json")) == final
     said = evaluate(finished_run.root)
-    assert said.out.strip() == (
-        f"loss {final['loss']:.6g}, perplexity {final['perplexity']:.6g}, bits per byte {final['bits_per_byte']:.6g}, "
-        f"num tokens {final['num_tokens']:,}"
+    said_figures, said_interval = said.out.strip().splitlines()
+    assert re.fullmatch(
+        re.escape(
+            f"loss {final['loss']:.6g}, perplexity {final['perplexity']:.6g}, "
+            f"bits per byte {final['bits_per_byte']:.6g}, accuracy X%, num tokens {final['num_tokens']:,}"
+        ).replace("X", r"\d+\.\d"),
+        said_figures,
     )
+    low, high = (float(number) for number in re.findall(r"\d+\.\d+", said_interval))
+    assert low < final["perplexity"] < high
+    assert said_interval.endswith("(95 % interval, by document: 9 of them)")
     assert sorted(stores.iterdir()) == before
 
 
@@ -101,6 +109,7 @@ def test_ids_above_the_embedding_are_named(evaluate: Evaluate, run: RunDir, writ
     content = json.loads(file.read_text())
     content["model"]["vocab"] |= {"e": 600}
     file.write_text(json.dumps(content))
-    said = evaluate(run.final, "--job", write_job())
-    assert said.code == 2
-    assert f"the eval blocks hold the id 600, and the embedding of {run.final} has 300 rows" in said.err
+    for num_processes in (1, 2):
+        said = evaluate(run.final, "--job", write_job(), "--workers", num_processes)
+        assert said.code == 2
+        assert f"the text holds the id 600, and the embedding of {run.final} has 300 rows" in said.err

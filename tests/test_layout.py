@@ -18,7 +18,7 @@ LAYERS = [
     {"files", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
-    {"run", "samples"},
+    {"evaluation", "run", "samples"},
     {"cli"},
     {"__main__"},
 ]

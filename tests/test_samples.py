@@ -38,8 +38,8 @@ def shown(run: RunDir, width: int = 60) -> str:
 def test_the_text_before_is_that_of_the_model_which_was_evaluated_as_the_baseline(
     run: RunDir, prepared: Callable[[JobConfig], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    from clm_dist.evaluation import evaluate_store
     from clm_dist.generate import go_on
-    from clm_dist.train.evaluate import evaluate_model
 
     used: list[Any] = []
 
@@ -56,8 +56,8 @@ def test_the_text_before_is_that_of_the_model_which_was_evaluated_as_the_baselin
         (tmp_path / "first" / file.name).write_bytes(file.read_bytes())
     baseline = read_result(run.root)["baseline"]
     assert baseline
-    evaluation = evaluate_model(str(tmp_path / "first"), job, prepared(job), Silent())
-    assert evaluation.loss == pytest.approx(baseline["loss"], rel=1e-6)
+    evaluated = evaluate_store(str(tmp_path / "first"), job, prepared(job), Silent())
+    assert evaluated.figures["loss"] == pytest.approx(baseline["loss"], rel=1e-6)
     sampling = Sampling(max_new_tokens=60)
     for directory, text in ((tmp_path / "first", made["before"]), (run.final, made["after"])):
         assert list(generate(str(directory), ["The"], seed=42, sampling=sampling)) == [text]

@@ -11,8 +11,9 @@ import typer
 from rich.logging import RichHandler
 
 from clm_dist import __version__
+from clm_dist.cli.evaluate import evaluate
 from clm_dist.cli.init import init
-from clm_dist.cli.model import evaluate, generate
+from clm_dist.cli.model import generate
 from clm_dist.cli.run import push, report, run, train
 from clm_dist.cli.store import prepare
 from clm_dist.cli.streams import open_missing, unfailing

@@ -67,6 +67,20 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         values.pop("extends", None)
         merged = _merged(merged, values)
         origins |= {field: f"{file}:{line}" for field, line in lines.items()}
+    return make_job(merged, overrides, origins=origins, path=path)
+
+
+def make_job(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, origins: Mapping[str, str] | None = None, path: Path
+) -> Job:
+    """The job of values, nested as in a job file, with `section.field=value` overrides.
+
+    Args:
+        origins: where fields were written.
+        path: what an error names where a field has no origin.
+    """
+    merged: Any = values
+    origins = dict(origins or {})
     for override in overrides:
         field, equals, _ = override.partition("=")
         place = f"--set {shown(override)}"

@@ -67,11 +67,11 @@ def documents_of(table: pa.Table, data: DataConfig) -> Documents:
         DataError: the scores or the fields of a template do not go with each other.
     """
     literals, paths = data.text_template
-    fields = [_values(table, path) for path in paths]
+    fields = [values_of(table, path) for path in paths]
     low = np.zeros(len(table), bool)
     if data.min_score is not None:
         assert data.score is not None
-        fields, low = _with_scores(fields, _values(table, data.score), data, len(table))
+        fields, low = _with_scores(fields, values_of(table, data.score), data, len(table))
     if data.join is not None and _are_of_one_list(fields, paths):
         literals, fields = ("", ""), [_by_item(literals, fields, paths)]
     fields = [_without_nulls(field) for field in fields]
@@ -98,7 +98,7 @@ def held_out(table: pa.Table, data: DataConfig) -> npt.NDArray[np.bool_]:
     """Which records `split_method: hash` puts into the eval split: by a record's key alone, at every size alike."""
     keys: list[list[str]] = [[] for _ in range(len(table))]
     for path in (data.id,) if data.id else data.text_template.paths:
-        field = _without_nulls(_values(table, path))
+        field = _without_nulls(values_of(table, path))
         for record, value in zip(field.records.tolist(), field.values.to_pylist(), strict=True):
             keys[record].append(str(value))
     bound = int(data.eval_fraction * 2 ** (8 * _KEY_BYTES))
@@ -106,7 +106,7 @@ def held_out(table: pa.Table, data: DataConfig) -> npt.NDArray[np.bool_]:
     return np.array([int.from_bytes(digest) < bound for digest in digests], bool)
 
 
-def _values(table: pa.Table, path: str) -> _Values:
+def values_of(table: pa.Table, path: str) -> _Values:
     """The values at a dotted path, through structs and lists on the way."""
     column = column_of(path, table.column_names)
     inner = path[len(column) + 1 :].split(".") if path != column else []

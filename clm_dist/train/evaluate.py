@@ -9,21 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from torch import nn
 
-from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError, DataError, first_line
 from clm_dist.files.blocks import EVAL_BYTES, Blocks, Manifest
-from clm_dist.metrics import Evaluation, MicroLoss, combine
-from clm_dist.pretrained.weights import load_pretrained
-from clm_dist.progress import Progress
-from clm_dist.train.attention import attention_options
-from clm_dist.train.documents import document_end_of, num_predicted
-from clm_dist.train.forward import WithLoss, block_losses, unwrapped
+from clm_dist.metrics import MicroLoss
+from clm_dist.train.documents import num_predicted
+from clm_dist.train.forward import block_losses
 from clm_dist.train.memory import is_out_of_memory
-from clm_dist.train.mixing import find_mixing
-from clm_dist.train.model import autocast, set_matrix_products
 
 
 @dataclass(frozen=True)
@@ -63,42 +56,6 @@ def num_eval_tokens(manifest: Manifest, *, document_mask: bool) -> int:
     return num_tokens
 
 
-def evaluate_model(path: str, job: JobConfig, store: Path, progress: Progress) -> Evaluation:
-    """The eval split's figures of a model that is written already, in this process alone, at the job's precision."""
-    transformers.utils.logging.disable_progress_bar()
-    set_matrix_products(job.train.precision)
-    model = WithLoss(load_pretrained(path, **attention_options(job.model.attention)).float())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    document_end = document_end_of(store) if job.data.document_mask else None
-    split = EvalSplit.of_store(store, job.eval.micro_size, document_end)
-    rows = unwrapped(model).get_input_embeddings().num_embeddings
-    if (highest := split.blocks.highest_id()) >= rows:
-        raise ConfigError(
-            f"the eval blocks hold the id {highest}, and the embedding of {path} has {rows} rows; evaluate it on a job "
-            "with its own tokenizer, or leave tokenizer.path out",
-            field="tokenizer.path",
-        )
-    model.to(device)
-
-    def arithmetic() -> contextlib.AbstractContextManager[Any]:
-        return autocast(job.train.precision, device)
-
-    if document_end is not None and (
-        problem := find_mixing(
-            model,
-            document_end,
-            block_size=split.blocks.block_size,
-            device=device,
-            precision=job.train.precision,
-            autocast=arithmetic,
-        )
-    ):
-        raise ConfigError(problem, field="data.document_mask")
-    progress.start("Evaluating", total=split.num_micros, unit="batch")
-    micros = evaluate_micros(model, split, device=device, autocast=arithmetic, on_micro=progress.update)
-    return combine(micros, step=0, epoch=0.0, num_micros=split.num_micros, num_tokens=split.num_tokens)
-
-
 def evaluate_micros(
     model: nn.Module,
     split: EvalSplit,
@@ -125,7 +82,7 @@ def evaluate_micros(
     with torch.no_grad():
         for turn in range(rounds):
             index = turn * world_size + rank
-            with _enough_memory(split.micro_size):
+            with enough_memory(split.micro_size):
                 if index < split.num_micros:
                     micros.append(_evaluate_micro(model, split, index, device, autocast))
                 elif in_step:
@@ -154,7 +111,7 @@ def split_loss(
 
 
 @contextlib.contextmanager
-def _enough_memory(micro_size: int) -> Iterator[None]:
+def enough_memory(micro_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

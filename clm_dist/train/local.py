@@ -85,7 +85,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pr
             that takes longer than short work; the first call says which.
     """
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.set_forkserver_preload(["clm_dist.train.local", "accelerate", "deepspeed", *preload])
+        multiprocessing.set_forkserver_preload(["clm_dist.train.local", *preload])
         start_processes(_rank, (world_size, directory, function, arguments), world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(world_size)]
 

@@ -56,9 +56,8 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
         raise ConfigError(
             f"{field}: {text.num_hidden_layers:,} layers, more than the {_MOST_LAYERS:,} that are built", field=field
         )
-    context = getattr(text, "max_position_embeddings", None)
-    # XLNet says -1, which is no limit.
-    if context is not None and 0 < context < job.data.block_size:
+    context = context_of(config)
+    if context is not None and context < job.data.block_size:
         raise ConfigError(
             f"data.block_size is {job.data.block_size}, above the model's context of {context}; "
             f"set data.block_size to {context} or less",
@@ -66,6 +65,13 @@ def load_config(job: JobConfig, tokenizer: Any | None = None) -> Any:
         )
     set_attention(config, job.model.attention)
     return config
+
+
+def context_of(config: Any) -> int | None:
+    """The most tokens that a model of a configuration sees at once; None where it has no limit."""
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # XLNet says -1.
+    return context if context is not None and context > 0 else None
 
 
 def _config_of(given: dict[str, Any], tokenizer: Any | None) -> Any:

@@ -8,4 +8,4 @@ from clm_dist.train.local import run_ranks
 
 def run_workers(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """What `function(rank, world_size, *arguments)` gives on every rank."""
-    return run_ranks(function, world_size, *arguments, preload=["tests.support.ranks"])
+    return run_ranks(function, world_size, *arguments, preload=["accelerate", "deepspeed", "tests.support.ranks"])

@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
+from clm_dist.evaluation import evaluate_store
 from clm_dist.files.blocks import Blocks, Manifest
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.shards import write_shards
@@ -23,7 +24,7 @@ from clm_dist.metrics import combine
 from clm_dist.progress import Silent
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.documents import document_end_of, document_positions
-from clm_dist.train.evaluate import EvalSplit, evaluate_micros, evaluate_model
+from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.forward import WithLoss, block_logits, block_losses
 from clm_dist.train.loop import Outcome
 from clm_dist.train.mixing import find_mixing
@@ -331,11 +332,11 @@ def test_every_strategy_trains_as_on_documents_alone(
     np.testing.assert_allclose(losses_of(tmp_path / "alone"), losses_of(runs[0]), rtol=1e-6)
     # The written model, evaluated by the loop and by the command.
     records = {r["kind"]: r for r in metrics_of(tmp_path / "alone" / "metrics.jsonl")}
-    evaluated = evaluate_model(str(tmp_path / "alone" / "final.unverified"), alone, store, Silent())
+    evaluated = evaluate_store(str(tmp_path / "alone" / "final.unverified"), alone, store, Silent())
     for loss in (records["eval"]["loss"], records["verify"]["loss"]):
-        assert evaluated.loss == pytest.approx(loss, rel=1e-6)
-    assert evaluated.num_tokens == records["eval"]["num_tokens"]
-    assert evaluated.bits_per_byte == pytest.approx(records["eval"]["bits_per_byte"], rel=1e-6)
+        assert evaluated.figures["loss"] == pytest.approx(loss, rel=1e-6)
+    assert evaluated.figures["num_tokens"] == records["eval"]["num_tokens"]
+    assert evaluated.figures["bits_per_byte"] == pytest.approx(records["eval"]["bits_per_byte"], rel=1e-6)
 
 
 def outcomes_of(rank: int, world_size: int, jobs: list[JobConfig], run: Path, store: Path) -> list[Outcome]:
@@ -359,7 +360,7 @@ def test_a_run_with_a_model_that_mixes_documents_ends_before_its_first_step(
     # The command refuses it too.
     load_model(jobs[0], AutoTokenizer.from_pretrained(store / "tokenizer")).save_pretrained(tmp_path / "opt")  # type: ignore[operator]
     with pytest.raises(ConfigError, match=r"data\.document_mask does not work with OPTForCausalLM") as caught:
-        evaluate_model(str(tmp_path / "opt"), jobs[0], store, Silent())
+        evaluate_store(str(tmp_path / "opt"), jobs[0], store, Silent())
     assert caught.value.field == "data.document_mask"
 
 

@@ -1,0 +1,187 @@
+"""What `evaluate` says of a model that is written: on the blocks of a store, or on the documents of files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clm_dist.config.job import JobConfig
+from clm_dist.errors import ConfigError
+from clm_dist.files.blocks import EVAL_BYTES, Manifest
+from clm_dist.metrics import bits_per_byte, bootstrap_interval, perplexity
+from clm_dist.progress import Progress
+
+MOST_CONTEXT = 1024
+"""Tokens of a window where neither the call nor a job says how many, and the model takes more."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The figures of a model on some text."""
+
+    figures: dict[str, Any]
+    """loss (nats a token), perplexity, bits_per_byte, num_tokens (predicted), accuracy (share of them that the model
+    found likeliest), num_documents, and interval: of loss and perplexity, 95 %, or None."""
+    categories: dict[str, dict[str, Any]] | None
+    """The same for each category, most tokens first."""
+    unit: str
+    """What the interval is drawn by: `document`, or `block` where blocks do not tell where documents end."""
+    context: int
+    stride: int
+
+    def as_json(self) -> dict[str, Any]:
+        about = {"interval_by": self.unit, "context": self.context, "stride": self.stride}
+        return self.figures | about | ({} if self.categories is None else {"categories": self.categories})
+
+
+def find_store(directory: Path, model: str) -> Path:
+    """A store's directory. Raises ConfigError where it is none, or was made with another vocabulary than a model's."""
+    from clm_dist.pretrained.tokenizer import load_tokenizer
+
+    if not (directory / "manifest.json").is_file():
+        raise ConfigError(f"--blocks {directory} is no store; name the directory that `clm-dist prepare` prints")
+    if load_tokenizer(directory / "tokenizer").get_vocab() != load_tokenizer(model).get_vocab():
+        raise ConfigError(
+            f"the blocks in {directory} are of another tokenizer than that of {model}, to which their ids mean "
+            "something else; evaluate it on their text, with --job or --file"
+        )
+    return directory
+
+
+def evaluate_store(
+    path: str, job: JobConfig, store: Path, progress: Progress, *, stride: int | None = None, num_processes: int = 1
+) -> Evaluated:
+    """The figures of a model on a store's eval split; without a stride on its blocks as they are.
+
+    Raises:
+        ConfigError, DataError: see `train.scores.score`; or blocks do not follow each other without gaps.
+    """
+    from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.train.scores import score
+    from clm_dist.train.windows import Windows, check_stride
+
+    manifest = Manifest.read(store / "manifest.json")
+    made_with = manifest.source.get("data", {})
+    check_stride(manifest.block_size, stride)
+    if stride is not None and made_with.get("grouping") == "guide":
+        raise ConfigError("--stride needs blocks without gaps between them; set data.grouping to carry")
+    ends = bool(made_with.get("append_eos"))
+    document_end = int(load_tokenizer(store / "tokenizer").eos_token_id) if ends else None
+    windows = Windows.of_store(store, stride=stride, document_end=document_end)
+    masked = job.data.document_mask
+    _begin(progress, len(windows), job, num_processes)
+    scores = score(
+        path,
+        job,
+        windows,
+        document_mask=document_end if masked else None,
+        num_processes=num_processes,
+        on_batch=progress.update,
+    )
+    # With a stride other tokens are predicted than those whose bytes the store knows.
+    num_bytes = int(np.load(store / EVAL_BYTES, mmap_mode="r")[:, int(masked)].sum()) if stride is None else None
+    sums = [scores.loss_sums, scores.num_tokens, scores.num_correct]
+    figures = _figures(sums, num_bytes, loss_sum=scores.loss_sum)
+    unit = "document" if ends else "block"
+    return Evaluated(figures, None, unit, manifest.block_size, stride or manifest.block_size)
+
+
+def evaluate_texts(
+    path: str,
+    job: JobConfig,
+    progress: Progress,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    category: str | None = None,
+    num_processes: int = 1,
+) -> Evaluated:
+    """The figures of a model on all documents of a job's `data`, each for itself.
+
+    Args:
+        context: tokens of a window; None takes as many as the model sees, at most MOST_CONTEXT.
+        stride: of the windows; None lets each begin with the last token of the one before, so that every token of a
+            document but its first is predicted once.
+        category: dotted path of a field of the records; its values get figures of their own.
+
+    Raises:
+        ConfigError, DataError: see `train.scores.score` and `prepare.texts.read_texts`; or the model sees less.
+    """
+    from clm_dist.prepare.texts import read_texts
+    from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.train.model import context_of, load_config
+    from clm_dist.train.scores import score
+    from clm_dist.train.windows import Windows, check_stride
+
+    most = context_of(load_config(job))
+    context = context or min(most or MOST_CONTEXT, MOST_CONTEXT)
+    if most is not None and context > most:
+        raise ConfigError(f"--context {context} is above the model's context of {most}; name {most} or fewer")
+    check_stride(context, stride)
+    stride = stride or max(1, context - 1)
+    texts = read_texts(job.data, load_tokenizer(path), progress, category=category)
+    skipped = ", ".join(f"{count:,} {reason} records skipped" for reason, count in texts.num_skipped.items())
+    progress.note(f"{len(texts.num_bytes):,} documents of {texts.num_records:,} records{skipped and f' ({skipped})'}")
+    windows = Windows.of_texts(texts.ids, texts.offsets, context=context, stride=stride)
+    _begin(progress, len(windows), job, num_processes)
+    scores = score(path, job, windows, num_processes=num_processes, on_batch=progress.update)
+    sums = [scores.loss_sums, scores.num_tokens, scores.num_correct]
+    # Where windows have no token in common, the first of each is not predicted.
+    num_bytes = texts.num_bytes if stride < context else None
+    total = None if num_bytes is None else int(num_bytes.sum())
+    figures = _figures(sums, total, loss_sum=scores.loss_sum)
+    categories = None
+    if texts.categories is not None:
+        names, inverse = np.unique(texts.categories, return_inverse=True)
+        categories = {}
+        sizes = np.bincount(inverse, scores.num_tokens)
+        for number in sorted(range(len(names)), key=lambda number: -sizes[number]):
+            chosen = inverse == number
+            if scores.num_tokens[chosen].any():
+                of_category = None if num_bytes is None else int(num_bytes[chosen].sum())
+                categories[str(names[number])] = _figures([values[chosen] for values in sums], of_category)
+    return Evaluated(figures, categories, "document", context, stride)
+
+
+def _begin(progress: Progress, num_windows: int, job: JobConfig, num_processes: int) -> None:
+    if num_processes == 1:
+        progress.start("Evaluating", total=-(-num_windows // job.eval.micro_size), unit="batch")
+    else:
+        progress.start(f"Evaluating in {num_processes} processes")
+
+
+def _figures(
+    sums: Sequence[npt.NDArray[Any]],
+    num_bytes: int | None,
+    *,
+    loss_sum: float | None = None,
+) -> dict[str, Any]:
+    """The figures of some documents.
+
+    Args:
+        sums: the loss of each, its predicted tokens, and those that the model found likeliest.
+        num_bytes: of text of the predicted tokens; None where it is not known.
+        loss_sum: where it was added up in another order.
+    """
+    loss_sums, num_tokens, num_correct = (values[sums[1] > 0] for values in sums)
+    loss_sum = float(loss_sums.sum()) if loss_sum is None else loss_sum
+    total = int(num_tokens.sum())
+    interval: Mapping[str, Any] | None = None
+    if (found := bootstrap_interval(loss_sums, num_tokens)) is not None:
+        interval = {"level": 0.95, "loss": list(found), "perplexity": [_finite(perplexity(end, 1)) for end in found]}
+    return {
+        "loss": loss_sum / total,
+        "perplexity": _finite(perplexity(loss_sum, total)),
+        "bits_per_byte": bits_per_byte(loss_sum, num_bytes) if num_bytes else None,
+        "num_tokens": total,
+        "accuracy": int(num_correct.sum()) / total,
+        "num_documents": len(loss_sums),
+        "interval": interval,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
