@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clm_dist.config.job import JobConfig
+from clm_dist.config.data import TokenizerConfig
+from clm_dist.config.job import JobConfig, ModelConfig
+from clm_dist.config.load import Job, load_job, located, make_job
+from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError
 from clm_dist.files.blocks import EVAL_BYTES, Manifest
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import Stores
 from clm_dist.metrics import bits_per_byte, bootstrap_interval, perplexity
 from clm_dist.progress import Progress
 
@@ -35,6 +40,104 @@ class Evaluated:
     def as_json(self) -> dict[str, Any]:
         about = {"interval_by": self.unit, "context": self.context, "stride": self.stride}
         return self.figures | about | ({} if self.categories is None else {"categories": self.categories})
+
+
+def evaluate_model(
+    model: str,
+    stores: Stores,
+    progress: Progress,
+    *,
+    job_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    files: Sequence[str] = (),
+    blocks: Path | None = None,
+    category: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    num_processes: int = 1,
+) -> Evaluated:
+    """The figures of a model on the eval split of its run or of a job, on a store's, or on documents of files.
+
+    Args:
+        model: run directory, model directory or Hub id.
+        job_file: job whose eval split is used, instead of that of the model's run; with files, how they are read.
+        overrides: `section.field=value` each, over that job.
+        files: text, JSON, CSV or Parquet, each by path, glob or URL.
+        blocks: directory of a store.
+        category, context: see `evaluate_texts`; with files.
+        stride: tokens from one window to the next; what overlaps is context.
+        num_processes: that share the work.
+
+    Raises:
+        ConfigError, DataError: these do not go together, or see `evaluate_texts` and `evaluate_store`.
+    """
+    from clm_dist.generate import find_model
+    from clm_dist.prepare.pipeline import prepare
+    from clm_dist.train.model import load_config
+
+    if blocks and (files or job_file):
+        raise ConfigError("--blocks is a store already; leave out --file and --job")
+    if not files and (category or context):
+        raise ConfigError(f"{'--by' if category else '--context'} needs the documents of --file")
+    path = find_model(model)
+    saved = RunDir(local_path(model, "MODEL")).job
+    named = job_file or (saved if saved.is_file() else None)
+    if named is None and not files and not blocks:
+        raise ConfigError(
+            f"{model} is no run directory, so say what to evaluate it on: --job JOB, --file PATH or --blocks DIR"
+        )
+    if files:
+        job = _job_of_files(path, files, named, overrides)
+    elif named is None:
+        job = _job_of_blocks(path, overrides)
+    else:
+        job = load_job(named, overrides)
+    update: dict[str, Any] = {"model": ModelConfig(path=path)}
+    if job_file is not None or overrides or files:
+        # A model is measured on its own tokens: another tokenizer's ids mean nothing to it.
+        update["tokenizer"] = TokenizerConfig(path=path)
+    # The lines that name the job's own model and tokenizer are not where an error of this model comes from.
+    origins = {field: place for field, place in job.origins.items() if field.partition(".")[0] not in update}
+    config = job.config.model_copy(update=update)
+    with located(Job(config, origins)):
+        if files:
+            return evaluate_texts(
+                path,
+                config,
+                progress,
+                context=context,
+                stride=stride,
+                category=category,
+                num_processes=num_processes,
+            )
+        load_config(config)
+        if blocks:
+            store = find_store(blocks, path)
+        else:
+            # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there.
+            store = prepare(config if "tokenizer" in update else job.config, stores, progress).local
+        return evaluate_store(path, config, store, progress, stride=stride, num_processes=num_processes)
+
+
+def _job_of_files(path: str, files: Sequence[str], named: Path | None, overrides: Sequence[str]) -> Job:
+    """A job whose records are those of some files, read and computed as the named job says."""
+    from clm_dist.prepare.data_file import DataFile
+
+    values: dict[str, Any] = {"name": "evaluate", "model": {"path": path}, "data": {}}
+    if named is not None:
+        values = load_job(named).config.model_dump(mode="json")
+    kept = {name: values["data"][name] for name in ("text", "join") if name in values["data"]}
+    if any(DataFile(file, 0).kind_by_suffix == "text" for file in files):
+        kept = {"text": "text"}
+    # No blocks are cut, so none is larger than the model's context.
+    values["data"] = kept | {"source": "files", "path": files, "block_size": 2}
+    return make_job(values, overrides, path=named or Path("--file"))
+
+
+def _job_of_blocks(path: str, overrides: Sequence[str]) -> Job:
+    """A job that says how a model computes, where nothing is prepared."""
+    values = {"name": "evaluate", "model": {"path": path}, "data": {"source": "builtin"}}
+    return make_job(values, overrides, path=Path("--blocks"))
 
 
 def find_store(directory: Path, model: str) -> Path:

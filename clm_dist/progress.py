@@ -22,6 +22,7 @@ def _width(stream: TextIO | None) -> int | None:
 # A stream that is closed is None.
 out = Console(width=_width(sys.stdout), highlight=False)
 err = Console(stderr=True, width=_width(sys.stderr), highlight=False)
+nowhere = Console(quiet=True)
 
 
 class Progress(Protocol):

@@ -1,4 +1,7 @@
-"""A run: the stages one after the other. They are imported when they begin, since that takes seconds."""
+"""A run: the stages one after the other, imported when they begin, because that takes seconds.
+
+Called, this module is `interface.run`.
+"""
 
 import contextlib
 import logging
@@ -7,19 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from clm_dist import make_callable
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, ConfigError, TryAgainError, first_line
 from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
 from clm_dist.files.stores import Store, Stores
-from clm_dist.progress import Progress, err, open_progress, out
+from clm_dist.progress import Progress, err, nowhere, open_progress, out
 from clm_dist.samples import keep_samples, show_samples
 
 if TYPE_CHECKING:
     from clm_dist.prepare.pipeline import Resolved
 
 logger = logging.getLogger(__name__)
+make_callable(__name__)
 
 
 def run_job(
@@ -30,16 +37,18 @@ def run_job(
     resume: bool,
     overwrite: bool,
     only_train: bool,
+    quiet: bool = False,
 ) -> Result:
     """Prepare, train, report, and push if the job says so. Return the run's result.
 
     Args:
         only_train: take blocks that are prepared already, and show no samples.
+        quiet: show nothing but that a model is not pushed.
 
     Raises:
         ClmDistError: see the stages; what is wrong with the job is said before a worker is started.
     """
-    with open_progress(err) as progress:
+    with open_progress(nowhere if quiet else err) as progress:
         directory, done = find_run(config, runs, resume=resume, overwrite=overwrite)
         if done:
             from clm_dist.prepare import pipeline
@@ -59,9 +68,10 @@ def run_job(
                 keep_samples(config, directory, progress)
     if result["status"] == "done":
         progress.times.begin("end")
-        _conclude(config, directory, result, with_samples=not only_train)
+        shown = nowhere if quiet else out
+        _conclude(config, directory, result, shown, with_samples=not only_train)
         if not done:
-            out.print(f"time:   {progress.times.describe()}")
+            shown.print(f"time:   {progress.times.describe()}")
     return result
 
 
@@ -121,7 +131,7 @@ def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved
     return resolved
 
 
-def _conclude(job: JobConfig, directory: RunDir, result: Result, *, with_samples: bool) -> None:
+def _conclude(job: JobConfig, directory: RunDir, result: Result, shown: Console, *, with_samples: bool) -> None:
     """Report a run that is done, push it if its job says so, and show what its models write."""
     from clm_dist import hub
     from clm_dist.report.card import write_card
@@ -131,14 +141,14 @@ def _conclude(job: JobConfig, directory: RunDir, result: Result, *, with_samples
     write_page(directory, result)
     repo = None if job.hub.push == "never" else hub.find_repo(job)
     write_card(directory.final, directory, job, result, repo=repo)
-    out.print(result_table(result))
+    shown.print(result_table(result))
     steps = result["train"]["steps"]
     if job.hub.push != "never":
         try:
             if url := hub.pushed_url(job, directory, steps):
-                out.print(f"already pushed to {url}", soft_wrap=True)
+                shown.print(f"already pushed to {url}", soft_wrap=True)
             else:
-                out.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
+                shown.print(f"pushed to {hub.push(job, directory, directory.final, steps)}", soft_wrap=True)
             shutil.rmtree(directory.exports, ignore_errors=True)
         except (ConfigError, TryAgainError) as error:
             err.print(
@@ -149,8 +159,8 @@ def _conclude(job: JobConfig, directory: RunDir, result: Result, *, with_samples
                 soft_wrap=True,
             )
     if with_samples:
-        show_samples(directory, out)
-    out.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
+        show_samples(directory, shown)
+    shown.print(f"model:  {directory.final}\nreport: {directory.report}", soft_wrap=True)
 
 
 def _push_epoch(job: JobConfig, directory: RunDir, store: Store, path: Path, step: int, progress: Progress) -> None:

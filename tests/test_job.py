@@ -15,8 +15,9 @@ import jsonschema
 import pytest
 import yaml
 
+from clm_dist.config.differences import differing_fields
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import differing_fields, job_text, load_job, read_saved_job
+from clm_dist.config.load import job_text, load_job, read_saved_job
 from clm_dist.config.schema import job_schema
 from clm_dist.errors import ConfigError
 

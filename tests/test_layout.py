@@ -19,7 +19,7 @@ LAYERS = [
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"evaluation", "run", "samples"},
-    {"cli"},
+    {"cli", "interface"},
     {"__main__"},
 ]
 STAGES = LAYERS[4]
@@ -40,14 +40,15 @@ def parts_of(file: Path) -> set[str]:
     """Top-level parts of the package that a file imports."""
     own = file.relative_to(PACKAGE).with_suffix("").parts[0]
     names = {name.split(".")[1] for name in imports_of(file) if name.startswith("clm_dist.")}
-    return names - {own, "__version__"}
+    return names - {own, "__version__", "make_callable"}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_point_down_and_stages_do_not_import_each_other(file: Path) -> None:
     own = file.relative_to(PACKAGE).with_suffix("").parts[0]
     if own == "__init__":
-        assert parts_of(file) == set()
+        # Which it loads late.
+        assert parts_of(file) == {"interface"}
         return
     layer = next(number for number, names in enumerate(LAYERS) if own in names)
     for part in parts_of(file):

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from clm_dist.cli.options import located
 from clm_dist.cli.streams import unfailing
-from clm_dist.config.load import Job
+from clm_dist.config.load import Job, located
 from clm_dist.progress import err, out
 from clm_dist.submit.backend import Backend, LaunchT
 from clm_dist.submit.launch import check_name

@@ -1,7 +1,6 @@
 """The command `evaluate`."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,13 +8,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from clm_dist.cli.options import DEFAULT_STORES, Overrides, StoreOption, located, open_stores
-from clm_dist.config.data import TokenizerConfig
-from clm_dist.config.job import ModelConfig
-from clm_dist.config.load import Job, load_job, make_job
-from clm_dist.config.paths import local_path
-from clm_dist.errors import ConfigError
-from clm_dist.files.run_dir import RunDir
+from clm_dist.cli.options import Overrides, StoreOption, open_stores
+from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.progress import err, open_progress, out
 
 if TYPE_CHECKING:
@@ -49,80 +43,26 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a model: loss, perplexity, bits per byte, token accuracy, and an interval by document."""
-    from clm_dist.evaluation import evaluate_store, evaluate_texts, find_store
-    from clm_dist.generate import find_model
-    from clm_dist.prepare.pipeline import prepare
-    from clm_dist.train.model import load_config
+    from clm_dist.evaluation import evaluate_model
 
-    if blocks and (files or job_file):
-        raise ConfigError("--blocks is a store already; leave out --file and --job")
-    if not files and (category or context):
-        raise ConfigError(f"{'--by' if category else '--context'} needs the documents of --file")
-    path = find_model(model)
-    saved = RunDir(local_path(model, "MODEL")).job
-    named = job_file or (saved if saved.is_file() else None)
-    if named is None and not files and not blocks:
-        raise ConfigError(
-            f"{model} is no run directory, so say what to evaluate it on: --job JOB, --file PATH or --blocks DIR"
+    with open_progress(err) as progress:
+        evaluated = evaluate_model(
+            model,
+            open_stores(stores),
+            progress,
+            job_file=job_file,
+            overrides=overrides or (),
+            files=files or (),
+            blocks=blocks,
+            category=category,
+            context=context,
+            stride=stride,
+            num_processes=num_processes,
         )
-    if files:
-        job = _job_of_files(path, files, named, overrides or ())
-    elif named is None:
-        job = _job_of_blocks(path, overrides or ())
-    else:
-        job = load_job(named, overrides or ())
-    update: dict[str, Any] = {"model": ModelConfig(path=path)}
-    if job_file is not None or overrides or files:
-        # A model is measured on its own tokens: another tokenizer's ids mean nothing to it.
-        update["tokenizer"] = TokenizerConfig(path=path)
-    # The lines that name the job's own model and tokenizer are not where an error of this model comes from.
-    origins = {field: place for field, place in job.origins.items() if field.partition(".")[0] not in update}
-    config = job.config.model_copy(update=update)
-    with located(Job(config, origins)), open_progress(err) as progress:
-        if files:
-            evaluated = evaluate_texts(
-                path,
-                config,
-                progress,
-                context=context,
-                stride=stride,
-                category=category,
-                num_processes=num_processes,
-            )
-        else:
-            load_config(config)
-            if blocks:
-                store = find_store(blocks, path)
-            else:
-                # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there.
-                tokens = config if "tokenizer" in update else job.config
-                store = prepare(tokens, open_stores(stores), progress).local
-            evaluated = evaluate_store(path, config, store, progress, stride=stride, num_processes=num_processes)
     if as_json:
         typer.echo(json.dumps(evaluated.as_json()))
     else:
         _print_figures(evaluated)
-
-
-def _job_of_files(path: str, files: list[str], named: Path | None, overrides: Sequence[str]) -> Job:
-    """A job whose records are those of some files, read and computed as the named job says."""
-    from clm_dist.prepare.data_file import DataFile
-
-    values: dict[str, Any] = {"name": "evaluate", "model": {"path": path}, "data": {}}
-    if named is not None:
-        values = load_job(named).config.model_dump(mode="json")
-    kept = {name: values["data"][name] for name in ("text", "join") if name in values["data"]}
-    if any(DataFile(file, 0).kind_by_suffix == "text" for file in files):
-        kept = {"text": "text"}
-    # No blocks are cut, so none is larger than the model's context.
-    values["data"] = kept | {"source": "files", "path": files, "block_size": 2}
-    return make_job(values, overrides, path=named or Path("--file"))
-
-
-def _job_of_blocks(path: str, overrides: Sequence[str]) -> Job:
-    """A job that says how a model computes, where nothing is prepared."""
-    values = {"name": "evaluate", "model": {"path": path}, "data": {"source": "builtin"}}
-    return make_job(values, overrides, path=Path("--blocks"))
 
 
 def _print_figures(evaluated: "Evaluated") -> None:

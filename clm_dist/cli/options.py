@@ -1,16 +1,11 @@
 """Options and arguments that several commands have."""
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clm_dist.config.load import Job
-from clm_dist.errors import ClmDistError
-from clm_dist.files.stores import Stores
+from clm_dist.files.stores import DEFAULT_STORES, Stores
 
 JOB_HELP = "Job file, or the name of a packaged job: quickstart."
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help=JOB_HELP)]
@@ -32,7 +27,6 @@ StoreOption = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run though the job has changed since.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run of this name and start again.")]
 DEFAULT_RUNS = "runs"
-DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
 
 
 def is_given(context: typer.Context, name: str) -> bool:
@@ -44,15 +38,3 @@ def is_given(context: typer.Context, name: str) -> bool:
 def open_stores(path: str) -> Stores:
     """The stores that `--store` names; copies of what is kept at a URL lie in the user's cache."""
     return Stores.at(path, DEFAULT_STORES)
-
-
-@contextlib.contextmanager
-def located(job: Job) -> Iterator[None]:
-    """Begin an error of a field with the file and the line that set the field."""
-    try:
-        yield
-    except ClmDistError as error:
-        where = job.where(error.field) if error.field else None
-        if where is None:
-            raise
-        raise error.at(where) from error

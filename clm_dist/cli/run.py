@@ -8,24 +8,23 @@ import typer
 
 from clm_dist.cli.options import (
     DEFAULT_RUNS,
-    DEFAULT_STORES,
     JobFile,
     Overrides,
     Overwrite,
     Resume,
     Runs,
     StoreOption,
-    located,
     open_stores,
 )
 from clm_dist.cli.streams import unfailing
-from clm_dist.config.load import load_job, read_saved_job
+from clm_dist.config.load import load_job, located, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import ClmDistError, TryAgainError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.final import check_final
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.progress import err, out
 from clm_dist.signals import STOPS, handling
 

@@ -7,19 +7,17 @@ import typer
 from rich.table import Table
 
 from clm_dist.cli.options import (
-    DEFAULT_STORES,
     JOB_HELP,
     Overrides,
     StoreOption,
     is_given,
-    located,
     open_stores,
 )
 from clm_dist.cli.run import EX_INTERRUPTED
 from clm_dist.cli.streams import unfailing
-from clm_dist.config.load import load_job
+from clm_dist.config.load import load_job, located
 from clm_dist.errors import ConfigError
-from clm_dist.files.stores import Store, Stores
+from clm_dist.files.stores import DEFAULT_STORES, Store, Stores
 from clm_dist.progress import err, open_progress, out
 
 

@@ -11,7 +11,6 @@ import typer
 from clm_dist.cli.cluster import DryRun, settings_of, submit_to
 from clm_dist.cli.options import (
     DEFAULT_RUNS,
-    DEFAULT_STORES,
     JobFile,
     Overrides,
     Overwrite,
@@ -25,6 +24,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
+from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.submit.slurm.backend import Launch, SlurmBackend
 from clm_dist.submit.slurm.render import Request
 from clm_dist.submit.submission import Submission, sweep_name, sweep_settings

@@ -1,5 +1,6 @@
 """Job files: read and merged, checked with file and line, saved and compared."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -20,7 +21,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.packaged import describe_packaged, find_job
 from clm_dist.config.paths import local_path
 from clm_dist.config.shown import shown
-from clm_dist.errors import ConfigError, first_line
+from clm_dist.errors import ClmDistError, ConfigError, first_line
 
 # What YAML raises over a text that a person wrote, also for numbers of thousands of digits and nesting of thousands of
 # levels.
@@ -28,14 +29,6 @@ _MALFORMED = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 _MOST_BYTES = 1 << 20
 _PATH_MAX = 4096
 _MOST_PROBLEMS = 10
-# What decides where and how fast a run computes, what is kept and where it goes, not what it computes.
-_NOT_COMPUTED: Mapping[str, Any] = {
-    **dict.fromkeys(("cluster", "hub", "tracking"), True),
-    "checkpoint": {"every", "keep"},
-    "train": {"max_failures", "hang_timeout_s", "start_timeout_s"},
-    "tokenizer": {"engine"},
-    "data": {"streaming"},
-}
 
 
 @dataclass(frozen=True)
@@ -100,6 +93,18 @@ def make_job(
     return Job(_with_absolute_paths(_validated(merged, origins, path), origins), origins)
 
 
+@contextlib.contextmanager
+def located(job: Job) -> Iterator[None]:
+    """Begin an error of a field with the file and the line that set the field."""
+    try:
+        yield
+    except ClmDistError as error:
+        where = job.where(error.field) if error.field else None
+        if where is None:
+            raise
+        raise error.at(where) from error
+
+
 def read_saved_job(path: Path) -> JobConfig:
     """The resolved job that a run directory holds, also as an earlier version wrote it.
 
@@ -136,12 +141,6 @@ def job_text(config: JobConfig) -> str:
 def fingerprint(value: Any) -> str:
     """16 hex digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differing_fields(old: JobConfig, new: JobConfig) -> list[str]:
-    """Fields that change what a run computes and are not equal in two jobs."""
-    a, b = (dict(_leaves(job.model_dump(mode="json", exclude=_NOT_COMPUTED))) for job in (old, new))
-    return sorted(field for field in a.keys() | b.keys() if a.get(field) != b.get(field))
 
 
 def _extension_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[str, int]]]:
@@ -283,14 +282,6 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
         cluster = cluster.model_copy(update={"slurm": cluster.slurm.model_copy(update={"venv": venv})})
     update = {"data": data, "tokenizer": tokenizer, "model": model, "checkpoint": checkpoint, "cluster": cluster}
     return config.model_copy(update=update)
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value
 
 
 def _reason(error: Exception) -> str:

@@ -4,8 +4,9 @@ import logging
 import shutil
 from pathlib import Path
 
+from clm_dist.config.differences import differing_fields
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import differing_fields, read_saved_job
+from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.checkpoints import Checkpoints

@@ -5,6 +5,7 @@ in it are those of `blocks`; a store whose manifest is there is whole.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -26,6 +27,9 @@ PARTIAL_SUFFIX = ".part.arrow"
 """Suffix of the files with encoded partitions in a store's `work`, while it is prepared."""
 _MANIFEST = "manifest.json"
 _DAY_S = 24 * 3600
+
+
+DEFAULT_STORES = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/clm_dist"
 
 
 @dataclass(frozen=True)
