@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 # A module may import from its own layer's package and from what stands below it.
 LAYERS = [
     {"errors", "signals"},
-    {"config", "progress", "timing"},
+    {"config", "progress", "pace", "timing"},
     {"files", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},

@@ -28,9 +28,12 @@ def test_a_restart_shows_where_it_goes_on_and_nothing_twice(tmp_path: Path, monk
     start = {"kind": "start", "num_steps": 9}
     recorder.receive([sent(start | {"step": 0}, evaluation=evaluation)])
     recorder.receive([sent({"kind": "export", "step": 2, "epoch": 1.0, "path": "x"})])
-    recorder.receive([sent({"kind": "checkpoint", "step": 2}, {"kind": "checkpoint", "step": 4})])
+    saved = {"kind": "checkpoint", "bytes": 3 * 2**30, "seconds": 1.26}
+    recorder.receive([sent(saved | {"step": 2}, saved | {"step": 4})])
     follower.look()
-    assert (len(notes.notes), exported) == (1, [2])
+    assert notes.notes[1:] == [f"Step {step}: checkpoint saved, 3,072 MiB in 1.3 s" for step in (2, 4)]
+    assert exported == [2]
+    del notes.notes[1:]
 
     def look_at_once(path: Path, records: Iterable[Record], *, keep: Callable[[Record], bool]) -> None:
         replace_records(path, records, keep=keep)
@@ -97,4 +100,37 @@ def test_an_early_end_and_the_model_that_is_kept_are_said(tmp_path: Path) -> Non
     assert notes.notes == [
         "Stopping early, after step 5: the evaluations no longer get better",
         "Keeping the model of step 3, which has the lowest eval loss",
+    ]
+
+
+def test_a_step_is_shown_with_its_figures_and_the_last_perplexity(tmp_path: Path) -> None:
+    class Figures(Notes):
+        def update(self, done: int, **figures: str) -> None:
+            shown.append((done, list(figures.items())))
+
+    shown: list[tuple[int, list[tuple[str, str]]]] = []
+    run = RunDir(tmp_path)
+    follower = Follower(run, Figures(), 0, lambda path, step: None)
+    step = {"kind": "step", "epoch": 0.125, "loss": 2.5, "tokens_per_s": 9100.4, "mfu": None}
+    memory = {"mfu": 0.416, "memory_bytes": 3 * 2**29}
+    for record in (
+        {"kind": "start", "step": 0, "num_steps": 9},
+        {"kind": "phase", "step": 0, "phase": "Training"},
+        {"step": 1, **step},
+        {"kind": "eval", "step": 1, "epoch": 0.125, "loss": 2.0, "perplexity": 7.389},
+        {"step": 2, **step, **memory},
+        # What that evaluation was of is trained again.
+        {"kind": "start", "step": 0, "num_steps": 9},
+        {"step": 1, **step},
+    ):
+        append_records(run.metrics, [record])  # type: ignore[list-item]
+        follower.look()
+    figures = [("loss", "2.5000"), ("tokens_per_s", "9,100"), ("epoch", "0.12")]
+    with_perplexity = [figures[0], ("perplexity", "7.39"), *figures[1:]]
+    assert shown == [
+        (0, []),
+        (1, figures),
+        (1, with_perplexity),
+        (2, [*with_perplexity, ("MFU", "42%"), ("memory", "1.5 GiB")]),
+        (1, figures),
     ]

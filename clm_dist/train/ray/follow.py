@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from clm_dist.files.record_types import Record
+from clm_dist.files.record_types import Record, StepRecord
 from clm_dist.files.records import RecordReader
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
@@ -35,6 +35,8 @@ class Follower:
         self._micro_size = micro_size
         self._reader = RecordReader(run.metrics, from_end=True)
         self._num_steps: int | None = None
+        self._step: StepRecord | None = None
+        self._perplexity: str | None = None
 
     def look(self) -> None:
         """Show what is new."""
@@ -46,6 +48,8 @@ class Follower:
         progress = self._progress
         if record["kind"] == "start":
             self._num_steps = record["num_steps"]
+            # The evaluation may be of steps that are trained again.
+            self._step = self._perplexity = None
             self._num_starts += 1
             if record["step"]:
                 progress.note(f"Resuming from the checkpoint of step {record['step']}")
@@ -63,7 +67,10 @@ class Follower:
             progress.note(f"{record['error']}; trying the checkpoint before it")
         elif record["kind"] == "checkpoint":
             progress.spent("checkpoints", record.get("blocked", 0.0))
-            if "error" in record:
+            if "error" not in record:
+                size, seconds = record.get("bytes", 0) / 2**20, record.get("seconds", 0.0)
+                progress.note(f"Step {record['step']}: checkpoint saved, {size:,.0f} MiB in {seconds:.1f} s")
+            else:
                 progress.note(
                     f"The checkpoint of step {record['step']} could not be written, {record['error']}; training goes "
                     "on, and what was committed is whole"
@@ -86,23 +93,20 @@ class Follower:
                 kind=_KINDS.get(record["phase"].partition(" ")[0], "evaluation"),
             )
             if training:
-                progress.update(record["step"])
+                progress.update(record["step"], **self._figures())
         elif record["kind"] == "step":
-            progress.update(
-                record["step"],
-                epoch=f"{record['epoch']:.2f}",
-                loss=f"{record['loss']:.4f}",
-                tokens_per_s=f"{record['tokens_per_s']:,.0f}",
-            )
+            self._step = record
+            progress.update(record["step"], **self._figures())
         elif record["kind"] == "eval":
             shown = "inf" if record["perplexity"] is None else f"{record['perplexity']:.2f}"
+            self._perplexity = shown
             progress.note(
                 f"Step {record['step']}, epoch {record['epoch']:.2f}: "
                 f"eval loss {record['loss']:.4f}, perplexity {shown}"
             )
             if record["step"] != self._num_steps:
                 progress.start("Training", total=self._num_steps, unit="step", kind="training")
-                progress.update(record["step"])
+                progress.update(record["step"], **self._figures())
         elif record["kind"] == "final":
             if record["stopped_early"]:
                 progress.note(f"Stopping early, after step {record['step']}: the evaluations no longer get better")
@@ -110,3 +114,17 @@ class Follower:
                 progress.note(f"Keeping the model of step {record['kept']}, which has the lowest eval loss")
         elif record["kind"] == "export":
             self._on_export(Path(record["path"]), record["step"])
+
+    def _figures(self) -> dict[str, str]:
+        """The figures of the last step and the last evaluation, the most important first."""
+        figures: dict[str, str | None] = {"loss": None, "perplexity": self._perplexity}
+        if step := self._step:
+            memory = step.get("memory_bytes")
+            figures |= {
+                "loss": f"{step['loss']:.4f}",
+                "tokens_per_s": f"{step['tokens_per_s']:,.0f}",
+                "epoch": f"{step['epoch']:.2f}",
+                "MFU": None if step["mfu"] is None else f"{step['mfu']:.0%}",
+                "memory": f"{memory / 2**30:.1f} GiB" if isinstance(memory, int) else None,
+            }
+        return {name: figure for name, figure in figures.items() if figure is not None}
