@@ -1,24 +1,19 @@
 """Text from a run or a model, in the guide's two ways."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from clm_dist.config.paths import local_path
-from clm_dist.errors import ConfigError
 from clm_dist.files.final import check_final
 from clm_dist.files.run_dir import RunDir
+from clm_dist.pretrained.decoding import Sampling as Sampling
+from clm_dist.pretrained.decoding import append_ids, ignores_padding
+from clm_dist.pretrained.prompts import Prompt, read_prompts, special_parts
+from clm_dist.pretrained.streamer import Streamer
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; the guide's own values."""
-
-    max_new_tokens: int = 100
-    top_k: int = 50
-    top_p: float = 0.95
-    temperature: float = 1.0
-    greedy: bool = False
+_PIPELINE_TOKENS = 256
+"""New tokens of transformers' pipeline, where the model's context has room for them."""
 
 
 def find_model(model: str) -> str:
@@ -35,16 +30,17 @@ def find_model(model: str) -> str:
 
 
 def generate(
-    model: str, prompts: Sequence[str], *, seed: int, sampling: Sampling | None, device: str = "auto"
+    model: str, prompts: Sequence[str], *, seed: int, sampling: Sampling | None, device: str = "auto", **options: Any
 ) -> Iterator[str]:
     """Each prompt with its continuation, in order; a prompt's text depends on the seed and on it alone.
 
     Args:
         model: directory or Hub id.
         sampling: how `generate` draws; None uses transformers' text-generation `pipeline` with its own defaults.
+        options: `batch_size`, `note` and `stream` of `go_on`.
 
     Raises:
-        ConfigError: the model is not there or damaged, or a prompt fills its context.
+        ConfigError: the model is not there or damaged, or a prompt cannot be gone on from. No text is generated then.
         HubError: the Hub is away.
     """
     import transformers
@@ -54,9 +50,8 @@ def generate(
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(model, slow=True)
-    yield from go_on(
-        load_pretrained(model), tokenizer, prompts, model=model, seed=seed, sampling=sampling, device=device
-    )
+    network = load_pretrained(model)
+    yield from go_on(network, tokenizer, prompts, model=model, seed=seed, sampling=sampling, device=device, **options)
 
 
 def go_on(
@@ -68,8 +63,17 @@ def go_on(
     seed: int,
     sampling: Sampling | None,
     device: str = "auto",
+    batch_size: int = 1,
+    note: Callable[[str], None] = lambda text: None,
+    stream: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
-    """What `generate` yields, of a model and a tokenizer that are loaded; `model` names them in messages."""
+    """What `generate` yields, of a model and a tokenizer that are loaded; `model` names them in messages.
+
+    Args:
+        batch_size: prompts that are computed at once, at most. The texts are the same up to rounding.
+        note: called with what a person should know about the prompts, before the first text.
+        stream: called with each piece of a text as it comes; a batch has one prompt then. The pipeline has one piece.
+    """
     import torch
     from transformers import set_seed
 
@@ -78,81 +82,47 @@ def go_on(
     network.to(device).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for prompt in prompts:
-        set_seed(seed)
-        ids = _encode(tokenizer, prompt).to(device)
-        rows = network.get_input_embeddings().num_embeddings
-        if ids.max() >= rows:
-            raise ConfigError(
-                f"the prompt {prompt[:40]!r}... has the id {int(ids.max())}, and the embedding of {model} has {rows} "
-                "rows: the tokenizer beside it is that of another model; put its own there"
-            )
-        room = _room(network.config, ids.shape[1], prompt)
-        if sampling is None:
-            yield _pipeline(network, tokenizer, prompt, room)
-            continue
-        draw = (
-            {"do_sample": False}
-            if sampling.greedy
-            else {
-                "do_sample": True,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "temperature": sampling.temperature,
-            }
-        )
-        with torch.no_grad():
-            output = network.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=min(sampling.max_new_tokens, room),
-                pad_token_id=tokenizer.pad_token_id,
-                **draw,
-            )
-        yield tokenizer.decode(output[0], skip_special_tokens=True)
+    most = _PIPELINE_TOKENS if sampling is None else sampling.max_new_tokens
+    ready = read_prompts(network, tokenizer, prompts, model=model, most=most, note=note)
+    if sampling is None:
+        for prompt in ready:
+            set_seed(seed)
+            text = _pipeline(network, tokenizer, prompt)
+            if stream:
+                stream(text)
+            yield text
+        return
+    # What has no such token gets any id.
+    padding = tokenizer.pad_token_id or 0
+    for batch in _batches(network, ready, 1 if stream else batch_size, padding):
+        streamer = Streamer(tokenizer, stream) if stream else None
+        rows, limit = [prompt.ids for prompt in batch], batch[0].limit
+        added = append_ids(network, rows, sampling, limit=limit, seed=seed, padding=padding, streamer=streamer)
+        for prompt, new in zip(batch, added, strict=True):
+            yield tokenizer.decode([*prompt.ids, *new], skip_special_tokens=True)
 
 
-def _pipeline(network: Any, tokenizer: Any, prompt: str, room: int) -> str:
+def _batches(network: Any, prompts: Sequence[Prompt], size: int, padding: int) -> Iterator[Sequence[Prompt]]:
+    """The prompts in their order, several at a time that may get as many new tokens.
+
+    Shorter prompts are padded. Of a type of model that computes something else then, only prompts of the same length
+    come together.
+    """
+    pads = size == 1 or len({len(prompt.ids) for prompt in prompts}) == 1 or ignores_padding(network, padding)
+    for _, alike in groupby(prompts, key=lambda prompt: (prompt.limit, pads or len(prompt.ids))):
+        together = list(alike)
+        for begin in range(0, len(together), size):
+            yield together[begin : begin + size]
+
+
+def _pipeline(network: Any, tokenizer: Any, prompt: Prompt) -> str:
     from transformers import pipeline
 
     generator = pipeline("text-generation", model=network, tokenizer=tokenizer)
-    given, options = prompt or tokenizer.eos_token, {}
-    before, _, after = _parts(tokenizer, given)
+    given, options = prompt.text or tokenizer.eos_token, {}
+    before, _, after = special_parts(tokenizer, given)
     if after:
         # The pipeline would go on after the end of a text.
         given, options = tokenizer.decode(before) + given, {"add_special_tokens": False}
-    # The pipeline's own 256 new tokens, where the model's context has room for them.
-    text: str = generator(given, max_new_tokens=min(256, room), **options)[0]["generated_text"]
+    text: str = generator(given, max_new_tokens=prompt.limit, **options)[0]["generated_text"]
     return text.removeprefix(tokenizer.decode(before)) if after else text
-
-
-def _encode(tokenizer: Any, prompt: str) -> Any:
-    import torch
-
-    before, own, after = _parts(tokenizer, prompt)
-    ids = [*before, *own]
-    if not ids:
-        # Generation needs something to go on from.
-        firsts = (tokenizer.bos_token_id, tokenizer.eos_token_id, *after)
-        ids = [first for first in firsts if first is not None][:1]
-    return torch.tensor([ids])
-
-
-def _parts(tokenizer: Any, prompt: str) -> tuple[list[int], list[int], list[int]]:
-    """The special tokens before a prompt, its own ids, and the special tokens that would end it."""
-    own = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(prompt)["input_ids"]
-    for start in range(len(whole) - len(own) + 1):
-        end = start + len(own)
-        if whole[start:end] == own:
-            return whole[:start], own, whole[end:]
-    return [], whole, []
-
-
-def _room(config: Any, num_tokens: int, prompt: str) -> int:
-    context = getattr(config, "max_position_embeddings", None) or 2**20
-    if num_tokens >= context:
-        raise ConfigError(
-            f"the prompt {prompt[:40]!r}... has {num_tokens} tokens, the model's context {context}; shorten the prompt"
-        )
-    return int(context - num_tokens)

@@ -216,6 +216,8 @@ def test_examples_with_a_run_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run: RunDir, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CLM_DIST_STORE", str(tmp_path / "stores"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("The\n")
     shown = [
         command
         for name in ("report", "evaluate", "generate")

@@ -2,14 +2,18 @@
 
 import io
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
-from clm_dist.generate import Sampling, _encode, find_model, generate
+from clm_dist.generate import Sampling, find_model, generate
+from clm_dist.pretrained.prompts import encode
 from tests.support.command import clm_dist
 
 
@@ -49,6 +53,21 @@ def test_a_context_that_is_full(finished_run: RunDir) -> None:
         list(generate(str(finished_run.final), ["word " * 200], seed=0, sampling=Sampling()))
     (text,) = generate(str(finished_run.final), [""], seed=0, sampling=Sampling(max_new_tokens=9999))
     assert text
+    # All prompts are checked before the first text.
+    with pytest.raises(ConfigError, match=r"the prompt 'word .*\.\.\.' \(2 of 2\) has \d+ tokens"):
+        next(generate(str(finished_run.final), ["The", "word " * 200], seed=0, sampling=Sampling()))
+
+
+def test_an_empty_prompt_says_with_what_it_begins_or_that_nothing_can(run: RunDir) -> None:
+    notes: list[str] = []
+    next(generate(str(run.final), [""], seed=0, sampling=Sampling(3), note=notes.append))
+    assert notes == ["an empty prompt begins with '<|endoftext|>'"]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file := run.final / name).exists():
+            content = json.loads(file.read_text())
+            file.write_text(json.dumps({key: value for key, value in content.items() if not key.endswith("_token")}))
+    with pytest.raises(ConfigError, match=r"the prompt '' is empty, and the tokenizer of .* has no token to begin"):
+        next(generate(str(run.final), [""], seed=0, sampling=Sampling(3)))
 
 
 def test_prompts_from_options_a_file_and_standard_input(
@@ -82,6 +101,66 @@ def test_prompts_that_are_no_text(
     assert (said.code, "error: the prompts are not UTF-8 text: " in said.err) == (2, True)
 
 
+def test_texts_are_written_as_json_lines_as_they_are_done(
+    finished_run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["The\u2028rule", 'A "class"', "x: Café"]
+    given, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    lines = [json.dumps({"id": 7, "prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    given.write_text("\ufeff" + "\n\n".join(lines) + "\r\n", encoding="utf-8")
+    command = ("generate", finished_run.root, "--file", given, "--max-new-tokens", "5")
+    printed = clm_dist(capsys, monkeypatch, *command, "--out", "-")
+    texts = list(generate(str(finished_run.final), prompts, seed=42, sampling=Sampling(5)))
+    expected = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    assert [json.loads(line) for line in printed.out.split("\n")[:-1]] == expected
+
+    def stopped(*arguments: Any, **options: Any) -> Iterator[str]:
+        yield from texts[:2]
+        assert [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]] == expected[:2]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("clm_dist.generate.generate", stopped)
+        assert clm_dist(capsys, monkeypatch, *command, "--out", out).code == 130
+    said = clm_dist(capsys, monkeypatch, *command, "--out", out)
+    assert (said.code, f"--out {out} has texts already" in said.err) == (2, True)
+    assert len(out.read_text("utf-8").split("\n")) == 3
+    out.write_text("")
+    assert clm_dist(capsys, monkeypatch, *command, "--out", out, "--batch-size", 2).code == 0
+    assert [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]] == expected
+
+
+@pytest.mark.parametrize("line", ['{"text": "The"}', '"The"', "The", '{"prompt": 7}', "[1]"])
+def test_a_line_that_has_no_prompt_is_named(
+    finished_run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    (file := tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "The"}}\n{line}\n')
+    said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--file", file)
+    assert (said.code, said.out) == (2, "")
+    assert f'error: {file}:2 is not an object with a text "prompt"; write ' in said.err
+
+
+def test_a_file_that_cannot_be_written_is_named_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "none" / "texts.jsonl"
+    said = clm_dist(capsys, monkeypatch, "generate", tmp_path, "--prompt", "The", "--out", out)
+    assert (said.code, f"--out {out} cannot be written: No such file" in said.err) == (2, True)
+
+
+def test_what_the_context_cuts_is_said(
+    finished_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--prompt", "The", "--max-new-tokens", 999)
+    assert said.code == 0
+    assert re.search(
+        r"the prompt leaves less room than 999 new tokens in the model's context of 128: 'The' has (\d) tokens?, and "
+        r"goes on for 12\d at most",
+        said.err,
+    )
+    assert "room" not in said.out
+
+
 def test_options_that_would_be_ignored_or_cannot_be(
     finished_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +176,8 @@ def test_options_that_would_be_ignored_or_cannot_be(
         said = clm_dist(capsys, monkeypatch, *command, *option)
         assert (said.code, said.out) == (2, "")
         assert f"--pipeline has defaults of its own and takes no {option[0]}; " in said.err
+    said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--prompt", "The", "--batch-size", 8)
+    assert (said.code, "--batch-size is only for --out" in said.err) == (2, True)
     for seed in (-1, 2**32):
         said = clm_dist(capsys, monkeypatch, "generate", finished_run.root, "--prompt", "The", "--seed", seed)
         assert (said.code, "'--seed'" in said.err) == (2, True)
@@ -158,7 +239,7 @@ def test_a_prompt_goes_on_where_the_tokenizer_ends_texts(run: RunDir, sampling: 
     tokenizer = AutoTokenizer.from_pretrained(run.final)
     ids = tokenizer("The rule")["input_ids"]
     assert ids[-1] == 0
-    assert _encode(tokenizer, "The rule").tolist() == [ids[:-1]]
+    assert encode(tokenizer, "The rule") == ids[:-1]
     assert written() == before
 
 
@@ -167,5 +248,5 @@ def test_an_id_above_the_embedding_names_the_tokenizer(run: RunDir) -> None:
     content = json.loads(file.read_text())
     content["model"]["vocab"] |= dict.fromkeys(["T"], 600)
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"the prompt 'T'... has the id 600, and the embedding of .* has 300 rows"):
+    with pytest.raises(ConfigError, match=r"the prompt 'T' has the id 600, and the embedding of .* has 300 rows"):
         list(generate(str(run.final), ["T"], seed=0, sampling=None, device="cpu"))

@@ -21,6 +21,7 @@ USES = {
     r"_attn_implementation": "train/attention.py",
     r"_no_split_modules": "train/strategies/fsdp2.py",
     r"torch\._subclasses": "train/unused.py",
+    r"\._sample\b": "pretrained/decoding.py",
 }
 
 
@@ -118,6 +119,14 @@ def test_processes_of_ray_are_found() -> None:
     assert settings <= inspect.signature(ray._private.parameter.RayParams).parameters.keys(), where
     assert "self.start_api_server(" in inspect.getsource(ray._private.node.Node), where
     assert hasattr(ray._private.node.Node, "get_gcs_client"), where
+
+
+def test_transformers_hands_over_what_is_made_before_it_samples() -> None:
+    from transformers import GenerationMixin
+
+    where = "see clm_dist/pretrained/decoding.py"
+    taken = {"input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer"}
+    assert taken <= inspect.signature(GenerationMixin._sample).parameters.keys(), where
 
 
 def test_torch_records_collectives() -> None:

@@ -1,6 +1,5 @@
 """The command `generate`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from clm_dist.cli.options import (
     is_given,
 )
+from clm_dist.cli.prompts import open_texts, read_prompts, say
 from clm_dist.errors import ConfigError
 
 
@@ -17,8 +17,20 @@ def generate(
     model: Annotated[str, typer.Argument(help="Run directory, model directory or Hub id.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", help="File with a prompt a line; - or nothing at all is standard input.")
+        Path | None,
+        typer.Option(
+            "--file",
+            help="File with a prompt a line, or of JSON lines (.jsonl) with a field prompt; - or nothing at all is "
+            "standard input.",
+        ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="New file for JSON lines with prompt and text, each as it is done; - prints them."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="With --out: prompts that are computed at once.")
+    ] = 8,
     use_pipeline: Annotated[
         bool, typer.Option("--pipeline", help="transformers' text-generation pipeline with its own defaults.")
     ] = False,
@@ -29,38 +41,31 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same text.")] = 42,
 ) -> None:
-    """Generate text from prompts."""
+    """Generate text from prompts. It is printed as it comes, or written to a file of JSON lines."""
     from clm_dist import generate as stage
 
-    sampled = ("max_new_tokens", "top_k", "top_p", "temperature", "greedy")
+    sampled = ("max_new_tokens", "top_k", "top_p", "temperature", "greedy", "batch_size")
     given = [f"--{name.replace('_', '-')}" for name in sampled if is_given(context, name)]
     if use_pipeline and given:
         raise ConfigError(
             f"--pipeline has defaults of its own and takes no {', '.join(given)}; leave out the one or the other"
         )
+    if out is None and is_given(context, "batch_size"):
+        raise ConfigError("--batch-size is only for --out; without it each text is printed as it comes")
+    prompts = read_prompts(prompt, file)
     path = stage.find_model(model)
     sampling = None if use_pipeline else stage.Sampling(max_new_tokens, top_k, top_p, temperature, greedy)
-    for text in stage.generate(path, _prompts(prompt, file), seed=seed, sampling=sampling):
-        typer.echo(text)
-        typer.echo()
+    if out is None:
+        for _ in stage.generate(path, prompts, seed=seed, sampling=sampling, note=say, stream=_print_piece):
+            typer.echo("\n")
+        return
+    with open_texts(out) as (write, progress):
+        progress.start("Generating", total=len(prompts), unit="prompt")
+        texts = stage.generate(path, prompts, seed=seed, sampling=sampling, batch_size=batch_size, note=progress.note)
+        for number, (given_prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            write(given_prompt, text)
+            progress.update(number)
 
 
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    if given and file:
-        raise ConfigError("give prompts with --prompt or with --file, not both")
-    try:
-        if given:
-            prompts = given
-        else:
-            text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
-            prompts = [line for line in text.splitlines() if line.strip()]
-        for prompt in prompts:
-            prompt.encode()  # Python accepts bytes that are not text on the command line.
-    except OSError as error:
-        raise ConfigError(f"cannot read the prompts in {file}: {error.strerror}") from None
-    except UnicodeError as error:
-        where = f" in {file}" if file else ""
-        raise ConfigError(f"the prompts{where} are not UTF-8 text: {error}; convert them, e.g. with iconv") from None
-    if not prompts:
-        raise ConfigError("there is no prompt; give one with --prompt, a file of them with --file, or standard input")
-    return prompts
+def _print_piece(text: str) -> None:
+    typer.echo(text, nl=False)
