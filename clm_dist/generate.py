@@ -92,8 +92,10 @@ def go_on(
                 stream(text)
             yield text
         return
-    # What has no such token gets any id.
+    # A token for it may have been added that the model has no row for. It is not seen, so any id will do.
     padding = tokenizer.pad_token_id or 0
+    if padding >= network.get_input_embeddings().num_embeddings:
+        padding = 0
     for batch in _batches(network, ready, 1 if stream else batch_size, padding):
         streamer = Streamer(tokenizer, stream) if stream else None
         rows, limit = [prompt.ids for prompt in batch], batch[0].limit
@@ -119,7 +121,7 @@ def _pipeline(network: Any, tokenizer: Any, prompt: Prompt) -> str:
     from transformers import pipeline
 
     generator = pipeline("text-generation", model=network, tokenizer=tokenizer)
-    given, options = prompt.text or tokenizer.eos_token, {}
+    given, options = prompt.text or tokenizer.eos_token or tokenizer.decode(prompt.ids), {}
     before, _, after = special_parts(tokenizer, given)
     if after:
         # The pipeline would go on after the end of a text.

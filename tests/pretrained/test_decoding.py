@@ -79,6 +79,14 @@ def test_what_fills_a_row_that_has_ended_is_not_its_text(tokenizer: Any) -> None
     assert append_ids(network, rows, Sampling(), **options) == alone
 
 
+def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(tokenizer: Any) -> None:
+    network = network_of("gpt2", tokenizer)
+    alone = texts(network, tokenizer, GREEDY)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == network.config.vocab_size
+    assert texts(network, tokenizer, GREEDY, batch_size=8) == alone
+
+
 def test_prompts_with_less_room_are_not_computed_with_others(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     network = network_of("gpt2", tokenizer)
     network.generation_config.eos_token_id = None
