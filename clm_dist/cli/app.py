@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune a causal language model on a cluster, and trust what it says.",
 )

@@ -8,6 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from clm_dist.cli.complete import complete_job, complete_run
 from clm_dist.cli.options import Overrides, StoreOption, open_stores
 from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.progress import err, open_progress, out
@@ -19,9 +20,14 @@ _FIGURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "num_tokens")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Run directory, model directory or Hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Run directory, model directory or Hub id.", autocompletion=complete_run)
+    ],
     job_file: Annotated[
-        Path | None, typer.Option("--job", help="Job whose eval split is used; a run directory has its own.")
+        Path | None,
+        typer.Option(
+            "--job", autocompletion=complete_job, help="Job whose eval split is used; a run directory has its own."
+        ),
     ] = None,
     overrides: Overrides = None,
     stores: StoreOption = DEFAULT_STORES,

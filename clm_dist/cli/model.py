@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from clm_dist.cli.complete import complete_run
 from clm_dist.cli.options import (
     is_given,
 )
@@ -14,7 +15,9 @@ from clm_dist.errors import ConfigError
 
 def generate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Run directory, model directory or Hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Run directory, model directory or Hub id.", autocompletion=complete_run)
+    ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from; repeatable.")] = None,
     file: Annotated[
         Path | None,

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from clm_dist.cli.complete import DEFAULT_RUNS as DEFAULT_RUNS
+from clm_dist.cli.complete import complete_job
 from clm_dist.files.stores import DEFAULT_STORES, Stores
 
 JOB_HELP = "Job file, or the name of a packaged job: quickstart."
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help=JOB_HELP)]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help=JOB_HELP, autocompletion=complete_job)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the job; repeatable.")
 ]
@@ -26,7 +28,6 @@ StoreOption = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run though the job has changed since.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run of this name and start again.")]
-DEFAULT_RUNS = "runs"
 
 
 def is_given(context: typer.Context, name: str) -> bool:

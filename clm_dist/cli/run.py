@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clm_dist.cli.complete import complete_run
 from clm_dist.cli.options import (
     DEFAULT_RUNS,
     JobFile,
@@ -63,7 +64,9 @@ def train(
 
 
 def push(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", parser=_run_path, help="Run directory.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", parser=_run_path, autocompletion=complete_run, help="Run directory.")
+    ],
     repo: Annotated[str | None, typer.Option("--repo", help="Repository, instead of the job's.")] = None,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a new repository, instead of the job's.")
@@ -85,7 +88,13 @@ def push(
 
 def report(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", parser=_run_path, help="Run directories; several are compared.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            parser=_run_path,
+            autocompletion=complete_run,
+            help="Run directories; several are compared.",
+        ),
     ],
 ) -> None:
     """Print a run's figures and write its report.html; compare several runs."""

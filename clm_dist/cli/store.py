@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from clm_dist.cli.complete import complete_job
 from clm_dist.cli.options import (
     JOB_HELP,
     Overrides,
@@ -23,7 +24,7 @@ from clm_dist.progress import err, open_progress, out
 
 def prepare(
     context: typer.Context,
-    job_file: Annotated[Path | None, typer.Argument(metavar="JOB", help=JOB_HELP)] = None,
+    job_file: Annotated[Path | None, typer.Argument(metavar="JOB", help=JOB_HELP, autocompletion=complete_job)] = None,
     overrides: Overrides = None,
     stores: StoreOption = DEFAULT_STORES,
     tasks: Annotated[

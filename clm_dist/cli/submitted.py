@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from clm_dist.cli.complete import complete_submission
 from clm_dist.cli.options import DEFAULT_RUNS, Runs
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.paths import local_dir
@@ -18,7 +19,9 @@ from clm_dist.timing import clock
 Which = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", help="Name of a run or a submission, or number of a job; default: the last submission."
+        metavar="[RUN]",
+        autocompletion=complete_submission,
+        help="Name of a run or a submission, or number of a job; default: the last submission.",
     ),
 ]
 

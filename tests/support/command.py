@@ -35,6 +35,7 @@ MOST_MODULES = 900
 _LOADED = """
 import json, sys
 from clm_dist.cli.app import main
+sys.argv[0] = "clm-dist"
 try:
     main()
 finally:
