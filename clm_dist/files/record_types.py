@@ -33,6 +33,11 @@ class StartRecord(TypedDict):
     """What is to be said of whether they are."""
     hosts: NotRequired[list[str]]
     """Host of each rank."""
+    startup: NotRequired[float]
+    """Seconds in which nothing was trained before it: since the driver began, or since the last word of the workers
+    before."""
+    lost: NotRequired[float]
+    """Seconds of the steps that are trained again; missing where there are none."""
 
 
 class StepRecord(TypedDict):
@@ -56,12 +61,16 @@ class StepRecord(TypedDict):
     """Seconds of the step in which rank 0 waited for blocks."""
     blocks: int
     """Checksum of the blocks and their tokens."""
+    memory_bytes: NotRequired[int]
+    """Memory of rank 0, see `train.memory.Gauge`; about once a second."""
 
 
 class EvalRecord(EvalFigures):
     """An evaluation of the eval split; `verify` is that of the written model."""
 
     kind: Literal["eval", "verify"]
+    seconds: NotRequired[float]
+    """That it took, by the clock of rank 0."""
 
 
 class PhaseRecord(TypedDict):
@@ -70,6 +79,8 @@ class PhaseRecord(TypedDict):
     kind: Literal["phase"]
     step: int
     phase: str
+    time: NotRequired[float]
+    """Seconds since the epoch."""
 
 
 class CheckpointRecord(TypedDict):

@@ -33,7 +33,7 @@ from clm_dist.train.evaluate import EvalSplit, evaluate_micros, split_loss
 from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.memory import of_a_pass
+from clm_dist.train.memory import Gauge, of_a_pass
 from clm_dist.train.model import load_config, load_model, set_matrix_products
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
@@ -144,6 +144,7 @@ class _Loop:
         self.strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
         self.step = 0
         self.outliers = Outliers(job.train)
+        self.gauge = Gauge(self.strategy.device)
         self.owes_evaluation = False
         self.best: BestEval | None = None
 
@@ -340,6 +341,8 @@ class _Loop:
         }
         if has_router_loss:
             record["router_loss"] = router_total / num_targets
+        if (memory := self.gauge.read()) is not None:
+            record["memory_bytes"] = memory
         self.reporter.add(record)
         if wish.report:
             self.reporter.send()

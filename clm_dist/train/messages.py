@@ -1,6 +1,6 @@
 """The messages of ranks to the recorder."""
 
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from clm_dist.files.markers import TrainerState
 from clm_dist.files.record_types import Record
@@ -15,6 +15,8 @@ class EvalMessage(TypedDict):
     step: int
     epoch: float
     micros: list[tuple[int, float, int, int]]
+    seconds: NotRequired[float]
+    """That the evaluation took on this rank."""
 
 
 class Message(TypedDict, total=False):

@@ -14,7 +14,7 @@ from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.atomic import write_json
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.markers import Marker, TrainerState
-from clm_dist.files.record_types import CheckpointRecord, Record
+from clm_dist.files.record_types import CheckpointRecord, EvalRecord, Record
 from clm_dist.files.records import append_records, read_records, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import Evaluation, MicroLoss, combine
@@ -53,21 +53,27 @@ class Recorder:
         self._eval_losses: dict[int, float] = {}
         self._saved: dict[str, dict[int, Saved]] = {}
         self._states: dict[str, TrainerState] = {}
+        self._heard = time.monotonic()
 
     def receive(self, messages: Sequence[Message]) -> Evaluation | None:
         """Take what the ranks sent at one point, rank 0 first."""
         records = messages[0].get("records", [])
         evaluation = self._evaluation(messages)
         if evaluation:
-            kind = messages[0]["evaluation"]["kind"]
-            records = [*records, {"kind": kind, **evaluation.figures()}]
-            if kind == "eval":
+            sent = messages[0]["evaluation"]
+            record: EvalRecord = {"kind": sent["kind"], **evaluation.figures()}  # type: ignore[typeddict-item]  # no seconds
+            if "seconds" in sent:
+                record["seconds"] = sent["seconds"]
+            records = [*records, record]
+            if sent["kind"] == "eval":
                 self._eval_losses[evaluation.step] = evaluation.loss
         if starts := [record for record in records if record["kind"] == "start"]:
             # Of workers that died.
             self._saved, self._states = {}, {}
             starts[0]["hosts"] = [message["host"] for message in messages if "host" in message]
+            starts[0]["startup"] = time.monotonic() - self._heard
         self._append(records)
+        self._heard = time.monotonic()
         for rank, message in enumerate(messages):
             if "saved" in message:
                 self._saved.setdefault(message["saved"].name, {})[rank] = message["saved"]
@@ -134,11 +140,18 @@ class Recorder:
     def _append(self, records: Sequence[Record]) -> None:
         if not records:
             return
-        starts = [record["step"] for record in records if record["kind"] == "start"]
+        starts = [record for record in records if record["kind"] == "start"]
         if starts:
             # In one write: who follows the file sees the new start with what it takes back.
-            owes_evaluation = any(record.get("owes_evaluation") for record in records)
-            keep = outlives_start(starts[0], owes_evaluation=owes_evaluation)
+            start = starts[0]
+            outlives = outlives_start(start["step"], owes_evaluation=start.get("owes_evaluation", False))
+
+            def keep(record: Record) -> bool:
+                kept = outlives(record)
+                if not kept and record["kind"] == "step":
+                    start["lost"] = start.get("lost", 0.0) + record["seconds"]
+                return kept
+
             replace_records(self._run.metrics, records, keep=keep)
         else:
             append_records(self._run.metrics, records)

@@ -17,6 +17,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import CheckpointError, ConfigError, NotReadyError, RunError, StorageError
 from clm_dist.files.atomic import read_json
+from clm_dist.files.blocks import Manifest
 from clm_dist.files.lease import Lease
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
@@ -57,6 +58,8 @@ def test_a_run_leaves_what_the_design_promises(
     run = RunDir(tmp_path / "run")
     assert result == read_json(run.result)
     assert (result["status"], result["workers"], result["strategy"], result["restarts"]) == ("done", 2, "ddp", 0)
+    assert Manifest.read(run.data) == Manifest.read(prepared(job) / "manifest.json").without_files()
+    assert '.arrow"' not in run.data.read_text()
     assert result["train"]["steps"] == 24
     assert result["data"] == prepared(job).name
     records = metrics_of(run.metrics)

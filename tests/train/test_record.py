@@ -44,7 +44,9 @@ def shares(*by_rank: list[int], loss: float = 10.0) -> list[Message]:
 
 def test_the_start_of_workers_names_their_hosts(run: RunDir) -> None:
     recorder(run).receive([sent({"kind": "start", "step": 0}, host="a"), {"host": "b"}, {"host": "a"}])
-    assert metrics_of(run.metrics) == [{"kind": "start", "step": 0, "hosts": ["a", "b", "a"]}]
+    (start,) = metrics_of(run.metrics)
+    assert start.pop("startup") >= 0
+    assert start == {"kind": "start", "step": 0, "hosts": ["a", "b", "a"]}
 
 
 def test_the_driver_adds_up_what_the_ranks_ran(run: RunDir) -> None:
@@ -63,7 +65,7 @@ def test_an_evaluation_that_does_not_cover_the_split_fails_the_run(run: RunDir, 
 
 
 def steps(*numbers: int) -> list[Message]:
-    return [sent(*({"kind": "step", "step": number} for number in numbers))]
+    return [sent(*({"kind": "step", "step": number, "seconds": 2.0**number} for number in numbers))]
 
 
 def test_steps_that_are_trained_again_are_recorded_once(run: RunDir) -> None:
@@ -78,7 +80,26 @@ def test_steps_that_are_trained_again_are_recorded_once(run: RunDir) -> None:
     kinds = [(record["kind"], record["step"]) for record in metrics_of(run.metrics)]
     assert kinds == [("start", 0), ("step", 1), ("step", 2), ("start", 2), ("step", 3), ("step", 4), ("step", 5)]
     recorder(run).receive([sent({"kind": "start", "step": 0})])
-    assert [record["kind"] for record in metrics_of(run.metrics)] == ["start"] * 3
+    starts = metrics_of(run.metrics)
+    assert [record["kind"] for record in starts] == ["start"] * 3
+    assert [start.get("lost") for start in starts] == [None, 2.0**3 + 2.0**4, 2.0 + 2.0**2 + 2.0**3 + 2.0**4 + 2.0**5]
+
+
+def test_a_start_says_for_how_long_nothing_was_trained(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 130.0, 131.0, 140.0, 200.0, 201.0])
+    monkeypatch.setattr("clm_dist.train.recorder.time.monotonic", lambda: next(now))
+    one = recorder(run)
+    one.receive([sent({"kind": "start", "step": 0})])
+    one.receive(steps(1))
+    one.receive([sent({"kind": "start", "step": 0})])
+    assert [record["startup"] for record in metrics_of(run.metrics)] == [30.0, 60.0]
+
+
+def test_an_evaluation_says_how_long_it_took(run: RunDir) -> None:
+    messages = shares([0, 2], [1])
+    messages[0]["evaluation"]["seconds"] = 7.5
+    recorder(run).receive(messages)
+    assert metrics_of(run.metrics)[0]["seconds"] == 7.5
 
 
 STATE = TrainerState(4, 4, 2, "ddp", "blocks", global_size=8, seed=42)

@@ -41,6 +41,8 @@ class Reporter:
     records: list[Record] = field(default_factory=list)
     sent: float = field(default_factory=time.monotonic)
     looked: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    """When the present phase did."""
 
     def add(self, record: Record) -> None:
         """Keep a record for the next message; rank 0's are sent."""
@@ -50,7 +52,8 @@ class Reporter:
     def phase(self, name: str, step: int) -> None:
         """Say what begins now. Collective."""
         self.heart.at(step, name[0].lower() + name[1:])
-        self.add({"kind": "phase", "step": step, "phase": name})
+        self.began = time.monotonic()
+        self.add({"kind": "phase", "step": step, "phase": name, "time": time.time()})
         self.send()
 
     def wishes(self) -> Wish:
@@ -68,9 +71,10 @@ class Reporter:
         self._report({})
 
     def send_evaluation(self, kind: Literal["eval", "verify"], step: int, epoch: float, micros: list[Any]) -> None:
-        """Collective."""
+        """Send what the phase that began last computed. Collective."""
+        seconds = time.monotonic() - self.began
         rows = [(micro.index, micro.loss_sum, micro.num_tokens, micro.num_bytes) for micro in micros]
-        self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "micros": rows}})
+        self._report({"evaluation": {"kind": kind, "step": step, "epoch": epoch, "micros": rows, "seconds": seconds}})
 
     def conclude_save(self) -> Saved | None:
         """Send how the last save ended; None where there was none since. Collective."""

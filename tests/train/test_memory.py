@@ -1,0 +1,39 @@
+"""How much memory training takes."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clm_dist.train import memory
+from clm_dist.train.memory import Gauge
+
+
+def test_a_process_on_cpus_has_what_it_holds_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_READ_INTERVAL_S", 0.0)
+    gauge = Gauge(torch.device("cpu"))
+    before = gauge.read()
+    held = torch.ones(2**26, dtype=torch.uint8)
+    after = gauge.read()
+    assert before and after
+    assert after - before > 0.9 * held.nbytes
+    assert after % os.sysconf("SC_PAGE_SIZE") == 0
+
+
+def test_it_is_read_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 10.5, 11.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    gauge = Gauge(torch.device("cpu"))
+    assert [gauge.read() is None for _ in range(3)] == [False, True, False]
+
+
+def test_a_gpu_has_the_most_that_tensors_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 if device.type == "cuda" else 0)
+    assert Gauge(torch.device("cuda")).read() == 7
+
+
+def test_a_system_that_does_not_say_it_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_STATM", Path("/nowhere/statm"))
+    assert Gauge(torch.device("cpu")).read() is None
