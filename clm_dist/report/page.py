@@ -1,159 +1,219 @@
-"""A run as one HTML page that opens with no network: figures, loss curves as SVG, the job."""
+"""A run as one HTML page that opens with no network: figures, plots, where the time went, data, samples, the job."""
 
-import html
-import math
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+from clm_dist.config.describe import yaml_value
+from clm_dist.config.load import read_saved_job
+from clm_dist.config.schema import field_values
+from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.atomic import write_text
+from clm_dist.files.blocks import Manifest
 from clm_dist.files.record_types import Record
 from clm_dist.files.records import read_records
-from clm_dist.files.result import Result
+from clm_dist.files.result import Result, last_figures
 from clm_dist.files.run_dir import RunDir
-from clm_dist.report.table import COLUMNS, rows, show
+from clm_dist.files.samples import Samples, read_samples
+from clm_dist.report.charts import charts_of_run, marks_of
+from clm_dist.report.data_tables import data_tables
+from clm_dist.report.history import History, MarkKind
+from clm_dist.report.render import Table, render_html
+from clm_dist.report.spent import PARTS, Spent
+from clm_dist.report.table import COLUMNS, change, rows, show
+from clm_dist.timing import clock
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
-h1 { margin-bottom: 0; } .sub { color: #5b6675; margin-top: .2rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem; text-align: right; }
-th { border-bottom: 2px solid #1c2430; font-weight: 600; } td { border-bottom: 1px solid #dfe4ea; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-svg { width: 100%; height: auto; } pre { background: #f4f6f8; padding: 1rem; overflow-x: auto; font-size: 13px; }
-.legend span { display: inline-block; margin-right: 1.2rem; } .dot { width: .8rem; height: .8rem; border-radius: 50%; }
-"""
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 800, 320, 64, 40, 14, 14
-_TRAIN_COLOUR, _EVAL_COLOUR = "#8aa4c8", "#c2410c"
-_MAX_POINTS = 600
-
-
-class _Curve:
-    """The points of a curve, in memory at most _MAX_POINTS. Where there were more, each is the mean of neighbours."""
-
-    def __init__(self) -> None:
-        self._sums: list[tuple[float, float, int]] = []
-        self._each = 1
-        """Points of which a mean is taken, a power of two; the last mean may be of fewer."""
-
-    def add(self, x: float, y: float) -> None:
-        if self._sums and self._sums[-1][2] < self._each:
-            self._sums[-1] = _joined(self._sums[-1], (x, y, 1))
-            return
-        if len(self._sums) == _MAX_POINTS:
-            self._sums = [_joined(*pair) for pair in zip(self._sums[::2], self._sums[1::2], strict=True)]
-            self._each *= 2
-        self._sums.append((x, y, 1))
-
-    def points(self) -> list[tuple[float, float]]:
-        return [(x / count, y / count) for x, y, count in self._sums]
-
-
-def _joined(one: tuple[float, float, int], other: tuple[float, float, int]) -> tuple[float, float, int]:
-    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+NBSP = "\u00a0"
+_MOST_ROWS = 40
+_SIGNS: dict[MarkKind, tuple[str, str, str]] = {
+    "restart": ("¦", "c1", "workers started again"),
+    "rollback": ("⋮", "c4", "rollback"),
+    "skip": ("×", "bad", "step left out, or a value that is not finite"),
+    "spike": ("▼", "warn", "loss stands out"),
+    "problem": ("▼", "bad", "problem"),
+    "checkpoint": ("ı", "muted", "checkpoint"),
+}
+_PART_COLOURS = dict(zip(PARTS, (0, 5, 4, 1, 3, 6, 7, 2), strict=True))
 
 
 def write_page(run: RunDir, result: Result) -> None:
     """Write `report.html`, which is as private as the job in it."""
-    page = render_page(result, read_records(run.metrics), run.job.read_text(encoding="utf-8"))
+    job: list[tuple[str, Any, Any]] = []
+    with contextlib.suppress(ConfigError):  # of another version: then it is shown as it is
+        job = list(field_values(read_saved_job(run.job)))
+    data = None
+    with contextlib.suppress(FileNotFoundError, DataError):  # runs of earlier versions have none
+        data = Manifest.read(run.data)
+    page = render_page(
+        result,
+        read_records(run.metrics),
+        run.job.read_text(encoding="utf-8"),
+        fields=job,
+        data=data,
+        samples=read_samples(run),
+    )
     write_text(run.report, page, private=True)
 
 
-def render_page(result: Result, records: Iterable[Record], job: str) -> str:
-    """The page's HTML."""
-    train, evals, speed = _Curve(), _Curve(), _Curve()
-    for record in records:
-        if record["kind"] == "step":
-            train.add(record["step"], record["loss"])
-            speed.add(record["step"], record["tokens_per_s"])
-        elif record["kind"] == "eval":
-            evals.add(record["step"], record["loss"])
-    name = html.escape(result["name"])
-    figures = result["train"]
-    body = [
-        f"<h1>{name}</h1>",
-        f'<p class="sub">{html.escape(_summary(result))}</p>',
-        _eval_table(result),
-        "<h2>Loss</h2>",
-        f'<p class="legend"><span style="color:{_TRAIN_COLOUR}">&#9679; training, a step</span>'
-        f'<span style="color:{_EVAL_COLOUR}">&#9679; evaluation</span></p>',
-        _plot([(train, _TRAIN_COLOUR, False), (evals, _EVAL_COLOUR, True)], "step", "nats per token"),
-        "<h2>Speed</h2>",
-        f"<p>{figures['tokens']:,} tokens in {figures['seconds']:,.0f} s of training steps.</p>",
-        _plot([(speed, _TRAIN_COLOUR, False)], "step", "tokens/s"),
-        "<h2>Run</h2>",
-        _facts(result),
-        "<h2>Job</h2>",
-        f"<pre>{html.escape(job)}</pre>",
+def render_page(
+    result: Result,
+    records: Iterable[Record],
+    job: str,
+    *,
+    fields: Iterable[tuple[str, Any, Any]] = (),
+    data: Manifest | None = None,
+    samples: Samples | None = None,
+) -> str:
+    """The page's HTML.
+
+    Args:
+        job: text of the job file.
+        fields: name, value and default of the job's fields.
+    """
+    history = History.of(records)
+    charts = charts_of_run(history, result["baseline"]["loss"] if result["baseline"] else None)
+    kinds = {*history.marks} | ({"skip"} if any(s["missing"] for chart in charts for s in chart["series"]) else set())
+    each = max((curve.each for curve in history.curves.values()), default=1)
+    changed = [
+        (name, yaml_value(value), "must be set" if default is ... else yaml_value(default))
+        for name, value, default in fields
+        if default is ... or value != default
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{name}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    return render_html(
+        "run.html",
+        result["name"],
+        {"charts": charts, "marks": marks_of(history)},
+        status=result["status"],
+        summary=_summary(result, history),
+        error=result.get("error", ""),
+        cards=list(_cards(result, history)),
+        charts=charts,
+        signs=[
+            {"sign": sign, "colour": colour, "text": text}
+            for kind, (sign, colour, text) in _SIGNS.items()
+            if kind in kinds
+        ],
+        thinned=f"{each:,}" if each > 1 else "",
+        evaluations=_evaluations(result),
+        spent=_spent(history.spent),
+        events=_events(history),
+        data=data and data_tables(data),
+        samples=samples and _samples(samples),
+        changed=Table(("field", "value", "default"), changed, frozenset((0, 1, 2))),
+        job=job,
+        facts=Table(("", ""), list(_facts(result, history)), frozenset((0, 1))),
     )
 
 
-def _summary(result: Result) -> str:
+def _summary(result: Result, history: History) -> str:
+    steps = f"{history.step:,} of {history.num_steps:,} steps" if history.num_steps else "no step was trained"
+    ended = "as of" if result["status"] == "running" else "ended"
+    workers = f"{result['workers']} worker{'s' if result['workers'] != 1 else ''}"
+    return f"{steps}, epoch {history.epoch:.2f}, on {workers} ({result['strategy']}); {ended} {result['finished']}"
+
+
+@dataclass(frozen=True)
+class _Card:
+    name: str
+    value: str
+    note: str = ""
+
+
+def _cards(result: Result, history: History) -> Iterator[_Card]:
+    baseline, last = result["baseline"], last_figures(result)
+    if last:
+        fell = change(baseline, last).replace(" ", NBSP)
+        before = f"{show(baseline['perplexity'], ',.2f')} before, {fell}" if baseline else ""
+        yield _Card("perplexity", show(last["perplexity"], ",.2f"), before)
+        before = f"{show(baseline['bits_per_byte'], '.4f')} before" if baseline else ""
+        yield _Card("bits per byte", show(last["bits_per_byte"], ".4f"), before)
     train = result["train"]
-    speed = show(train["tokens_per_s"], ",.0f")
-    summary = f"{result['status']} after {train['steps']} steps on {result['workers']} workers ({result['strategy']})"
-    error = f". {result['error']}" if "error" in result else ""
-    return f"{summary}, {speed} tokens/s, finished {result['finished']}{error}"
+    yield _Card("tokens trained", _short(train["tokens"]), f"in {clock(train['seconds'])} of steps")
+    if train["tokens_per_s"]:
+        mfu = f"best MFU {history.best_mfu:.1%}" if history.best_mfu else ""
+        yield _Card("tokens per second", _short(train["tokens_per_s"]), mfu)
+    if history.peak_memory:
+        yield _Card("memory", f"{history.peak_memory / 2**30:,.2f} GiB", "at most, on rank 0")
+    if result["restarts"]:
+        yield _Card("restarts", f"{result['restarts']}")
 
 
-def _eval_table(result: Result) -> str:
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows(result))
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _short(number: float) -> str:
+    """A number in four characters or so: `542 k`."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if number >= size:
+            scaled = number / (1e3 if unit == " k" else size)
+            return f"{scaled:,.0f}{unit}" if scaled >= 100 else f"{scaled:.3g}{unit}"
+    return f"{number:,.0f}"
 
 
-def _facts(result: Result) -> str:
-    facts = {
-        "blocks": result["data"],
-        "restarts": result["restarts"],
-        "device": result["hardware"]["device"],
-        "machine": f"{result['hardware']['machine']}, {result['hardware']['cpus']} CPUs",
-    } | result["versions"]
-    lines = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
-    return f"<table>{lines}</table>"
+def _evaluations(result: Result) -> Table:
+    cells = rows(result)
+    note = ""
+    if len(cells) > _MOST_ROWS:
+        best = min(range(len(cells)), key=lambda number: _loss(result, number))
+        shown = {round(place * (len(cells) - 1) / (_MOST_ROWS - 1)) for place in range(_MOST_ROWS)} | {best}
+        note = f"{len(shown)} of {len(cells):,} evaluations, the best among them; result.json has all."
+        cells = [cells[number] for number in sorted(shown)]
+    return Table(COLUMNS, cells, note=note)
 
 
-def _plot(series: Sequence[tuple[_Curve, str, bool]], x_name: str, y_name: str) -> str:
-    """An SVG line plot; each series is its curve, its colour and whether points are marked."""
-    shown = [(points, colour, marked) for curve, colour, marked in series if (points := curve.points())]
-    if not shown:
-        return "<p>No data yet.</p>"
-    xs = [x for points, _, _ in shown for x, _ in points]
-    ys = [y for points, _, _ in shown for _, y in points]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    margin = 0.05 * (max(ys) - min(ys)) or 1.0
-    y_low, y_high = min(ys) - margin, max(ys) + margin
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
-        down = _TOP + (y_high - y) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
-        return round(across, 1), round(down, 1)
-
-    parts = []
-    for y in _ticks(y_low, y_high):
-        left, down = place(x_low, y)
-        parts.append(f'<line x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{down}" y2="{down}" stroke="#e3e8ee"/>')
-        parts.append(f'<text x="{left - 8}" y="{down + 4}" text-anchor="end">{y:,g}</text>')
-    for x in _ticks(x_low, x_high):
-        parts.append(f'<text x="{place(x, y_low)[0]}" y="{_HEIGHT - 20}" text-anchor="middle">{x:,g}</text>')
-    for points, colour, marked in shown:
-        path = " ".join("{},{}".format(*place(x, y)) for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if marked:
-            parts += ['<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*place(x, y), colour) for x, y in points]
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{x_name}</text>')
-    middle = _HEIGHT / 2
-    parts.append(f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{y_name}</text>')
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="#5b6675" role="img" '
-        f'aria-label="{y_name} by {x_name}">{"".join(parts)}</svg>'
-    )
+def _loss(result: Result, row: int) -> float:
+    """The loss in a row of `rows`, which begin with the baseline where there is one."""
+    evals = [result["baseline"], *result["evals"]] if result["baseline"] else result["evals"]
+    evaluation = evals[row]
+    assert evaluation
+    return evaluation["loss"]
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers in a range."""
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [round(number * step, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _spent(spent: Spent) -> dict[str, Any]:
+    parts = spent.parts()
+    total = sum(seconds for _, seconds in parts)
+    return {
+        "rows": [
+            {
+                "name": part,
+                "about": PARTS[part],
+                "seconds": f"{seconds:.3f}",
+                "clock": clock(seconds) if seconds >= 10 else f"{seconds:.1f} s",
+                "share": f"{seconds / total:.1%}",
+                "colour": _PART_COLOURS[part],
+            }
+            for part, seconds in parts
+        ],
+        "note": "" if spent.is_whole else "Evaluations and starts of an earlier version have no times.",
+    }
+
+
+def _events(history: History) -> Table:
+    """All marks but those of checkpoints that were saved."""
+    kinds = [kind for kind in _SIGNS if kind != "checkpoint" and kind in history.marks]
+    found = sorted((mark.step, kind, mark) for kind in kinds for mark in history.marks[kind].marks)
+    cells = [
+        (f"{step:,}", kind, mark.text + (f" (and {mark.also:,} more of this kind after it)" if mark.also else ""))
+        for step, kind, mark in found
+    ]
+    return Table(("step", "kind", "what"), cells, frozenset((1, 2)))
+
+
+def _samples(samples: Samples) -> dict[str, Any]:
+    prompt = samples["prompt"]
+    named = {"Before training": samples.get("before"), "After training": samples["after"]}
+    return {
+        "prompt": prompt,
+        "seed": samples["seed"],
+        "texts": [(name, (prompt, text.removeprefix(prompt))) for name, text in named.items() if text is not None],
+    }
+
+
+def _facts(result: Result, history: History) -> Iterator[tuple[str, str]]:
+    hardware = result["hardware"]
+    yield "device", hardware["device"] or "-"
+    if history.hosts:
+        yield "hosts", ", ".join(history.hosts)
+    if hardware["cpus"]:
+        yield "machine of the driver", f"{hardware['machine']}, {hardware['cpus']} CPUs"
+    yield "compiled passes", "yes" if history.compiled else "no"
+    yield "fingerprint of the blocks", result["data"]
+    yield from result["versions"].items()

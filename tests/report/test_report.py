@@ -1,9 +1,7 @@
-"""What a run looks like on a terminal, as a page and as a card."""
+"""What a run looks like on a terminal and as a card."""
 
 import io
 import json
-import math
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +9,10 @@ import pytest
 from rich.console import Console
 
 from clm_dist.files.atomic import write_json
-from clm_dist.files.records import read_records
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
 from clm_dist.report.compare import comparability, comparison_table
-from clm_dist.report.page import _Curve, render_page
 from clm_dist.report.table import change, checkpoint_table, result_table, rows
 from tests.support.command import assert_starts_at_once, clm_dist, modules_of
 from tests.support.disks import mode
@@ -59,57 +55,6 @@ def test_runs_on_other_blocks_are_not_compared_by_perplexity(result: Any) -> Non
     assert "tiny" in printed(comparison_table([result, other]))
     assert comparability([result, result]) is None
     assert "perplexities are not comparable" in str(comparability([result, other]))
-
-
-class Page(HTMLParser):
-    """Tags that are open, and everything that a page would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fetched: list[str] = []
-        self.points = 0
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        values = dict(attributes)
-        self.fetched += [str(values[name]) for name in ("src", "href") if name in values]
-        if tag == "polyline":
-            self.points += len(str(values["points"]).split())
-
-
-def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDir, result: Any) -> None:
-    text = render_page(result, read_records(finished_run.metrics), finished_run.job.read_text())
-    page = Page()
-    page.feed(text)
-    assert page.fetched == []
-    assert "http" not in text.replace("http://www.w3.org", "")
-    # 24 training losses, 3 evaluations, 24 speeds.
-    assert page.points == 24 + 3 + 24
-    assert "learning_rate: 0.001" in text
-
-
-@pytest.mark.parametrize(("num_steps", "num_points"), [(600, 600), (601, 301), (1200, 600), (1201, 301), (50_000, 391)])
-def test_the_curve_of_a_long_run_is_means_of_neighbours(num_steps: int, num_points: int) -> None:
-    curve = _Curve()
-    for step in range(num_steps):
-        curve.add(step, step % 2)
-    points = curve.points()
-    assert len(points) == num_points
-    each = int(points[-2][0] - points[-3][0])
-    assert each == 2 ** math.ceil(math.log2(num_steps / 600))
-    means = [(sum(steps) / len(steps), sum(s % 2 for s in steps) / len(steps)) for steps in batched(num_steps, each)]
-    assert points == means
-
-
-def batched(num_steps: int, each: int) -> list[range]:
-    return [range(first, min(first + each, num_steps)) for first in range(0, num_steps, each)]
-
-
-def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:
-    failed = result | {"status": "failed", "error": "<b>no & nothing</b>", "baseline": None, "evals": [], "final": None}
-    failed["train"] = {"steps": 0, "tokens": 0, "seconds": 0, "tokens_per_s": None}
-    text = render_page(failed, [], "name: a")
-    assert "&lt;b&gt;no &amp; nothing&lt;/b&gt;" in text
-    assert "No data yet" in text
 
 
 def test_report_writes_the_page_and_compares_runs(
