@@ -81,6 +81,7 @@ def _train(
     """Check, prepare and train a job."""
     progress.start("Loading torch, transformers and Ray")
     from clm_dist.prepare import pipeline
+    from clm_dist.report.live import LivePage
 
     # All of Ray before its thread: two threads that import parts of one library may get in each other's way.
     from clm_dist.train.ray import driver
@@ -99,9 +100,23 @@ def _train(
             def push_epoch(path: Path, step: int) -> None:
                 pushing.submit(_push_epoch, config, directory, store, path, step, progress)
 
-            result = driver.train(
-                config, directory, store, cluster, progress, overwrite=overwrite, on_export=push_epoch
-            )
+            page = LivePage(directory, progress.note)
+            try:
+                result = driver.train(
+                    config,
+                    directory,
+                    store,
+                    cluster,
+                    progress,
+                    overwrite=overwrite,
+                    on_export=push_epoch,
+                    on_records=page.look,
+                )
+            except ClmDistError:
+                page.finish()
+                raise
+            if result["status"] != "done":
+                page.finish()
             if config.hub.push == "epoch":
                 progress.start("Waiting for the pushes of epochs", kind="end")
         progress.start("Closing Ray", kind="end")

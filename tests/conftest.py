@@ -155,7 +155,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path, stores:
     assert train_one(job, run, store).status == "done"
     run.job.write_text(job_text(job))
     files = accept_export(job, run)
-    write_json(run.result, build_result(job, run, Manifest.read(store / "manifest.json"), "done", files=files))
+    manifest = Manifest.read(store / "manifest.json")
+    manifest.without_files().write(run.data)
+    write_json(run.result, build_result(job, run, manifest, "done", files=files))
     return run
 
 

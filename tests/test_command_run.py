@@ -138,6 +138,7 @@ def test_the_same_command_goes_on_after_a_signal_and_after_a_kill(start: Start, 
     assert "the same command goes on from it" in err
     result = read_json(run.result)
     assert (result["status"], result["final"]) == ("preempted", None)
+    assert '<span class="badge preempted">' in run.report.read_text()
     stopped_at = result["train"]["steps"]
     assert stopped_at == last_commit(run)
     assert stopped_at < 400

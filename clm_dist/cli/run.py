@@ -99,10 +99,11 @@ def report(
 ) -> None:
     """Print a run's figures and write its report.html; compare several runs."""
     from clm_dist.report.compare import comparability, comparison_table
+    from clm_dist.report.live import read_progress
     from clm_dist.report.page import write_page
     from clm_dist.report.table import checkpoint_table, result_table
 
-    results = [read_result(path) for path in run_dirs]
+    results = [read_progress(path) for path in run_dirs]
     if len(results) > 1:
         out.print(comparison_table(results))
         if warning := comparability(results):

@@ -21,7 +21,7 @@ from clm_dist.report.data_tables import data_tables
 from clm_dist.report.history import History, MarkKind
 from clm_dist.report.render import Table, render_html
 from clm_dist.report.spent import PARTS, Spent
-from clm_dist.report.table import COLUMNS, change, rows, show
+from clm_dist.report.table import COLUMNS, change, describe_status, rows, show
 from clm_dist.timing import clock
 
 NBSP = "\u00a0"
@@ -85,6 +85,7 @@ def render_page(
         result["name"],
         {"charts": charts, "marks": marks_of(history)},
         status=result["status"],
+        status_text=describe_status(result),
         summary=_summary(result, history),
         error=result.get("error", ""),
         cards=list(_cards(result, history)),

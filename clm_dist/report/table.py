@@ -40,7 +40,7 @@ def rows(result: Result) -> list[tuple[str, ...]]:
 
 def result_table(result: Result) -> Table:
     """Baseline, every evaluation and the final one."""
-    table = Table(title=f"{result['name']}: {result['status']}", box=box.SIMPLE_HEAVY, title_justify="left")
+    table = Table(title=f"{result['name']}: {describe_status(result)}", box=box.SIMPLE_HEAVY, title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "evaluation" else "right")
     for cells in rows(result):
@@ -75,6 +75,11 @@ def checkpoint_table(checkpoints: Checkpoints) -> Table | None:
             ", ".join(notes),
         )
     return table
+
+
+def describe_status(result: Result) -> str:
+    """How a run ended; whether one that has not ended still runs is not known from its records."""
+    return "not finished" if result["status"] == "running" else result["status"]
 
 
 def show(value: float | None, spec: str) -> str:

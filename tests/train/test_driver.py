@@ -53,7 +53,14 @@ def test_a_run_leaves_what_the_design_promises(
     job = make_job(*TWO_WORKERS, "train.max_steps=24", "tracking=[tensorboard]", "hub.push=epoch")
     exported: list[tuple[Path, int]] = []
     progress = Notes()
-    result = fit(job, tmp_path / "run", on_export=lambda path, step: exported.append((path, step)), progress=progress)
+    seen: list[int] = []
+    result = fit(
+        job,
+        tmp_path / "run",
+        on_export=lambda path, step: exported.append((path, step)),
+        on_records=lambda: seen.append(len(metrics_of(tmp_path / "run" / "metrics.jsonl"))),
+        progress=progress,
+    )
 
     run = RunDir(tmp_path / "run")
     assert result == read_json(run.result)
@@ -63,6 +70,9 @@ def test_a_run_leaves_what_the_design_promises(
     assert result["train"]["steps"] == 24
     assert result["data"] == prepared(job).name
     records = metrics_of(run.metrics)
+    # The last records may come when the workers have ended, and result.json has them.
+    assert seen == sorted(set(seen))
+    assert 0 < seen[0] < seen[-1] <= len(records)
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, 25))
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait"} <= steps[0].keys()

@@ -72,12 +72,14 @@ def train(
     *,
     overwrite: bool = False,
     on_export: Callable[[Path, int], None] = lambda path, step: None,
+    on_records: Callable[[], None] = lambda: None,
 ) -> Result:
     """Train the job on the cluster's workers, from the run's last checkpoint if it has one. Return the result.
 
     Args:
         store: the job's blocks; a node that does not have them fetches them from its URL.
         on_export: called with the directory and the step of every model that is written before the end.
+        on_records: called when there are new records.
 
     Raises:
         RunError: workers kept failing, the loss is not finite, or the written model is not the one that was trained.
@@ -90,7 +92,7 @@ def train(
     with _only_driver(run, progress):
         _open_run(job, run, overwrite)
         manifest.without_files().write(run.data)
-        return _train(job, run, store, manifest, cluster, progress, on_export)
+        return _train(job, run, store, manifest, cluster, progress, on_export, on_records)
 
 
 def _train(
@@ -101,6 +103,7 @@ def _train(
     cluster: Cluster,
     progress: Progress,
     on_export: Callable[[Path, int], None],
+    on_records: Callable[[], None],
 ) -> Result:
     checkpoints = Checkpoints.of_run(job, run)
     recorder = Recorder(
@@ -118,7 +121,9 @@ def _train(
     ]
     trainer = build_trainer(job, run, store, cluster, callbacks)
     before = Counter(record["kind"] for record in read_records(run.metrics, last_steps=0))
-    follower = Follower(run, progress, before["start"], on_export, micro_size=job.batch.micro_size)
+    follower = Follower(
+        run, progress, before["start"], on_export, micro_size=job.batch.micro_size, on_records=on_records
+    )
     watch = WorkerWatch(job, run, cluster, progress)
     progress.start(f"Starting {_count_workers(job)} (usually 10 to 40 s)", kind="start")
     try:

@@ -20,6 +20,7 @@ class Follower:
         num_starts: how often workers have started before.
         on_export: called with the directory and the step of every model that is written before the end.
         micro_size: blocks of a pass that the job names.
+        on_records: called when there were new records.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class Follower:
         on_export: Callable[[Path, int], None],
         *,
         micro_size: int | None = None,
+        on_records: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._progress, self._num_starts, self._on_export = run, progress, num_starts, on_export
-        self._micro_size = micro_size
+        self._micro_size, self._on_records = micro_size, on_records
         self._reader = RecordReader(run.metrics, from_end=True)
         self._num_steps: int | None = None
         self._step: StepRecord | None = None
@@ -43,6 +45,8 @@ class Follower:
         records, _ = self._reader.new()
         for record in records:
             self._show(record)
+        if records:
+            self._on_records()
 
     def _show(self, record: Record) -> None:
         progress = self._progress
