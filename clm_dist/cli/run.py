@@ -20,10 +20,10 @@ from clm_dist.cli.options import (
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.load import load_job, located, read_saved_job
 from clm_dist.config.paths import local_dir, local_path
-from clm_dist.errors import ClmDistError, TryAgainError
+from clm_dist.errors import ClmDistError, ConfigError, TryAgainError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.final import check_final
-from clm_dist.files.result import read_result
+from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.progress import err, out
@@ -37,6 +37,15 @@ EX_INTERRUPTED = 130
 
 def _run_path(value: str) -> Path:
     return local_path(value, "RUN")
+
+
+def _output_path(value: str) -> Path:
+    path = local_path(value, "--output")
+    if path.is_dir():
+        raise ConfigError(f"--output {value} is a directory; name the file of the page, for example {path}/page.html")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output {value}: there is no directory {path.absolute().parent}; make it first")
+    return path
 
 
 def run(
@@ -96,21 +105,30 @@ def report(
             help="Run directories; several are compared.",
         ),
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            parser=_output_path,
+            metavar="FILE",
+            help="Where the page is written.",
+            show_default="report.html in RUN; comparison.html beside the first of several",
+        ),
+    ] = None,
 ) -> None:
     """Print a run's figures and write its report.html; compare several runs."""
-    from clm_dist.report.compare import comparability, comparison_table
     from clm_dist.report.live import read_progress
-    from clm_dist.report.page import write_page
-    from clm_dist.report.table import checkpoint_table, result_table
 
     results = [read_progress(path) for path in run_dirs]
     if len(results) > 1:
-        out.print(comparison_table(results))
-        if warning := comparability(results):
-            out.print(warning, style="yellow", soft_wrap=True)
+        _compare(run_dirs, results, output)
         return
+    from clm_dist.report.page import write_page
+    from clm_dist.report.table import checkpoint_table, result_table
+
     directory = RunDir(run_dirs[0])
-    write_page(directory, results[0])
+    page = output or directory.report
+    write_page(directory, results[0], page)
     out.print(result_table(results[0]))
     try:
         checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
@@ -119,7 +137,21 @@ def report(
                 out.print(saved)
     except ClmDistError as error:
         err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)
-    out.print(f"report: {directory.report}", soft_wrap=True)
+    out.print(f"report: {page}", soft_wrap=True)
+
+
+def _compare(run_dirs: list[Path], results: list[Result], output: Path | None) -> None:
+    """Print the figures of several runs and write the page that compares them."""
+    from clm_dist.report.compare import comparability, comparison_table, labels_of
+    from clm_dist.report.compare_page import write_comparison
+
+    labels = labels_of(run_dirs, results)
+    page = output or run_dirs[0].absolute().parent / "comparison.html"
+    write_comparison(page, [RunDir(path) for path in run_dirs], labels, results)
+    out.print(comparison_table(labels, results, out.width))
+    if warning := comparability(results):
+        out.print(warning, style="yellow", soft_wrap=True)
+    out.print(f"report: {page}", soft_wrap=True)
 
 
 def _run(

@@ -70,7 +70,7 @@ def charts_of_runs(histories: Sequence[tuple[str, History]]) -> list[Chart]:
                 continue
             curve = history.curves[name]
             # The extremes of several long runs over each other hide the runs.
-            points = curve.means() if name == "loss" and curve.each > 1 else curve.points()
+            points = curve.means() if curve.each > 1 else curve.points()
             colour = f"c{number % _NUM_COLOURS}"
             series.append(_series(label, _scaled(points, factor), colour, marked=name == "eval", missing=curve))
         if series:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clm_dist.config.describe import yaml_value
@@ -37,8 +38,8 @@ _SIGNS: dict[MarkKind, tuple[str, str, str]] = {
 _PART_COLOURS = dict(zip(PARTS, (0, 5, 4, 1, 3, 6, 7, 2), strict=True))
 
 
-def write_page(run: RunDir, result: Result) -> None:
-    """Write `report.html`, which is as private as the job in it."""
+def write_page(run: RunDir, result: Result, path: Path | None = None) -> None:
+    """Write the page of a run, `report.html` by default, which is as private as the job in it."""
     job: list[tuple[str, Any, Any]] = []
     with contextlib.suppress(ConfigError):  # of another version: then it is shown as it is
         job = list(field_values(read_saved_job(run.job)))
@@ -53,7 +54,7 @@ def write_page(run: RunDir, result: Result) -> None:
         data=data,
         samples=read_samples(run),
     )
-    write_text(run.report, page, private=True)
+    write_text(path or run.report, page, private=True)
 
 
 def render_page(

@@ -11,6 +11,7 @@ import pytest
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import write_samples
+from clm_dist.report.compare_page import write_comparison
 from clm_dist.report.page import write_page
 from tests.support.histories import HOSTILE, write_history
 
@@ -186,4 +187,21 @@ def test_a_page_of_200_000_steps_is_small_and_whole(browser: Any, finished_run: 
     assert min(opened.drawn()) > 0.8
     payload = json.loads(opened.page.evaluate("document.getElementById('data').textContent"))
     assert max(payload["charts"][0]["series"][0]["y"]) == 99.0
+    opened.context.close()
+
+
+@pytest.mark.parametrize("settings", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_page_of_several_runs_is_whole_too(
+    browser: Any, hostile_run: RunDir, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    labels = [HOSTILE, *(f"a-run-with-a-long-name-{number}" for number in range(9))]
+    result = read_result(hostile_run.root)
+    write_comparison(tmp_path / "page.html", [hostile_run] * 10, labels, [result] * 10)
+    opened = Opened(browser, tmp_path / "page.html", settings)
+    assert opened.said == []
+    # Eval and training loss, learning rate, gradient norm, throughput, MFU, memory.
+    assert len(opened.drawn()) == 7
+    assert min(opened.drawn()) > 0.8
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == settings["viewport"]["width"]
+    assert "</script><img" in opened.page.locator("#chart-eval .u-legend").text_content()
     opened.context.close()

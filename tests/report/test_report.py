@@ -12,7 +12,6 @@ from clm_dist.files.atomic import write_json
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import EvalFigures
-from clm_dist.report.compare import comparability, comparison_table
 from clm_dist.report.table import change, checkpoint_table, result_table, rows
 from tests.support.command import assert_starts_at_once, clm_dist, modules_of
 from tests.support.disks import mode
@@ -48,13 +47,6 @@ def test_changes_are_percent_or_factors() -> None:
     assert change(first, figures({"perplexity": 125.0})) == "+25.0 %"
     assert change(first, figures({"perplexity": 8.0})) == "÷ 12.5"
     assert change(first, figures({"perplexity": None})) == change(None, first) == change(first, first) == ""
-
-
-def test_runs_on_other_blocks_are_not_compared_by_perplexity(result: Any) -> None:
-    other = result | {"name": "other", "data": "0123"}
-    assert "tiny" in printed(comparison_table([result, other]))
-    assert comparability([result, result]) is None
-    assert "perplexities are not comparable" in str(comparability([result, other]))
 
 
 def test_report_writes_the_page_and_compares_runs(
