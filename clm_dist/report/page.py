@@ -77,7 +77,7 @@ def render_page(
     kinds = {*history.marks} | ({"skip"} if any(s["missing"] for chart in charts for s in chart["series"]) else set())
     each = max((curve.each for curve in history.curves.values()), default=1)
     changed = [
-        (name, yaml_value(value), "must be set" if default is ... else yaml_value(default))
+        (name, yaml_value(value), "-" if default is ... else yaml_value(default))
         for name, value, default in fields
         if default is ... or value != default
     ]
