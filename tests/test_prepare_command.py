@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clm_dist.files.blocks import Manifest
+from clm_dist.files.blocks import Blocks, Manifest
+from clm_dist.pretrained.tokenizer import load_tokenizer
 from tests.conftest import WriteJob
 from tests.support.command import HEAVY, Said, assert_starts_at_once, clm_dist, modules_of
 
@@ -100,8 +101,7 @@ def test_show_prints_blocks_with_the_borders_of_documents(prepare: Prepare, writ
 
 
 def test_fertility_counts_tokens_of_words(prepare: Prepare, write_job: WriteJob) -> None:
-    from clm_dist.prepare.show import measure_fertility
-    from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.prepare.fertility import measure_fertility
 
     assert prepare(write_job()).code == 0
     tokenizer = load_tokenizer(prepare.store / "tokenizer")
@@ -110,6 +110,18 @@ def test_fertility_counts_tokens_of_words(prepare: Prepare, write_job: WriteJob)
     assert found.tokens_per_word == pytest.approx(ids.size / 3)
     assert found.bytes_per_token == pytest.approx(15 / ids.size)
     assert found.costliest[0] == ("zqzqzq", len(tokenizer(" zqzqzq")["input_ids"]), 1)
+
+
+def test_the_manifest_has_the_fertility_of_the_train_split(prepare: Prepare, write_job: WriteJob) -> None:
+    assert prepare(write_job()).code == 0
+    fertility = Manifest.read(prepare.store / "manifest.json").tokens_per_word
+    assert fertility is not None
+    assert f"Fertility: {fertility:.2f} tokens a word" in prepare(write_job(), "--show", "0").out
+    # The split is smaller than a sample.
+    blocks, tokenizer = Blocks(prepare.store, "train"), load_tokenizer(prepare.store / "tokenizer")
+    ids = blocks[np.arange(len(blocks))]
+    num_words = sum(len(tokenizer.decode(block, skip_special_tokens=True).split()) for block in ids)
+    assert fertility == (ids != tokenizer.eos_token_id).sum() / num_words
 
 
 def test_verify_names_what_is_damaged_and_prepare_mends_it(prepare: Prepare, write_job: WriteJob) -> None:

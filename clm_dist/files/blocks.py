@@ -76,6 +76,8 @@ class Manifest:
     splits: dict[str, Split]
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every other file of the store."""
+    tokens_per_word: float | None = None
+    """In a sample of the train split; None where a version that did not measure it wrote the store."""
     format_version: int = FORMAT_VERSION
 
     def sha256_of_files(self) -> dict[str, str]:
@@ -131,13 +133,14 @@ class Blocks:
 
     Args:
         shuffled: whether blocks are read in no order, so that the system need not read what lies around them.
+        manifest: of a store whose manifest is not written yet.
 
     Raises:
         DataError: here or where blocks are read, a shard is not as it was written.
     """
 
-    def __init__(self, store: Path, split: str, *, shuffled: bool = False) -> None:
-        manifest = Manifest.read(store / "manifest.json")
+    def __init__(self, store: Path, split: str, *, shuffled: bool = False, manifest: Manifest | None = None) -> None:
+        manifest = manifest or Manifest.read(store / "manifest.json")
         self.block_size = manifest.block_size
         self._store = store
         self._shards = manifest.splits[split].shards

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint
 from clm_dist.errors import DataError
 from clm_dist.files.atomic import make_dir, remove_unfinished, writing
-from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Manifest
+from clm_dist.files.blocks import EVAL_BYTES, FORMAT_VERSION, Blocks, Manifest
 from clm_dist.files.hashes import HashMemory, file_sha256
 from clm_dist.files.lease import Holder
 from clm_dist.files.stores import PARTIAL_SUFFIX, Store, Stores
@@ -32,6 +32,7 @@ from clm_dist.prepare.encode import Effort, count_records, encode_partitions
 from clm_dist.prepare.encoded import Encoded, release_encoded
 from clm_dist.prepare.encoding import Encoding
 from clm_dist.prepare.engines import EngineError, Reference, choose_engine, sample_of
+from clm_dist.prepare.fertility import measure_fertility, sample_of_blocks
 from clm_dist.prepare.identity import pinned, source_identity
 from clm_dist.prepare.own_eval import eval_data, naming
 from clm_dist.prepare.partitions import PROBE_BYTES, read_partition
@@ -241,7 +242,10 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
             splits=splits,
             files={str(file.relative_to(store)): file_sha256(file) for file in others},
         )
-        resolved.store.write_manifest(manifest)
+        sample = sample_of_blocks(Blocks(store, "train", manifest=manifest))
+        resolved.store.write_manifest(
+            replace(manifest, tokens_per_word=measure_fertility(loaded, sample).tokens_per_word)
+        )
 
 
 def _records_of_each(sources: Sequence[Source], encoded: Sequence[Sequence[Encoded]]) -> dict[str, Rows]:

@@ -1,9 +1,6 @@
 """A store's blocks for a person: decoded, with the borders of their documents, and figures of their tokens."""
 
-import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from clm_dist.files.blocks import Blocks, Manifest, Split
+from clm_dist.prepare.fertility import measure_fertility, sample_of_blocks
 from clm_dist.pretrained.tokenizer import load_tokenizer
 
-# Enough for figures that hold, and read in no time.
-_SAMPLE_BLOCKS = 2000
-_WORDS = re.compile(r"\S+")
-_TOP_WORDS = 8
 _BAR_WIDTH = 30
 _BORDER = " \u2502 "
-
-
-@dataclass(frozen=True)
-class Fertility:
-    """How many tokens a tokenizer needs for text, in a sample of blocks."""
-
-    tokens_per_word: float
-    bytes_per_token: float
-    costliest: tuple[tuple[str, int, int], ...]
-    """Words that take the most tokens of the sample beyond their first: word, tokens of it, how often it is there."""
 
 
 def show_store(store: Path, num_blocks: int) -> RenderableType:
@@ -42,7 +26,7 @@ def show_store(store: Path, num_blocks: int) -> RenderableType:
     train = manifest.splits["train"]
     parts += [Text("\nTokens of a document (train)", style="bold"), _histogram(train)]
     blocks = Blocks(store, "train")
-    sample = blocks[np.linspace(0, len(blocks) - 1, min(len(blocks), _SAMPLE_BLOCKS)).astype(np.int64)]
+    sample = sample_of_blocks(blocks)
     fertility = measure_fertility(tokenizer, sample)
     parts.append(
         Text(
@@ -55,24 +39,6 @@ def show_store(store: Path, num_blocks: int) -> RenderableType:
         parts.append(Text(f"\ntrain block {index}", style="bold"))
         parts.append(_decoded(tokenizer, blocks[np.array([index])][0]))
     return Group(*parts)
-
-
-def measure_fertility(tokenizer: Any, blocks: Any) -> Fertility:
-    """Tokens a word and bytes a token of blocks, (num_blocks, block_size) ids.
-
-    A word is what lies between white space. Words are encoded with the space before them, as they stand in a text.
-    """
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in blocks]
-    num_tokens = int(np.isin(blocks, tokenizer.all_special_ids, invert=True).sum())
-    words = Counter(word for text in texts for word in _WORDS.findall(text))
-    encoded = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"] if words else []
-    sizes = {word: len(ids) for word, ids in zip(words, encoded, strict=True)}
-    costs = sorted(words, key=lambda word: (-(sizes[word] - 1) * words[word], word))
-    return Fertility(
-        tokens_per_word=num_tokens / max(1, words.total()),
-        bytes_per_token=sum(len(text.encode()) for text in texts) / max(1, num_tokens),
-        costliest=tuple((word, sizes[word], words[word]) for word in costs[:_TOP_WORDS]),
-    )
 
 
 def _counts(manifest: Manifest) -> Table:

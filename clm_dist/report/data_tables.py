@@ -36,6 +36,8 @@ def _counts(manifest: Manifest) -> Table:
     row("dropped tokens", *(split.num_dropped_tokens for split in each))
     row("tokens a document", *(split.num_tokens / max(1, split.num_documents) for split in each), spec=",.1f")
     row("bytes a token", *(split.num_text_bytes / max(1, split.num_tokens) for split in each), spec=".2f")
+    if (words := manifest.tokens_per_word) is not None:
+        row("tokens a word", *(words if split else None for split in of_train), spec=".2f")
     row(f"blocks of {manifest.block_size:,}", *(split.num_blocks for split in each))
     return Table(("", *splits), cells)
 

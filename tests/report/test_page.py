@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from clm_dist.files.blocks import Manifest
 from clm_dist.files.records import read_records
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import write_samples
 from clm_dist.report.page import render_page, write_page
 from tests.support.histories import HOSTILE, write_history
+from tests.support.runs import metrics_of
 
 
 @pytest.fixture
@@ -112,3 +114,42 @@ def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:
     text = render_page(failed, [], "name: a")
     assert "&lt;b&gt;no &amp; nothing&lt;/b&gt;" in text
     assert "No data yet" in text
+
+
+def test_the_page_has_the_figures_of_the_data_the_samples_and_what_the_job_changes(run: RunDir, result: Any) -> None:
+    write_samples(run, {"prompt": "The", "seed": 1, "before": "The of of", "after": "The end"})
+    write_page(run, result)
+    page = Page(run.report.read_text())
+    manifest = Manifest.read(run.data)
+    train, evaluated = manifest.splits["train"], manifest.splits["eval"]
+    assert manifest.tokens_per_word
+    for row in (
+        f"records{train.num_records}{evaluated.num_records}",
+        f"dropped tokens{train.num_dropped_tokens}{evaluated.num_dropped_tokens}",
+        f"blocks of 32{train.num_blocks}{evaluated.num_blocks}",
+        f"tokens a word{manifest.tokens_per_word:.2f}",
+        "The of of",
+        "The end",
+        "train.learning_rate0.0012e-05",
+    ):
+        assert row in page.said
+    changed = page.said.split("not at their defaults")[1].split("the whole job file")[0]
+    assert "train.seed" not in changed
+    assert "seed: 42" in page.said
+
+
+def test_the_page_of_a_run_of_an_earlier_version_shows_what_there_is(run: RunDir, result: Any) -> None:
+    run.data.unlink()
+    run.job.write_text("of: another version\n")
+    added = ("time", "seconds", "startup", "lost", "memory_bytes", "hosts", "compiled")
+    records = [record | {} for record in metrics_of(run.metrics)]
+    for record in records:
+        for name in added if record["kind"] != "step" else ("memory_bytes",):
+            record.pop(name, None)
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_page(run, result)
+    page = Page(run.report.read_text())
+    assert "Evaluations and starts of an earlier version have no times." in page.said
+    assert "of: another version" in page.said
+    assert "not at their defaults" not in page.said
+    assert len(page.series("loss")["training"]["y"]) == 24
