@@ -142,15 +142,20 @@ def report(
 
 def _compare(run_dirs: list[Path], results: list[Result], output: Path | None) -> None:
     """Print the figures of several runs and write the page that compares them."""
+    from clm_dist.report.better import verdicts
     from clm_dist.report.compare import comparability, comparison_table, labels_of
     from clm_dist.report.compare_page import write_comparison
 
     labels = labels_of(run_dirs, results)
     page = output or run_dirs[0].absolute().parent / "comparison.html"
-    write_comparison(page, [RunDir(path) for path in run_dirs], labels, results)
+    runs = [RunDir(path) for path in run_dirs]
+    said = verdicts(runs, labels, results)
+    write_comparison(page, runs, labels, results, said)
     out.print(comparison_table(labels, results, out.width))
     if warning := comparability(results):
         out.print(warning, style="yellow", soft_wrap=True)
+    for verdict in said:
+        out.print(verdict, markup=False, soft_wrap=True)
     out.print(f"report: {page}", soft_wrap=True)
 
 

@@ -46,6 +46,11 @@ class RunDir:
         return self.root / "ray-logs"
 
     @property
+    def eval_losses(self) -> Path:
+        """The last evaluation by micro-batch; see `files/eval_losses.py`."""
+        return self.root / "eval_losses.npy"
+
+    @property
     def result(self) -> Path:
         return self.root / "result.json"
 

@@ -18,8 +18,14 @@ from clm_dist.report.history import History
 from clm_dist.report.render import Table, render_html
 
 
-def write_comparison(path: Path, runs: Sequence[RunDir], labels: Sequence[str], results: Sequence[Result]) -> None:
-    """Write the page, which is as private as the jobs in it."""
+def write_comparison(
+    path: Path, runs: Sequence[RunDir], labels: Sequence[str], results: Sequence[Result], said: Sequence[str]
+) -> None:
+    """Write the page, which is as private as the jobs in it.
+
+    Args:
+        said: what can be said of which run is better, see `better.verdicts`.
+    """
     histories = [(label, History.of(read_records(run.metrics))) for label, run in zip(labels, runs, strict=True)]
     charts = charts_of_runs(histories)
     each = max((curve.each for _, history in histories for curve in history.curves.values()), default=1)
@@ -30,6 +36,7 @@ def write_comparison(path: Path, runs: Sequence[RunDir], labels: Sequence[str], 
         summary=", ".join(labels),
         warning=comparability(results) or "",
         figures=Table(("", *labels), [(name, *cells) for name, cells in figures_of(results).items()]),
+        verdicts=said,
         charts=charts,
         thinned=f"{each:,}" if each > 1 else "",
         differences=_differences(runs, labels),

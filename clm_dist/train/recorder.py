@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from clm_dist.errors import ClmDistError, RunError
 from clm_dist.files.atomic import write_json
 from clm_dist.files.checkpoints import Checkpoints
+from clm_dist.files.eval_losses import write_eval_losses
 from clm_dist.files.markers import Marker, TrainerState
 from clm_dist.files.record_types import CheckpointRecord, EvalRecord, Record
 from clm_dist.files.records import append_records, read_records, replace_records
@@ -127,7 +128,7 @@ class Recorder:
             return None
         micros = [MicroLoss(*micro) for share in shares for micro in share["micros"]]
         try:
-            return combine(
+            evaluation = combine(
                 micros,
                 step=shares[0]["step"],
                 epoch=shares[0]["epoch"],
@@ -136,6 +137,9 @@ class Recorder:
             )
         except ValueError as error:
             raise RunError(f"{error}; the committed checkpoints are whole") from error
+        if shares[0]["kind"] == "eval":
+            write_eval_losses(self._run, micros)
+        return evaluation
 
     def _append(self, records: Sequence[Record]) -> None:
         if not records:

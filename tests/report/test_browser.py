@@ -196,7 +196,7 @@ def test_the_page_of_several_runs_is_whole_too(
 ) -> None:
     labels = [HOSTILE, *(f"a-run-with-a-long-name-{number}" for number in range(9))]
     result = read_result(hostile_run.root)
-    write_comparison(tmp_path / "page.html", [hostile_run] * 10, labels, [result] * 10)
+    write_comparison(tmp_path / "page.html", [hostile_run] * 10, labels, [result] * 10, [HOSTILE])
     opened = Opened(browser, tmp_path / "page.html", settings)
     assert opened.said == []
     # Eval and training loss, learning rate, gradient norm, throughput, MFU, memory.

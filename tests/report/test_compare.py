@@ -116,11 +116,11 @@ def test_the_page_has_the_curves_of_all_runs_and_what_differs_in_their_jobs(
 def test_names_stay_text_and_a_job_that_is_not_read_is_said(runs: list[RunDir], result: Any, tmp_path: Path) -> None:
     runs[1].job.write_text("of: another version\n")
     labels = [HOSTILE, "other"]
-    write_comparison(tmp_path / "page.html", runs, labels, [result, result])
+    write_comparison(tmp_path / "page.html", runs, labels, [result, result], [HOSTILE])
     page = Page((tmp_path / "page.html").read_text())
     assert (len(page.scripts), page.fetched, "img" in page.tags) == (3, [], False)
     assert list(page.series("loss")) == labels
     assert "The jobs of other are of another version, which this one does not read." in page.said
     assert "Nothing but the name" not in page.said
-    write_comparison(tmp_path / "page.html", [runs[0], runs[0]], ["a", "b"], [result, result])
+    write_comparison(tmp_path / "page.html", [runs[0], runs[0]], ["a", "b"], [result, result], [])
     assert "Nothing but the name." in Page((tmp_path / "page.html").read_text()).said
