@@ -115,7 +115,8 @@ def test_a_step_is_shown_with_its_figures_and_the_last_perplexity(tmp_path: Path
     memory = {"mfu": 0.416, "memory_bytes": 3 * 2**29}
     for record in (
         {"kind": "start", "step": 0, "num_steps": 9},
-        {"kind": "phase", "step": 0, "phase": "Training"},
+        # A log has the first figures at once, which are to be those of a step.
+        {"kind": "eval", "step": 0, "epoch": 0.0, "loss": 3.0, "perplexity": 20.0},
         {"step": 1, **step},
         {"kind": "eval", "step": 1, "epoch": 0.125, "loss": 2.0, "perplexity": 7.389},
         {"step": 2, **step, **memory},
@@ -126,11 +127,14 @@ def test_a_step_is_shown_with_its_figures_and_the_last_perplexity(tmp_path: Path
         append_records(run.metrics, [record])  # type: ignore[list-item]
         follower.look()
     figures = [("loss", "2.5000"), ("tokens_per_s", "9,100"), ("epoch", "0.12")]
-    with_perplexity = [figures[0], ("perplexity", "7.39"), *figures[1:]]
+
+    def after(perplexity: str) -> list[tuple[str, str]]:
+        return [figures[0], ("perplexity", perplexity), *figures[1:]]
+
     assert shown == [
         (0, []),
-        (1, figures),
-        (1, with_perplexity),
-        (2, [*with_perplexity, ("MFU", "42%"), ("memory", "1.5 GiB")]),
+        (1, after("20.00")),
+        (1, after("7.39")),
+        (2, [*after("7.39"), ("MFU", "42%"), ("memory", "1.5 GiB")]),
         (1, figures),
     ]

@@ -120,15 +120,16 @@ class Follower:
             self._on_export(Path(record["path"]), record["step"])
 
     def _figures(self) -> dict[str, str]:
-        """The figures of the last step and the last evaluation, the most important first."""
-        figures: dict[str, str | None] = {"loss": None, "perplexity": self._perplexity}
-        if step := self._step:
-            memory = step.get("memory_bytes")
-            figures |= {
-                "loss": f"{step['loss']:.4f}",
-                "tokens_per_s": f"{step['tokens_per_s']:,.0f}",
-                "epoch": f"{step['epoch']:.2f}",
-                "MFU": None if step["mfu"] is None else f"{step['mfu']:.0%}",
-                "memory": f"{memory / 2**30:.1f} GiB" if isinstance(memory, int) else None,
-            }
+        """The figures of the last step and the last evaluation, the most important first; none before a step."""
+        if (step := self._step) is None:
+            return {}
+        memory = step.get("memory_bytes")
+        figures = {
+            "loss": f"{step['loss']:.4f}",
+            "perplexity": self._perplexity,
+            "tokens_per_s": f"{step['tokens_per_s']:,.0f}",
+            "epoch": f"{step['epoch']:.2f}",
+            "MFU": None if step["mfu"] is None else f"{step['mfu']:.0%}",
+            "memory": f"{memory / 2**30:.1f} GiB" if isinstance(memory, int) else None,
+        }
         return {name: figure for name, figure in figures.items() if figure is not None}
