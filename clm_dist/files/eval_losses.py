@@ -1,4 +1,7 @@
-"""eval_losses.npy: the last evaluation of a run by micro-batch, in the order of the eval split."""
+"""eval_losses.npy: the evaluation of a run's model by micro-batch, in the order of the eval split.
+
+That is the last one, or with `train.keep: best` the best.
+"""
 
 from collections.abc import Sequence
 

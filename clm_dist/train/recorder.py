@@ -7,6 +7,7 @@ checkpoint is committed when every rank has said that its file is on the storage
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,7 @@ class Recorder:
         num_micros: micro-batches of the eval split.
         num_tokens: predicted tokens of the eval split.
         keep: committed checkpoints that are kept.
+        keep_best: whether the model of the best evaluation is, see `train.keep`.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Recorder:
         num_micros: int,
         num_tokens: int,
         keep: int,
+        keep_best: bool = False,
         tensorboard: bool = False,
     ) -> None:
         self._run, self._checkpoints, self._keep = run, checkpoints, keep
         self._num_micros, self._num_tokens = num_micros, num_tokens
         self._tensorboard = tensorboard
         self._events: EventFile | None = None
+        self._keep_best, self._lowest = keep_best, math.inf
         self._eval_losses: dict[int, float] = {}
         self._saved: dict[str, dict[int, Saved]] = {}
         self._states: dict[str, TrainerState] = {}
@@ -137,8 +141,10 @@ class Recorder:
             )
         except ValueError as error:
             raise RunError(f"{error}; the committed checkpoints are whole") from error
-        if shares[0]["kind"] == "eval":
+        # Those of the model that is written in the end.
+        if shares[0]["kind"] == "eval" and (not self._keep_best or evaluation.loss <= self._lowest):
             write_eval_losses(self._run, micros)
+            self._lowest = evaluation.loss if evaluation.step else math.inf
         return evaluation
 
     def _append(self, records: Sequence[Record]) -> None:
@@ -157,6 +163,9 @@ class Recorder:
                 return kept
 
             replace_records(self._run.metrics, records, keep=keep)
+            if self._keep_best:
+                evals = (r for r in read_records(self._run.metrics, last_steps=0) if r["kind"] == "eval")
+                self._lowest = min((record["loss"] for record in evals if record["step"]), default=math.inf)
         else:
             append_records(self._run.metrics, records)
         if self._tensorboard:

@@ -23,6 +23,12 @@ def metrics_of(path: Path) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], list(read_records(path)))
 
 
+def evals_of(path: Path) -> list[dict[str, Any]]:
+    """The evaluations in a metrics file, without the time that each took."""
+    evals = [record for record in metrics_of(path) if record["kind"] == "eval"]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in evals]
+
+
 class RunView:
     """A run as its files show it, also while it is trained."""
 

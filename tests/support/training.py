@@ -33,6 +33,7 @@ def train_one(job: JobConfig, run: RunDir, store: Path, rank: int = 0, world_siz
         num_micros=split.num_micros,
         num_tokens=split.num_tokens,
         keep=job.checkpoint.keep,
+        keep_best=job.train.keep == "best",
     )
     outcome = train_here(job, run, store, recorder, rank=rank, world_size=world_size)
     _freeze_modules()

@@ -22,7 +22,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.train.checkpointing.fragments import Fragment, fetched, load_fragments
 from clm_dist.train.checkpointing.saver import Saver, write_safetensors
 from tests.conftest import MakeJob
-from tests.support.runs import checkpoints_of, metrics_of, saved_steps
+from tests.support.runs import checkpoints_of, evals_of, metrics_of, saved_steps
 from tests.support.training import losses_of, train_one
 
 SIZES = {"wte": 1000, "bias": 3, "one": 1, "scale": 64}
@@ -272,8 +272,7 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_owes_it(
                     clm_dist.train.loop._Loop, "_evaluating", lambda self, n: ask(self, n) if self.step == 8 else None
                 )
     assert train_one(job, cut, prepared(job)).status == "done"
-    evals = [[r for r in metrics_of(run.metrics) if r["kind"] == "eval"] for run in (whole, cut)]
-    assert evals[0] == evals[1]
+    assert evals_of(cut.metrics) == evals_of(whole.metrics)
     assert losses_of(cut.root) == losses_of(whole.root)
 
 

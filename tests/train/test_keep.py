@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import clm_dist.train.loop
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError
 from clm_dist.files.blocks import Manifest
+from clm_dist.files.eval_losses import read_eval_losses
 from clm_dist.files.markers import BestEval
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
@@ -21,7 +23,7 @@ from clm_dist.train.checkpointing.saver import write_safetensors
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.driver import train as train_with_ray
 from tests.conftest import MakeJob
-from tests.support.runs import checkpoints_of, metrics_of, saved_steps
+from tests.support.runs import checkpoints_of, evals_of, metrics_of, saved_steps
 from tests.support.training import SOME_SLOW, forget_after, train_one, train_several
 from tests.support.workers import run_workers
 
@@ -86,8 +88,16 @@ def test_the_result_says_which_model_was_kept(
     train: Train, make_job: MakeJob, prepared: Callable[[JobConfig], Path]
 ) -> None:
     job = make_job(*DIVERGES, "train.keep=best")
-    result = result_of(train("run", "train.keep=best"), job, prepared(job))
+    run = train("run", "train.keep=best", "checkpoint.every=4", "checkpoint.keep=9")
+    result = result_of(run, job, prepared(job))
     losses = [evaluation["loss"] for evaluation in result["evals"]]
+    # What the model is compared by with that of another run.
+    kept = read_eval_losses(run)
+    assert kept is not None
+    assert kept[:, 0].sum() / kept[:, 1].sum() == pytest.approx(losses[BEST - 1], rel=1e-12)
+    forget_after(run, 4)
+    train("run", "train.keep=best", "checkpoint.every=4", "checkpoint.keep=9")
+    assert np.array_equal(read_eval_losses(run), kept)  # type: ignore[arg-type]
     assert result["final"] == result["evals"][BEST - 1]
     assert min(losses) == losses[BEST - 1]
     assert (result["keep"], result["stopped_early"], result["train"]["steps"]) == ("best", False, 8)
@@ -114,12 +124,12 @@ def test_training_ends_after_evaluations_that_are_no_better(
 def test_a_run_that_is_resumed_keeps_and_ends_as_if_it_had_never_stopped(step: int, train: Train) -> None:
     settings = ("train.keep=best", f"train.stop_after={STOP_AFTER}", "checkpoint.every=1", "checkpoint.keep=9")
     run = train("run", *settings)
-    weights, evals = written(run), of_kind(run, "eval")
+    weights, evals = written(run), evals_of(run.metrics)
     forget_after(run, step)
     train("run", *settings)
     assert of_kind(run, "start")[-1]["step"] == step
     assert written(run) == weights
-    assert of_kind(run, "eval") == evals
+    assert evals_of(run.metrics) == evals
     assert of_kind(run, "final")[-1] == {"kind": "final", "step": 5, "kept": BEST, "stopped_early": True}
 
 
@@ -152,7 +162,7 @@ def test_a_best_evaluation_that_a_stop_interrupted_is_made_and_kept(
         assert (outcome.status, outcome.step) == ("preempted", BEST)
     cut.stop.unlink()
     assert train_one(job, cut, prepared(job)).status == "done"
-    assert of_kind(cut, "eval") == of_kind(whole, "eval")
+    assert evals_of(cut.metrics) == evals_of(whole.metrics)
     assert written(cut) == written(whole)
 
 

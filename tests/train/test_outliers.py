@@ -21,7 +21,7 @@ from clm_dist.train.loop import Outcome
 from clm_dist.train.model import next_token_loss
 from clm_dist.train.outliers import Outliers
 from tests.conftest import MakeJob
-from tests.support.runs import checkpoints_of, metrics_of, saved_steps
+from tests.support.runs import checkpoints_of, evals_of, metrics_of, saved_steps
 from tests.support.training import SOME_SLOW, leave_only, losses_of, train_one
 from tests.support.workers import run_workers
 
@@ -163,9 +163,9 @@ def test_a_run_that_is_killed_after_it_went_back_makes_the_evaluation_that_was_d
     cut.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     train_all(store, (job, cut.root, "loss", wrong))
     assert of_kind(cut.root, "start")[-1]["step"] == 5
-    evals = of_kind(whole.root, "eval")
+    evals = evals_of(whole.metrics)
     assert [record["step"] for record in evals] == [0, 5, 8]
-    assert of_kind(cut.root, "eval") == evals
+    assert evals_of(cut.metrics) == evals
 
 
 def test_a_run_that_only_leaves_out_steps_ends(make_job: MakeJob, store: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def _train(
         num_micros=-(-manifest.splits["eval"].num_blocks // job.eval.micro_size),
         num_tokens=num_eval_tokens(manifest, document_mask=job.data.document_mask),
         keep=job.checkpoint.keep,
+        keep_best=job.train.keep == "best",
         tensorboard="tensorboard" in job.tracking,
     )
     callbacks = [
