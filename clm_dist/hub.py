@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,7 +79,7 @@ def repo_of(job: JobConfig, repo: str | None = None) -> str:
         )
     try:
         # Also where the name is full: a token that is refused must not show only when the model is trained.
-        user = HfApi().whoami()["name"]
+        account = HfApi().whoami()
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ConfigError(
@@ -88,7 +88,23 @@ def repo_of(job: JobConfig, repo: str | None = None) -> str:
         raise HubError(f"the Hub does not say whose token this is: {first_line(error)}") from error
     except Exception as error:  # the transport's errors have no common base that is public
         raise HubError(f"the Hub is not reachable: {first_line(error)}") from error
-    return repo if "/" in repo else f"{user}/{repo}"
+    if not _may_write(account):
+        raise ConfigError(
+            f"the Hub token of {account['name']} may only read, and a push needs the permission repo.write; make a "
+            "token that may write at https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or "
+            "set hub.push to never",
+            field="hub.push",
+        )
+    return repo if "/" in repo else f"{account['name']}/{repo}"
+
+
+def _may_write(account: Mapping[str, Any]) -> bool:
+    """Whether a token may write to any repository; what the Hub does not say counts as yes, and a push then tells."""
+    token = account.get("auth", {}).get("accessToken") or {}
+    if token.get("role") != "fineGrained":
+        return bool(token.get("role") != "read")
+    scopes = token.get("fineGrained", {}).get("scoped")
+    return scopes is None or any("repo.write" in scope.get("permissions", ()) for scope in scopes)
 
 
 def find_repo(job: JobConfig, repo: str | None = None) -> str | None:
@@ -169,6 +185,15 @@ def push(
     return url
 
 
+def files_to_push(directory: Path) -> list[tuple[str, int]]:
+    """Name and size in bytes of every file that a push of a model's directory uploads."""
+    return [(str(path.relative_to(directory)), path.stat().st_size) for path in _files(directory)]
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
 def _state(run: RunDir) -> dict[str, Any]:
     """The content of hub.json. Raises ConfigError where it is damaged."""
     state: dict[str, Any] = read_json(run.hub) if run.hub.exists() else {"pushed": []}
@@ -189,7 +214,7 @@ def _upload(repo: str, directory: Path, step: int, private: bool) -> tuple[str, 
     url = api.create_repo(repo, private=private, exist_ok=True)
     commit = api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"Model after step {step}")
     there = {file.path: file for file in api.list_repo_tree(repo, recursive=True, revision=commit.oid)}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in _files(directory):
         name = str(path.relative_to(directory))
         if name not in there or not _same(path, there[name]):
             raise HubError(f"the Hub's {repo} does not hold {name} as it was pushed")

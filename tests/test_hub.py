@@ -219,6 +219,33 @@ def test_tokens_that_are_refused(
     assert "refuses the token" in read_json(run.hub)["pending"]["error"]
 
 
+@pytest.mark.parametrize("token", ["hf_reads", "hf_narrow"])
+def test_a_token_that_may_only_read_is_found_before_a_run(
+    token: str, fake_hub: FakeHub, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_fine")
+    assert hub.check_access(make_job()) == "alice/tiny"
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ConfigError, match=r"token of alice may only read, and a push needs the permission repo.write"):
+        hub.check_access(make_job())
+
+
+def test_a_dry_run_shows_what_would_be_pushed(
+    fake_hub: FakeHub, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = clm_dist(capsys, monkeypatch, "push", run.root, "--dry-run")
+    assert said.code == 0
+    shown = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in said.out.splitlines()[3:-3]}
+    assert shown == {file.name: file.stat().st_size for file in run.final.iterdir()}
+    assert "nothing was pushed to alice/tiny" in said.out
+    assert not run.hub.exists()
+    assert not [line for line in fake_hub.requests if not line.startswith("GET /api/whoami")]
+    # What a push would end with is said after what can be told.
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    said = clm_dist(capsys, monkeypatch, "push", run.root, "--dry-run")
+    assert (said.code, "model.safetensors" in said.out, "the Hub refuses the token" in said.err) == (2, True, True)
+
+
 def test_a_hub_that_is_down_does_not_stop_a_job_from_starting(
     fake_hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

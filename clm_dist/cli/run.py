@@ -1,10 +1,13 @@
 """The commands that make a run and show it: `run`, `train`, `report`, `push`."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
 
 from clm_dist.cli.complete import complete_run
 from clm_dist.cli.options import (
@@ -80,6 +83,7 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a new repository, instead of the job's.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and push nothing.")] = False,
 ) -> None:
     """Push a run's final model to the Hub."""
     from clm_dist import hub
@@ -90,9 +94,24 @@ def push(
     check_final(directory, read_all=True)
     job = read_saved_job(directory.job)
     write_card(directory.final, directory, job, result, repo=hub.find_repo(job, repo))
+    if dry_run:
+        with unfailing("stdout"):
+            _print_files(hub.files_to_push(directory.final))
+            out.print(f"nothing was pushed to {hub.repo_of(job, repo)}", soft_wrap=True)
+        return
     url = hub.push(job, directory, directory.final, result["train"]["steps"], repo=repo, private=private)
     with unfailing("stdout"):
         out.print(f"pushed to {url}", soft_wrap=True)
+
+
+def _print_files(files: Sequence[tuple[str, int]]) -> None:
+    table = Table(box=box.SIMPLE_HEAVY)
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right")
+    for name, size in files:
+        table.add_row(name, f"{size:,}")
+    out.print(table)
+    out.print(f"{len(files)} files, {sum(size for _, size in files) / 1e6:,.1f} MB")
 
 
 def report(

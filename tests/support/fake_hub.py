@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TOKENS = {"hf_good": "alice", "hf_bob": "bob"}
+TOKENS = {"hf_good": "alice", "hf_bob": "bob", "hf_reads": "alice", "hf_narrow": "alice", "hf_fine": "alice"}
+_SCOPED = {"hf_narrow": ["repo.content.read"], "hf_fine": ["repo.content.read", "repo.write"]}
 _REPO = r"(?:(?P<kind>datasets|models)/)?(?P<repo>[^/]+/[^/]+)"
 
 
@@ -147,7 +148,7 @@ class _Request(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in TOKENS:
             raise RefusalError(401, "Invalid credentials in Authorization header")
-        self.user = TOKENS.get(token)
+        self.token, self.user = token, TOKENS.get(token)
 
     def check_writer(self, owner: str | None) -> None:
         if self.user is None:
@@ -170,7 +171,12 @@ class _Request(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         self.check_writer(self.user)
-        self.answer({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
+        access: dict[str, Any] = {"role": "read" if self.token == "hf_reads" else "write"}
+        if self.token in _SCOPED:
+            scope = {"entity": {"type": "user", "name": self.user}, "permissions": _SCOPED[self.token]}
+            access = {"role": "fineGrained", "fineGrained": {"scoped": [scope]}}
+        auth = {"type": "access_token", "accessToken": access}
+        self.answer({"type": "user", "name": self.user, "orgs": [], "auth": auth})
 
     def validate_yaml(self) -> None:
         self.answer({"errors": [], "warnings": []})
