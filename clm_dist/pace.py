@@ -16,7 +16,7 @@ class Pace:
     def __init__(self) -> None:
         self._marks: deque[tuple[float, float]] = deque()
         """Seconds of the stage's own, and the units that were done by then."""
-        self._first = 0.0
+        self._began = self._first = 0.0
         self._away = 0.0
         self._left_at: float | None = None
         # One tuple, because a display reads it in a thread of its own.
@@ -37,9 +37,13 @@ class Pace:
         """`done` units are done; fewer than before begin anew."""
         if not self._marks or done < self._marks[-1][1]:
             self._marks.clear()
-            self._first, self._away, self._estimate = done, 0.0, None
+            self._began, self._away, self._estimate = now, 0.0, None
         own = now - self._away
-        if len(self._marks) > 1 and own - self._marks[-2][0] < _SPACING_S:
+        if own - self._began < _SPACING_S:
+            # What is done at once was done before, or comes in batches: it does not tell the speed.
+            self._marks.clear()
+            self._first = done
+        elif len(self._marks) > 1 and own - self._marks[-2][0] < _SPACING_S:
             self._marks.pop()
         self._marks.append((own, done))
         while len(self._marks) > 2 and self._marks[1][0] <= own - _WINDOW_S:

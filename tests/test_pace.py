@@ -47,6 +47,17 @@ def test_many_units_a_second_are_kept_in_few_marks() -> None:
     assert len(pace._marks) < 1000
 
 
+def test_what_is_done_at_once_does_not_count_for_the_speed() -> None:
+    pace = Pace()
+    pace.enter(0)
+    for done in range(1, 9):
+        pace.reach(done, 5.0)
+    assert pace.seconds_left(100, 5) is None
+    for done in range(9, 17):
+        pace.reach(done, 15.0)
+    assert pace.seconds_left(96, 15) == 100
+
+
 def test_evaluations_are_spread_over_the_steps() -> None:
     pace = Pace()
     now = 0.0
