@@ -14,23 +14,34 @@ class Bucket:
 
     __slots__ = ("bad", "bad_x", "high", "high_x", "low", "low_x", "points", "total", "total_x")
 
-    def __init__(self, x: float, y: float | None) -> None:
-        self.points = 1
+    def __init__(self) -> None:
+        self.points = self.bad = 0
+        self.total = self.total_x = 0.0
+        self.low, self.high = math.inf, -math.inf
+        self.low_x = self.high_x = self.bad_x = math.nan
+
+    def add(self, x: float, y: float | None) -> None:
+        """Add the point that follows."""
+        self.points += 1
         if y is None or not math.isfinite(y):
-            self.bad, self.bad_x, self.total, self.total_x = 1, x, 0.0, 0.0
-            self.low = self.high = self.low_x = self.high_x = math.nan
+            if not self.bad:
+                self.bad_x = x
+            self.bad += 1
             return
-        self.bad, self.bad_x, self.total, self.total_x = 0, math.nan, y, x
-        self.low = self.high = y
-        self.low_x = self.high_x = x
+        self.total += y
+        self.total_x += x
+        if y < self.low:
+            self.low, self.low_x = y, x
+        if y > self.high:
+            self.high, self.high_x = y, x
 
     def take(self, other: "Bucket") -> None:
         """Add the points of the bucket that follows."""
         if other.bad and not self.bad:
             self.bad_x = other.bad_x
-        if self.points == self.bad or other.low < self.low:
+        if other.low < self.low:
             self.low, self.low_x = other.low, other.low_x
-        if self.points == self.bad or other.high > self.high:
+        if other.high > self.high:
             self.high, self.high_x = other.high, other.high_x
         self.points += other.points
         self.bad += other.bad
@@ -51,16 +62,15 @@ class Curve:
 
     def add(self, x: float, y: float | None) -> None:
         """Add a point, at the right of those before; None and numbers that are not finite are points without value."""
-        point, buckets = Bucket(x, y), self._buckets
-        if buckets and buckets[-1].points < self.each:
-            buckets[-1].take(point)
-            return
-        if len(buckets) == MOST_BUCKETS:
-            for first, second in zip(buckets[::2], buckets[1::2], strict=True):
-                first.take(second)
-            del buckets[1::2]
-            self.each *= 2
-        buckets.append(point)
+        buckets = self._buckets
+        if not buckets or buckets[-1].points == self.each:
+            if len(buckets) == MOST_BUCKETS:
+                for first, second in zip(buckets[::2], buckets[1::2], strict=True):
+                    first.take(second)
+                del buckets[1::2]
+                self.each *= 2
+            buckets.append(Bucket())
+        buckets[-1].add(x, y)
 
     def points(self) -> list[tuple[float, float]]:
         """The points that survive, from left to right: at most two a bucket."""
