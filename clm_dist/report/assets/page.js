@@ -108,6 +108,13 @@
     tip.style.top = "3.2rem";
   }
 
+  // In a logarithmic scale the ticks begin with the least step, so that is a power of ten.
+  function stepRange(_, low, high) {
+    if (low == null) return [1, 2];
+    if (options.logSteps) low = 10 ** Math.floor(Math.log10(low));
+    return low < high ? [low, high] : [low, low + 1];
+  }
+
   function range(chart) {
     return (plot, low, high) => {
       if (low == null) return [0, 1];
@@ -132,7 +139,7 @@
     const plot = new uPlot({
       width: Math.max(200, place.clientWidth), height: chart.wide ? 340 : 210,
       padding: [10, 24, 0, 0],
-      scales: { x: { time: false, distr: options.logSteps ? 3 : 1 }, y: { distr: options.logValues ? 3 : 1, range: range(chart) } },
+      scales: { x: { time: false, distr: options.logSteps ? 3 : 1, range: stepRange }, y: { distr: options.logValues ? 3 : 1, range: range(chart) } },
       axes: [
         { ...axis, size: 34, values: (_, ticks) => ticks.map(tick => tick === null ? "" : compact.format(tick)) },
         { ...axis, size: 62, values: (_, ticks) => ticks.map(tick => tick === null ? "" : shown(tick)) },
