@@ -21,7 +21,7 @@ from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
 from clm_dist.files.final import check_final
 from clm_dist.files.records import read_records
-from clm_dist.files.result import Result, read_result
+from clm_dist.files.result import Result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import DEFAULT_STORES, Stores
 from clm_dist.progress import err, nowhere, open_progress
@@ -59,8 +59,14 @@ class Run:
 
     @property
     def result(self) -> Result:
-        """The content of result.json. Raises ConfigError before the run has ended."""
-        return read_result(self.path)
+        """The content of result.json; of a run that has not ended, the figures until now, and `running` as its status.
+
+        Raises:
+            ConfigError: no worker has begun to train yet, or a file is damaged.
+        """
+        from clm_dist.report.live import read_progress
+
+        return read_progress(self.path)
 
     def metrics(self, kind: str = "step") -> "pd.DataFrame":
         """The records of a kind, one a row, in their order: `step`, `eval`, `checkpoint`, `start`, `failure`, ...
@@ -86,7 +92,7 @@ class Run:
         return load_tokenizer(self._directory.final)
 
     def report(self) -> Path:
-        """Write `report.html`, and return its path. Raises ConfigError before the run has ended."""
+        """Write `report.html`, also of a run that goes on, and return its path. Raises ConfigError, see `result`."""
         from clm_dist.report.page import write_page
 
         write_page(self._directory, self.result)

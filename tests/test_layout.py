@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors", "signals"},
     {"config", "progress", "pace", "timing"},
-    {"files", "metrics"},
+    {"extensions", "files", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"evaluation", "run", "samples"},

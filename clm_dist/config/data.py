@@ -4,7 +4,7 @@ import codecs
 import re
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from clm_dist.config.section import MOST, Section, Seed, wrong
 from clm_dist.config.shown import shown
@@ -20,9 +20,9 @@ class Template(NamedTuple):
 class DataConfig(Section):
     """Which text, how it is split, and how it is cut into blocks."""
 
-    source: Literal["hub", "files", "builtin"] = "hub"
-    """Where the records come from: a Hub data set, files, or the corpus that ships with Python, which has the fields
-    `topic`, `text` and `paragraphs` (its prose)."""
+    source: Literal["hub", "files", "builtin", "plugin"] = "hub"
+    """Where the records come from: a Hub data set, files, the corpus that ships with Python, which has the fields
+    `topic`, `text` and `paragraphs` (its prose), or what an installed package reads."""
     dataset: str | None = None
     """Hub id of the data set, for `source: hub`."""
     config: str | None = None
@@ -40,6 +40,10 @@ class DataConfig(Section):
     """Character between the fields of CSV files; null is a comma, or a tab for .tsv."""
     field: str | None = None
     """Dotted path of the list of records in JSON files that are one object, such as `{"data": [...]}`."""
+    plugin: str | None = None
+    """Name of an entry point `clm_dist.sources` of an installed package, for `source: plugin`; see docs/extend.md."""
+    options: dict[str, JsonValue] | None = None
+    """Whatever that plugin takes. Secrets do not belong here: the job is saved with the run."""
     streaming: bool = False
     """Read a Hub data set as it arrives, with no copy on this machine's disk."""
     split: str = "train"
@@ -110,6 +114,8 @@ class DataConfig(Section):
             )
         if self.source == "files" and not self.path:
             raise wrong("data.path", "data.source is files, so data.path must name a file, a glob or a directory")
+        if self.source == "plugin" and not self.plugin:
+            raise wrong("data.plugin", "data.source is plugin, so data.plugin must name one; see docs/extend.md")
         if self.streaming and self.source != "hub":
             raise wrong("data.streaming", "data.streaming is for data.source hub; files are never copied anyway")
         for name in ("records", "encoding", "delimiter", "field", "eval_path"):
@@ -117,6 +123,12 @@ class DataConfig(Section):
                 field = f"data.{name}"
                 raise wrong(
                     field, f"{field} is for data.source files, not {self.source}; set it to null", "data.source"
+                )
+        for name in ("plugin", "options"):
+            if getattr(self, name) is not None and self.source != "plugin":
+                field = f"data.{name}"
+                raise wrong(
+                    field, f"{field} is for data.source plugin, not {self.source}; set it to null", "data.source"
                 )
         for name, needed in (("eval_path", "files"), ("eval_split", "a split")):
             if getattr(self, name) in ("", []):

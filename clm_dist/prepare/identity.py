@@ -16,6 +16,7 @@ from clm_dist.files.storage import reaching
 from clm_dist.prepare.builtin import builtin_identity
 from clm_dist.prepare.data_file import is_url
 from clm_dist.prepare.files import find_files
+from clm_dist.prepare.plugin import plugin_identity
 
 _PIECE_BYTES = 1 << 22
 
@@ -49,6 +50,8 @@ def source_identity(data: DataConfig, known: HashMemory) -> dict[str, Any]:
     """
     if data.source == "builtin":
         return {**builtin_identity(data), "split": data.split}
+    if data.source == "plugin":
+        return plugin_identity(data) | {"split": data.split}
     if data.source == "files":
         files = find_files(data).files
         local = _digests_of([Path(file.name) for file in files if not is_url(file.name)], known)

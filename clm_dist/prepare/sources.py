@@ -22,6 +22,7 @@ from clm_dist.prepare.identity import is_directory
 from clm_dist.prepare.own_eval import eval_data, named_as_eval, naming
 from clm_dist.prepare.partition import Partition
 from clm_dist.prepare.partitions import all_partitions, infer_schema
+from clm_dist.prepare.plugin import open_records, read_tables
 from clm_dist.prepare.tables import table_partitions
 
 _STREAMED_RECORDS = 1000
@@ -149,6 +150,8 @@ def open_source(data: DataConfig) -> Source:
         if data.split.partition("[")[0] != "train":
             raise ConfigError(f"data.split {data.split}: the built-in corpus has one split, train", field="data.split")
         return _table_source(load_builtin(), data, f"the built-in corpus{split}", Slice.of_split(data.split))
+    if data.source == "plugin":
+        return _plugin_source(data, f"data.plugin {data.plugin}{split}")
     if data.source == "hub":
         where = f"the data set {data.dataset}{split}"
         if data.streaming:
@@ -189,16 +192,32 @@ def _table_source(table: pa.Table, data: DataConfig, where: str, rows: Slice) ->
     return Source(where, data, lambda size: table_partitions(tables(), where, size), table.nbytes, rows)
 
 
+def _plugin_source(data: DataConfig, where: str) -> Source:
+    records = open_records(data)
+
+    def tables() -> Iterator[pa.Table]:
+        for table in read_tables(records, data):
+            yield select_fields(table, data, where)
+
+    rows = _rows_of_split(data)
+    return Source(where, data, lambda size: table_partitions(tables(), where, size), None, rows)
+
+
+def _rows_of_split(data: DataConfig) -> Slice:
+    """The rows that a slice of a split of any name takes."""
+    _, bracket, rest = data.split.partition("[")
+    return replace(Slice.of_split(f"train{bracket}{rest}"), spec=data.split)
+
+
 def _streamed_source(data: DataConfig, where: str) -> Source:
-    name, _, rest = data.split.partition("[")
-    rows = replace(Slice.of_split(f"train[{rest}" if rest else "train"), spec=data.split)
+    rows = _rows_of_split(data)
     if rows.is_relative:
         raise ConfigError(
             f"data.split {data.split} counts from the end or in percent, and a data set that is streamed has no end "
             "that is known; name rows, such as train[:5000], or set data.streaming to false",
             field="data.split",
         )
-    dataset = _load_hub_lazily(data, name)
+    dataset = _load_hub_lazily(data, data.split.partition("[")[0])
 
     def tables() -> Iterator[pa.Table]:
         stream = dataset.with_format("arrow").iter(_STREAMED_RECORDS)

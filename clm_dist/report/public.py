@@ -8,8 +8,8 @@ from clm_dist.config.schema import field_values
 
 _PATHS = ("data.path", "data.eval_path", "model.path", "tokenizer.path")
 """Fields that may hold a local path, of which the name alone is told."""
-_UNTOLD = ("cluster.slurm.", "cluster.k8s.", "checkpoint.path", "hub.")
-"""Fields that belong to a cluster or an account and change no model."""
+_UNTOLD = ("cluster.slurm.", "cluster.k8s.", "checkpoint.path", "hub.", "data.options")
+"""Fields that belong to a cluster or an account, or that may name what is private."""
 
 
 def changed_fields(job: JobConfig) -> dict[str, Any]:
@@ -49,6 +49,8 @@ def data_name(job: JobConfig) -> str:
         return f"{data.dataset}, {data.split}"
     if data.source == "builtin":
         return "the Python language reference (pydoc_data.topics)"
+    if data.source == "plugin":
+        return f"{data.plugin}, {data.split}"
     return _names(data.path)
 
 
@@ -57,7 +59,7 @@ def eval_name(job: JobConfig) -> str:
     data = job.data
     if not data.has_own_eval:
         return ""
-    of = {"hub": data.dataset, "files": _names(data.eval_path or data.path), "builtin": None}[data.source]
+    of = {"hub": data.dataset, "files": _names(data.eval_path or data.path), "plugin": data.plugin}.get(data.source)
     named = [of, data.eval_split]
     return ", ".join(name for name in named if name)
 

@@ -38,6 +38,8 @@ COVERED: dict[str, str] = {
     "data.records": "tests/prepare/test_records.py::test_a_file_is_one_record_with_its_line_breaks",
     "data.score": _BLOCKS,
     "data.seed": _BLOCKS,
+    "data.options": "tests/prepare/test_plugin.py::test_a_plugin_s_records_give_the_blocks_of_a_file_with_them",
+    "data.plugin": "tests/prepare/test_plugin.py::test_a_plugin_s_records_give_the_blocks_of_a_file_with_them",
     "data.source": "tests/prepare/test_sources.py::test_the_built_in_corpus_is_python_s_reference",
     "data.split": _BLOCKS,
     "data.split_method": _BLOCKS,

@@ -13,8 +13,10 @@ from clm_dist.config.schema import field_names
 from clm_dist.files.stores import Stores
 from clm_dist.prepare import pipeline
 from tests.conftest import MakeJob
+from tests.support.plugins import install_package
 
 HUB = ("data.source=hub", "data.path=null", "data.dataset=alice/texts")
+PLUGIN = ("data.source=plugin", "data.path=null", "data.plugin=one")
 HASH = ("data.split_method=hash",)
 SCORED = ("data.score=answers.score", "data.min_score=1")
 CSV, JSON = ("data.path=A.csv",), ("data.path=A.json",)
@@ -24,6 +26,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.config": (HUB, "data.config=en"),
     "data.revision": (HUB, "data.revision=abc"),
     "data.path": ((), "data.path=OTHER_CORPUS"),
+    "data.plugin": (PLUGIN, "data.plugin=other"),
+    "data.options": (PLUGIN, "data.options={table: b}"),
     "data.records": ((), "data.records=line"),
     "data.delimiter": ((*CSV, "data.delimiter=';'"), "data.delimiter='|'"),
     "data.field": ((*JSON, "data.field=data"), "data.field=rows"),
@@ -76,8 +80,13 @@ def files(make_job: MakeJob, corpus: Path, prepared: Callable[[JobConfig], Path]
 
 
 @pytest.fixture
-def fingerprint_of(make_job: MakeJob, files: dict[str, Path], tmp_path: Path) -> Fingerprint:
+def fingerprint_of(
+    make_job: MakeJob, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Fingerprint:
     """The name of the store of a job with settings."""
+    code = "class Records:\n identity = '1'\n def __init__(self, options, split): ...\n def tables(self): return []\n"
+    install_package(tmp_path / "site", "two_sources", code, "clm_dist.sources", one="Records", other="Records")
+    monkeypatch.syspath_prepend(tmp_path / "site")
 
     def find(*settings: str) -> str:
         filled = []
