@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ConfigError, HubError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.blocks import Manifest
+from clm_dist.files.hub_errors import downloading
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
+from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.progress import LineProgress
 from clm_dist.run import _push_epoch
 from clm_dist.train.ray.cluster import Cluster
@@ -253,6 +256,29 @@ def test_a_hub_that_is_down_does_not_stop_a_job_from_starting(
     assert hub.check_access(read_saved_job(run.job)) is None
     with pytest.raises(HubError, match="the Hub is not reachable"):
         push(run)
+
+
+def test_where_xet_cannot_be_reached_files_come_from_the_hub_itself(
+    fake_hub: FakeHub, run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from huggingface_hub import constants
+
+    push(run)
+    fake_hub.names_xet = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    model = load_pretrained("alice/tiny")
+    assert "Xet fails (Client error '404 Not Found'" in caplog.text
+    got = [line for line in fake_hub.requests if re.fullmatch("GET /alice/tiny/resolve/.*/model.safetensors", line)]
+    assert len(got) == 1
+    assert constants.HF_HUB_DISABLE_XET
+    ours = load_file(run.final / "model.safetensors")
+    assert model.get_parameter("transformer.h.0.attn.c_attn.weight").equal(ours["transformer.h.0.attn.c_attn.weight"])
+    # What fails for another reason fails once.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    calls = []
+    with pytest.raises(ZeroDivisionError):
+        downloading(lambda: calls.append(1) or 1 / 0)  # type: ignore[func-returns-value]
+    assert calls == [1]
 
 
 def test_a_repository_may_be_public_and_named(fake_hub: FakeHub, run: RunDir) -> None:

@@ -1,10 +1,43 @@
 """Errors of the Hub's clients, by who must act."""
 
+import logging
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from clm_dist.errors import FULL, ClmDistError, ConfigError, HubError, describe_os_error
+from clm_dist.errors import FULL, ClmDistError, ConfigError, HubError, describe_os_error, first_line
 from clm_dist.files.atomic import system_error
 from clm_dist.files.storage import chain, http_status, is_passing
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def downloading(load: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """The value of a call that downloads from the Hub.
+
+    Large files come from Xet's servers, which a firewall may not let through though the Hub itself is reached: where
+    that fails, the call is made once more, and everything else of this process comes from the Hub alone.
+    """
+    from huggingface_hub import constants
+
+    try:
+        return load(*arguments, **options)
+    except Exception as error:  # of the transport, of Xet, or what a library made of it
+        if constants.HF_HUB_DISABLE_XET or not _is_of_xet(error):
+            raise
+        *_, cause = chain(error)
+        logger.warning("Xet fails (%s); files are downloaded from the Hub itself", first_line(cause))
+        constants.HF_HUB_DISABLE_XET = True
+    return load(*arguments, **options)
+
+
+def _is_of_xet(error: BaseException) -> bool:
+    """Whether an error comes out of a download from Xet; its client's errors have no class of their own."""
+    frames = (frame for cause in chain(error) for frame, _ in traceback.walk_tb(cause.__traceback__))
+    return any(frame.f_code.co_name == "xet_get" for frame in frames)
 
 
 def describe_hub_error(error: BaseException, message: str, *, field: str | None = None) -> ClmDistError:

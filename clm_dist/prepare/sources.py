@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clm_dist.config.data import DataConfig, overlap
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.files.hub_errors import describe_full_disk, describe_hub_error
+from clm_dist.files.hub_errors import describe_full_disk, describe_hub_error, downloading
 from clm_dist.prepare.builtin import load_builtin
 from clm_dist.prepare.data_file import DataFile
 from clm_dist.prepare.fields import check_fields, select_fields
@@ -274,7 +274,7 @@ def _load_hub(data: DataConfig) -> pa.Table:
     from datasets import load_dataset
 
     with _reaching(data):
-        dataset = load_dataset(data.dataset, data.config, split=data.split, revision=data.revision)
+        dataset = downloading(load_dataset, data.dataset, data.config, split=data.split, revision=data.revision)
     # With no network the library takes whatever commit it read last.
     read = {Path(file["filename"]).parent.name for file in dataset.cache_files}
     if not is_directory(data) and re.fullmatch("[0-9a-f]{40}", data.revision or "") and read - {data.revision}:

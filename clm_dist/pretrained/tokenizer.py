@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.files.hub_errors import describe_hub_error, downloading
 from clm_dist.pretrained.late_torch import import_without_torch
 from clm_dist.pretrained.passing import raise_if_passing
 
@@ -49,7 +49,8 @@ def locate_tokenizer(path: str, field: str, revision: str | None = None) -> Path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        directory = Path(snapshot_download(path, revision=revision, allow_patterns=[*_FILES, "config.json"]))
+        wanted = [*_FILES, "config.json"]
+        directory = Path(downloading(snapshot_download, path, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _not_reachable(error, path, field) from None
     # The directory's name is the commit, and what else the loader reads is put there.
@@ -147,7 +148,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = downloading(AutoTokenizer.from_pretrained, path, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever its class raises over its files
         raise_if_passing(error, f"the tokenizer of {path}")
         problem = f"{path} holds no tokenizer that loads: {first_line(error)}"

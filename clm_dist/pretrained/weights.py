@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from clm_dist.errors import ConfigError, first_line
-from clm_dist.files.hub_errors import describe_hub_error
+from clm_dist.files.hub_errors import describe_hub_error, downloading
 from clm_dist.files.lfs import is_lfs_pointer
 from clm_dist.pretrained.passing import raise_if_passing
 
@@ -73,7 +73,7 @@ def load_pretrained_config(path: Path | str, *, revision: str | None = None, fie
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        config = downloading(AutoConfig.from_pretrained, path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise _not_loaded(path, error, field) from None
     _refuse_other_kinds(config, path, field)
@@ -103,7 +103,8 @@ def _load(path: Path | str, field: str | None, options: dict[str, Any]) -> Any:
     if "config" not in options:
         options["config"] = load_pretrained_config(path, revision=options.get("revision"), field=field)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = downloading(
+            AutoModelForCausalLM.from_pretrained,
             path,
             output_loading_info=True,
             # So that the shapes are listed; they are refused below.

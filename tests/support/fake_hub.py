@@ -94,6 +94,8 @@ class FakeHub:
     """What was uploaded for LFS, by its sha256."""
     changed: dict[str, bytes | None] = field(default_factory=dict)
     """What commits hold in the place of what was uploaded; None where they hold nothing."""
+    names_xet: bool = False
+    """Whether large files are said to be on Xet, whose servers are not there."""
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """`GET /api/whoami-v2`, in the order in which they came."""
@@ -271,7 +273,10 @@ class _Request(BaseHTTPRequestHandler):
         if path not in commit.files:
             raise RefusalError(404, "Entry not found", "EntryNotFound")
         file = commit.files[path]
-        self.answer(file.data, headers={"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"'})
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"'}
+        if self.hub.names_xet and file.is_lfs:
+            headers |= {"X-Xet-Hash": file.sha256, "X-Xet-Refresh-Route": f"{self.hub.url}/api/xet-read-token"}
+        self.answer(file.data, headers=headers)
 
 
 _API = "/api/" + _REPO
