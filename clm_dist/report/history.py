@@ -9,7 +9,7 @@ from clm_dist.files.record_types import FailureRecord, OutlierRecord, Record, St
 from clm_dist.report.spent import Spent
 from clm_dist.report.thin import Curve, Marks
 
-MarkKind = Literal["restart", "rollback", "skip", "spike", "problem", "checkpoint"]
+MarkKind = Literal["restart", "rollback", "skip", "spike", "problem", "kept", "checkpoint"]
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "router_loss")
 
 
@@ -74,6 +74,10 @@ class History:
             self.marks["problem"].add(step, f"checkpoint not saved: {record.get('error')}")
         elif record["kind"] == "damaged":
             self.marks["problem"].add(step, record["error"])
+        elif record["kind"] == "final" and record["kept"] != step:
+            # Once: a run that was killed while it wrote its model says it again.
+            self.marks["kept"] = Marks()
+            self.marks["kept"].add(record["kept"], "the model of this step is kept, whose eval loss is the lowest")
         elif record["kind"] == "rollback":
             self.marks["rollback"].add(step, f"back to the weights of step {record['to']}")
         elif record["kind"] in ("nonfinite", "spike"):

@@ -33,6 +33,7 @@ _SIGNS: dict[MarkKind, tuple[str, str, str]] = {
     "skip": ("×", "bad", "step left out, or a value that is not finite"),
     "spike": ("▼", "warn", "loss stands out"),
     "problem": ("▼", "bad", "problem"),
+    "kept": ("▼", "good", "the model that is kept"),
     "checkpoint": ("ı", "muted", "checkpoint"),
 }
 _PART_COLOURS = dict(zip(PARTS, (0, 5, 4, 1, 3, 6, 7, 2), strict=True))

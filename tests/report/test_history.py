@@ -80,6 +80,13 @@ def test_workers_that_are_not_started_again_are_a_problem() -> None:
     assert (mark.step, mark.text) == (7, "worker 2 failed after step 7: gone")
 
 
+def test_the_model_that_is_kept_is_marked_once_where_it_is_not_the_last() -> None:
+    ends = [{"kind": "final", "step": 9, "kept": kept, "stopped_early": False} for kept in (9, 4, 4)]
+    assert "kept" not in History.of([cast(Record, ends[0])]).marks
+    (mark,) = History.of([cast(Record, end) for end in ends]).marks["kept"].marks
+    assert mark.step == 4
+
+
 @pytest.mark.parametrize("num_steps", [20_000])
 def test_memory_does_not_grow_with_the_steps(num_steps: int, tmp_path: Path) -> None:
     peaks = []

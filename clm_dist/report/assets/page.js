@@ -4,7 +4,7 @@
   const { charts, marks } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const colour = name => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  const SIGNS = { restart: "c1", rollback: "c4", skip: "bad", spike: "warn", problem: "bad", checkpoint: "muted" };
+  const SIGNS = { restart: "c1", rollback: "c4", skip: "bad", spike: "warn", problem: "bad", kept: "good", checkpoint: "muted" };
   const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 5 });
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
   const shown = value => {
