@@ -166,7 +166,7 @@ def test_commands_on_what_is_no_run(
         said = clm_dist(capsys, monkeypatch, command, tmp_path / "none")
         assert (said.code, "is no run directory" in said.err) == (2, True)
     said = clm_dist(capsys, monkeypatch, "evaluate", tmp_path / "none")
-    assert "name the job whose eval split to use: --job JOB" in said.err
+    assert "say what to evaluate it on: --job JOB, --file PATH or --blocks DIR" in said.err
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "job.yaml").write_text(job_text(make_job()))
     for command, *options in (["generate", "--prompt", "a"], ["evaluate"]):

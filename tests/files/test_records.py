@@ -28,7 +28,7 @@ def test_every_record_of_a_run_has_the_fields_of_its_type(finished_run: RunDir) 
         of = TYPES[record["kind"]]
         assert of.__required_keys__ <= record.keys() <= of.__required_keys__ | of.__optional_keys__, record["kind"]
         seen.add(record["kind"])
-    assert seen == {"start", "phase", "step", "eval", "verify", "checkpoint"}
+    assert seen == {"start", "phase", "step", "eval", "verify", "checkpoint", "final"}
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
