@@ -28,7 +28,16 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import CheckpointError, first_line
 from clm_dist.files.atomic import make_dir, write_json, writing
 from clm_dist.files.hashes import file_sha256
-from clm_dist.files.markers import FORMAT_VERSION, BestEval, DamagedError, Marker, RankFile, TrainerState, best_of
+from clm_dist.files.markers import (
+    FORMAT_VERSION,
+    BestEval,
+    DamagedError,
+    Marker,
+    RankFile,
+    TrainerState,
+    best_of,
+    checkpoint_of,
+)
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.storage import reaching
 
@@ -146,9 +155,14 @@ class Checkpoints:
                 raise DamagedError(f"{self.where(name)}/{share.file} {problem}")
             yield path
 
-    def commit(self, name: str, marker: Marker, keep: int) -> None:
+    def commit(self, name: str, marker: Marker, keep: int, *, keep_best: bool = False) -> None:
         """Mark a checkpoint as complete, then remove those that are no longer kept: what stays is the newest `keep`
-        and the one with the lowest eval loss. What cannot be removed now is removed by a later commit."""
+        and the one with the lowest eval loss. What cannot be removed now is removed by a later commit.
+
+        Args:
+            keep_best: also keep what each of these has as its best evaluation, whose weights a run may yet need that
+                goes on from there, because a newer one is damaged.
+        """
         content = asdict(marker) | {"time": time.time()}
         if self._local:
             write_json(self._local / name / _MARKER, content)
@@ -157,6 +171,9 @@ class Checkpoints:
         try:
             markers = self.readable()
             kept = {*list(markers)[-keep:], best_of(markers)}
+            if keep_best:
+                bests = (markers[name].state.best for name in list(markers)[-keep:])
+                kept |= {checkpoint_of(best, markers) for best in bests if best}
             for old in markers.keys() - kept:
                 self.remove(old)
         except Exception as error:  # each kind of storage raises errors of its own

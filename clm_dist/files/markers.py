@@ -30,13 +30,15 @@ class BestEval:
     """Nats a token."""
     num_since: int = 0
     """Evaluations after it."""
+    last: int = 0
+    """Step of the last evaluation."""
 
     @staticmethod
     def with_next(best: "BestEval | None", step: int, loss: float) -> "BestEval":
         """The best after one more evaluation, at `step`."""
         if best is None or loss < best.loss:
-            return BestEval(step, loss)
-        return replace(best, num_since=best.num_since + 1)
+            return BestEval(step, loss, last=step)
+        return replace(best, num_since=best.num_since + 1, last=step)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class StartRecord(TypedDict):
     """Seconds in which nothing was trained before it: since the driver began, or since the last word of the workers
     before."""
     lost: NotRequired[float]
-    """Seconds of the steps that are trained again; missing where there are none."""
+    """Seconds of the steps and evaluations that are made again; missing where there are none."""
 
 
 class StepRecord(TypedDict):

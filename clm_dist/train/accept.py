@@ -27,6 +27,12 @@ def accept_export(job: JobConfig, run: RunDir) -> dict[str, str]:
             losses[record["kind"], record["step"]] = record["loss"]
         elif record["kind"] == "final":
             kept = record["kept"]
+    if missing := {("eval", kept), ("verify", kept)} - losses.keys():
+        raise RunError(
+            f"{run.metrics} has no evaluation of step {kept}, whose model is written ({missing.pop()[0]}); it is in "
+            f"{run.root / 'final.unverified'}, and the checkpoints are whole. This is a fault of clm-dist: please "
+            "report it"
+        )
     trained, written = losses["eval", kept], losses["verify", kept]
     unverified = run.root / "final.unverified"
     tolerance = _VERIFY_TOLERANCE[job.train.precision]

@@ -224,7 +224,9 @@ class _Loop:
         self.reporter.add({"kind": "final", "step": self.step, "kept": kept, "stopped_early": stopped_early})
         self.reporter.phase("Writing the model", self.step)
         if best and kept < self.step:
-            self.saves.conclude()
+            with contextlib.suppress(NotSavedError):
+                # Nothing needs the last checkpoint now.
+                self.saves.conclude()
             self.saves.load_best(best)
         unverified = self.session.run.root / "final.unverified"
         export(strategy, self.session.store / "tokenizer", unverified)
@@ -241,7 +243,9 @@ class _Loop:
     def _is_last(self) -> bool:
         """Whether training ends after this step: it is the last, or the evaluations no longer get better."""
         limit = self.job.train.stop_after
-        converged = limit is not None and self.best is not None and self.best.num_since >= limit
+        best = self.best
+        # Only after an evaluation, also where a run that is resumed has just been given a limit.
+        converged = limit is not None and best is not None and best.num_since >= limit and best.last == self.step
         return self.step == self.order.num_steps or converged
 
     def _is_kept(self) -> bool:
@@ -386,14 +390,14 @@ class _Loop:
                 f"{what}, and so were {MOST_LEFT_OUT} before it, left out with train.on_nan={action}. {advice}"
             )
         if action == "rollback":
-            left_out = self.step
+            left_out, best = self.step, self.best
             self.saves.conclude()
             if not self._resume():
                 raise RunError(f"{what}, and there is no checkpoint to go back to. {advice}")
             self._say_damages()
             self.reporter.add({"kind": "rollback", "step": left_out, "to": self.step})
             # The weights of then, the blocks from now on: the steps between are skipped.
-            self.step = left_out
+            self.step, self.best = left_out, best
             # On disk at once, or a restart would train those blocks after all.
             self._save(regular=False, owes_evaluation=self._is_due(self.job.eval.every) or self._is_last())
         self.reporter.send()
@@ -441,7 +445,10 @@ class _Loop:
         """Go on from the newest checkpoint that is whole, if there is one, and return its state. Collective."""
         state = self.saves.load_newest()
         if state is not None:
-            self.step, self.owes_evaluation, self.best = state.step, state.owes_evaluation, state.best
+            self.step, self.best = state.step, state.best
+            # A run that now ends here may not have evaluated here.
+            ends = self.step == self.order.num_steps and (self.best is None or self.best.last != self.step)
+            self.owes_evaluation = state.owes_evaluation or ends
             self.outliers.restore(state.recent_losses, state.num_left_out)
         return state
 

@@ -74,7 +74,7 @@ class Recorder:
                 self._eval_losses[evaluation.step] = evaluation.loss
         if starts := [record for record in records if record["kind"] == "start"]:
             # Of workers that died.
-            self._saved, self._states = {}, {}
+            self._saved, self._states, self._eval_losses = {}, {}, {}
             starts[0]["hosts"] = [message["host"] for message in messages if "host" in message]
             starts[0]["startup"] = time.monotonic() - self._heard
         self._append(records)
@@ -110,7 +110,7 @@ class Recorder:
             marker = Marker(state, shares, self._eval_losses.get(state.step))
             try:
                 with self._checkpoints.saving(name):
-                    self._checkpoints.commit(name, marker, self._keep)
+                    self._checkpoints.commit(name, marker, self._keep, keep_best=self._keep_best)
             except ClmDistError as error:
                 record["error"] = f"its commit: {error}"
                 # Rank 0 waits for the commit, or for this.
@@ -158,8 +158,8 @@ class Recorder:
 
             def keep(record: Record) -> bool:
                 kept = outlives(record)
-                if not kept and record["kind"] == "step":
-                    start["lost"] = start.get("lost", 0.0) + record["seconds"]
+                if not kept and record["kind"] in ("step", "eval"):
+                    start["lost"] = start.get("lost", 0.0) + record.get("seconds", 0.0)
                 return kept
 
             replace_records(self._run.metrics, records, keep=keep)

@@ -221,11 +221,11 @@ def test_a_damaged_marker_stops_no_run(newest: bool, trained: Train) -> None:
 def test_a_commit_that_fails_is_a_save_that_failed(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     commit, calls = Checkpoints.commit, []
 
-    def fail_second(self: Checkpoints, name: str, marker: Marker, keep: int) -> None:
+    def fail_second(self: Checkpoints, name: str, marker: Marker, keep: int, **options: Any) -> None:
         calls.append(name)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        commit(self, name, marker, keep)
+        commit(self, name, marker, keep, **options)
 
     monkeypatch.setattr(Checkpoints, "commit", fail_second)
     run = trained()

@@ -1,5 +1,6 @@
 """Early stopping, and the model of the best evaluation: which steps are trained, and whose weights are written."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 import clm_dist.train.loop
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import CheckpointError
+from clm_dist.errors import CheckpointError, StorageError
 from clm_dist.files.blocks import Manifest
+from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.eval_losses import read_eval_losses
 from clm_dist.files.markers import BestEval
 from clm_dist.files.result import Result, build_result
@@ -19,8 +21,10 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
 from clm_dist.report.table import rows
+from clm_dist.train.accept import accept_export
 from clm_dist.train.checkpointing.saver import write_safetensors
 from clm_dist.train.ray.cluster import Cluster
+from clm_dist.train.ray.driver import _check_best
 from clm_dist.train.ray.driver import train as train_with_ray
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, evals_of, metrics_of, saved_steps
@@ -81,7 +85,9 @@ def test_the_model_of_the_best_evaluation_is_that_of_a_run_that_ends_there(
     assert verified["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
     # Every rank computed the loss that the driver wrote, to the last bit.
     markers = checkpoints_of(kept).readable().values()
-    assert [marker.state.best for marker in markers if marker.state.step == BEST] == [BestEval(BEST, evaluated["loss"])]
+    assert [marker.state.best for marker in markers if marker.state.step == BEST] == [
+        BestEval(BEST, evaluated["loss"], last=BEST)
+    ]
 
 
 def test_the_result_says_which_model_was_kept(
@@ -198,7 +204,10 @@ def test_a_best_whose_checkpoint_is_damaged_is_not_replaced_by_another_model(
         file.seek(-1, 2)
         file.write(b"\x55")
     job = make_job(*DIVERGES, "train.keep=best")
-    with pytest.raises(CheckpointError, match=rf"step {BEST}, which has the lowest eval loss .* train.keep=last"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step {BEST}, which have the lowest .*rank-00000.safetensors is not as it was .* train.keep=last",
+    ):
         train_one(job, run, prepared(job))
     assert written(train("run", "train.keep=last")) == written(train("ended", "train.max_steps=8"))
 
@@ -208,7 +217,7 @@ def test_a_run_that_did_not_save_its_best_cannot_keep_it(
 ) -> None:
     run = train("tiny", "checkpoint.every=4")
     job = make_job(*DIVERGES, "train.keep=best")
-    with pytest.raises(CheckpointError, match=rf"of step {BEST}, has no checkpoint.*--set train.keep=last"):
+    with pytest.raises(CheckpointError, match=rf"of step {BEST}, is not in .*--resume --set train.keep=last"):
         train_with_ray(job, run, Store(prepared(job)), Cluster(0), Silent())
 
 
@@ -218,3 +227,107 @@ def test_of_equal_evaluations_the_first_is_the_best() -> None:
         best = BestEval.with_next(best, step, loss)
         found.append((best.step, best.num_since))
     assert found == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
+
+
+def test_a_limit_that_a_resumed_run_is_given_holds_from_its_next_evaluation(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train
+) -> None:
+    settings = ("eval.every=2", "checkpoint.every=1", "checkpoint.keep=20")
+    run = train("run", *settings)
+    # The third step is not evaluated; those after 4 and 6 are worse than that after 4, the best.
+    forget_after(run, 7)
+    train("run", *settings, "train.stop_after=1")
+    assert [record["step"] for record in evals_of(run.metrics)] == [0, 2, 4, 6, 8]
+    accept_export(make_job(*DIVERGES), run)
+
+
+def test_a_run_that_is_to_end_where_it_was_saved_is_evaluated_there(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train
+) -> None:
+    settings = ("eval.every=4", "checkpoint.every=1", "checkpoint.keep=20")
+    run = train("run", *settings)
+    forget_after(run, 7)
+    train("run", *settings, "train.max_steps=7")
+    assert [record["step"] for record in evals_of(run.metrics)] == [0, 4, 7]
+    accept_export(make_job(*DIVERGES), run)
+    assert written(train("ended", "train.max_steps=7")) == (run.final / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_falls_back_has_the_best_of_the_checkpoint_that_it_takes(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train
+) -> None:
+    settings = ("eval.every=2", "checkpoint.every=1", "checkpoint.keep=2", "train.keep=best", "train.max_steps=4")
+    run = train("tiny", *settings)
+    whole = written(run)
+    # The fourth is the best; the second is that of the checkpoint after the third.
+    assert saved_steps(run) == [2, 3, 4]
+    newest = checkpoints_of(run).committed()[-1]
+    (run.checkpoints / newest / "committed.json").write_text("{")
+    job = make_job(*DIVERGES, *settings)
+    state = [marker.state for marker in checkpoints_of(run).readable().values()][-1]
+    assert state.best
+    assert (state.step, state.best.step) == (3, 2)
+    _check_best(job, run, checkpoints_of(run), state)
+    train("tiny", *settings)
+    assert written(run) == whole
+
+
+def without_best(run: RunDir) -> None:
+    """Make the checkpoints those of a version that did not note it."""
+    for marker in run.checkpoints.glob("*/committed.json"):
+        content = json.loads(marker.read_text())
+        del content["state"]["best"]
+        marker.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("setting", ["train.keep=best", "train.stop_after=1"])
+def test_checkpoints_that_do_not_know_the_best_are_refused_where_it_counts(
+    setting: str, make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train
+) -> None:
+    run = train("tiny", "checkpoint.every=4")
+    without_best(run)
+    job = make_job(*DIVERGES, setting)
+    with pytest.raises(CheckpointError, match=r"is of an earlier version of clm-dist, which did not note the best"):
+        train_with_ray(job, run, Store(prepared(job)), Cluster(0), Silent())
+    # Otherwise such a run goes on; one that is at its end is evaluated again there.
+    train("tiny", "checkpoint.every=4")
+    assert [record["step"] for record in evals_of(run.metrics)] == list(range(9))
+
+
+def test_a_storage_that_is_away_is_said_while_the_best_is_looked_for(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("tiny", "train.keep=best")
+    job = make_job(*DIVERGES, "train.keep=best")
+
+    def away(_: object) -> None:
+        raise ConnectionError("the endpoint is away")
+
+    monkeypatch.setattr(Checkpoints, "readable", away)
+    with pytest.raises(StorageError, match="the endpoint is away"):
+        train_with_ray(job, run, Store(prepared(job)), Cluster(0), Silent())
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_stop_while_the_written_model_is_evaluated_saves_nothing(
+    keep: str, train: Train, make_job: MakeJob, prepared: Callable[[JobConfig], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("run", f"train.keep={keep}")
+    weights, saved = written(run), saved_steps(run)
+    evaluating = clm_dist.train.loop._Loop._evaluating
+
+    def ask(self: Any, num_done: int) -> None:
+        run.stop.touch()
+        self.reporter.looked = 0.0
+        evaluating(self, num_done)
+
+    # Started again at its last step, the run has only its model to write.
+    job = make_job(*DIVERGES, f"train.keep={keep}")
+    with monkeypatch.context() as patched:
+        patched.setattr(clm_dist.train.loop._Loop, "_evaluating", ask)
+        outcome = train_one(job, run, prepared(job))
+    assert (outcome.status, outcome.step) == ("preempted", 8)
+    run.stop.unlink()
+    assert saved_steps(run) == saved
+    train("run", f"train.keep={keep}")
+    assert written(run) == weights

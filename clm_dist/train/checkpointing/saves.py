@@ -58,7 +58,7 @@ class Saves:
         self._num_failed = 0
         self._needed = False
         self.saved_step = 0
-        """Step of the save that was begun last."""
+        """Step of the save that was begun last, or loaded since."""
         self.damages: list[DamagedRecord] = []
         """Records of checkpoints that were not whole."""
 
@@ -152,6 +152,7 @@ class Saves:
                         # They would be kept as the newest, in the place of whole ones.
                         for other in damaged:
                             self._checkpoints.set_aside(other)
+                    self.saved_step = marker.state.step
                     return marker.state
             damaged.append(name)
         if damaged:
@@ -173,10 +174,10 @@ class Saves:
         name = names[0]
         marker = self._read_marker(name) if name else None
         if not (name and marker and self._load(name, marker, self._strategy.fragments())):
+            problem = self.damages[-1]["error"] if name else f"none in {self._checkpoints.root} has it"
             raise CheckpointError(
-                f"the checkpoint of step {best.step}, which has the lowest eval loss ({best.loss:.4f}), is missing or "
-                f"damaged in {self._checkpoints.root}; restore it, or write the model of the last step with "
-                "--set train.keep=last"
+                f"the weights of step {best.step}, which have the lowest eval loss ({best.loss:.4f}), cannot be read: "
+                f"{problem}; restore them, or write the model of the last step with --resume --set train.keep=last"
             )
 
     def _read_marker(self, name: str) -> Marker | None:

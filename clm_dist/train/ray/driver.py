@@ -189,10 +189,11 @@ def _check(
         return
     with checkpoints.reaching():
         newest = _newest(checkpoints)
+        if newest is not None:
+            where, state = newest
+            check_state(state, where, job, manifest.fingerprint)
+            _check_best(job, run, checkpoints, state)
     if newest is not None:
-        where, state = newest
-        check_state(state, where, job, manifest.fingerprint)
-        _check_best(job, checkpoints, state)
         if state.step > num_steps:
             raise CheckpointError(
                 f"{where} has {state.step} steps, and the job ends after {num_steps}; raise train.max_steps "
@@ -204,13 +205,23 @@ def _check(
             progress.note(changed)
 
 
-def _check_best(job: JobConfig, checkpoints: Checkpoints, state: TrainerState) -> None:
-    """Raise CheckpointError where the weights that a run should keep were not saved, because its job kept others."""
-    if job.train.keep == "best" and state.best and checkpoint_of(state.best, checkpoints.readable()) is None:
+def _check_best(job: JobConfig, run: RunDir, checkpoints: Checkpoints, state: TrainerState) -> None:
+    """Raise CheckpointError where the best evaluation until a checkpoint is not known, or its weights are not there."""
+    keeps_best = job.train.keep == "best"
+    again = "or start again with --overwrite or another name"
+    if state.best is None and (keeps_best or job.train.stop_after):
+        records = read_records(run.metrics, last_steps=0)
+        if any(record["kind"] == "eval" and 0 < record["step"] <= state.step for record in records):
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} is of an earlier version of clm-dist, which did not note the "
+                "best evaluation for train.keep and train.stop_after; go on with --resume --set train.keep=last "
+                f"--set train.stop_after=null, {again}"
+            )
+    if keeps_best and state.best and checkpoint_of(state.best, checkpoints.readable()) is None:
         raise CheckpointError(
-            f"train.keep is best, but the best evaluation until now, of step {state.best.step}, has no checkpoint, "
-            "since train.keep was last then; go on with --set train.keep=last, or start again with --overwrite or "
-            "another name"
+            f"train.keep is best, but the checkpoint of the best evaluation until now, of step {state.best.step}, is "
+            f"not in {checkpoints.root}: train.keep was last then, or it is lost; go on with --resume "
+            f"--set train.keep=last, {again}"
         )
 
 
