@@ -1,24 +1,25 @@
 """What `evaluate` says of a model that is written: on the blocks of a store, or on the documents of files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clm_dist.config.data import TokenizerConfig
 from clm_dist.config.job import JobConfig, ModelConfig
 from clm_dist.config.load import Job, load_job, located, make_job
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError
+from clm_dist.figures import figures_by_category, figures_of
 from clm_dist.files.blocks import EVAL_BYTES, Manifest
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Stores
-from clm_dist.metrics import bits_per_byte, bootstrap_interval, perplexity
 from clm_dist.progress import Progress
 
+_READING = ("text", "join", "records", "encoding", "delimiter", "field", "score", "min_score")
+"""Fields of `data` that say how documents are read."""
 MOST_CONTEXT = 1024
 """Tokens of a window where neither the call nor a job says how many, and the model takes more."""
 
@@ -92,7 +93,7 @@ def evaluate_model(
         job = _job_of_blocks(path, overrides)
     else:
         job = load_job(named, overrides)
-    update: dict[str, Any] = {"model": ModelConfig(path=path)}
+    update: dict[str, Any] = {"model": ModelConfig(path=path, attention=job.config.model.attention)}
     if job_file is not None or overrides or files:
         # A model is measured on its own tokens: another tokenizer's ids mean nothing to it.
         update["tokenizer"] = TokenizerConfig(path=path)
@@ -123,12 +124,20 @@ def _job_of_files(path: str, files: Sequence[str], named: Path | None, overrides
     """A job whose records are those of some files, read and computed as the named job says."""
     from clm_dist.prepare.data_file import DataFile
 
+    for override in overrides:
+        field = override.partition("=")[0]
+        if field.startswith("data.") and field.removeprefix("data.") not in (*_READING, "split"):
+            raise ConfigError(
+                f"--set {field} says nothing of the documents of --file; leave it out"
+                + (", and name the tokens of a window with --context" if field == "data.block_size" else "")
+            )
     values: dict[str, Any] = {"name": "evaluate", "model": {"path": path}, "data": {}}
     if named is not None:
         values = load_job(named).config.model_dump(mode="json")
-    kept = {name: values["data"][name] for name in ("text", "join") if name in values["data"]}
-    if any(DataFile(file, 0).kind_by_suffix == "text" for file in files):
-        kept = {"text": "text"}
+    kept = {name: values["data"][name] for name in _READING if name in values["data"]}
+    if not kept.get("records") and any(DataFile(file, 0).kind_by_suffix == "text" for file in files):
+        # Its records have no other field.
+        kept |= {"text": "text", "score": None, "min_score": None}
     # No blocks are cut, so none is larger than the model's context.
     values["data"] = kept | {"source": "files", "path": files, "block_size": 2}
     return make_job(values, overrides, path=named or Path("--file"))
@@ -171,10 +180,15 @@ def evaluate_store(
     check_stride(manifest.block_size, stride)
     if stride is not None and made_with.get("grouping") == "guide":
         raise ConfigError("--stride needs blocks without gaps between them; set data.grouping to carry")
-    ends = bool(made_with.get("append_eos"))
+    ends, masked = bool(made_with.get("append_eos")), job.data.document_mask
+    if masked and not ends:
+        raise ConfigError(
+            f"data.document_mask is true, and the documents of the blocks in {store} have no ends (data.append_eos was "
+            "false); set data.document_mask to false",
+            field="data.document_mask",
+        )
     document_end = int(load_tokenizer(store / "tokenizer").eos_token_id) if ends else None
     windows = Windows.of_store(store, stride=stride, document_end=document_end)
-    masked = job.data.document_mask
     _begin(progress, len(windows), job, num_processes)
     scores = score(
         path,
@@ -187,7 +201,7 @@ def evaluate_store(
     # With a stride other tokens are predicted than those whose bytes the store knows.
     num_bytes = int(np.load(store / EVAL_BYTES, mmap_mode="r")[:, int(masked)].sum()) if stride is None else None
     sums = [scores.loss_sums, scores.num_tokens, scores.num_correct]
-    figures = _figures(sums, num_bytes, loss_sum=scores.loss_sum)
+    figures = figures_of(sums, num_bytes, loss_sum=scores.loss_sum)
     unit = "document" if ends else "block"
     return Evaluated(figures, None, unit, manifest.block_size, stride or manifest.block_size)
 
@@ -235,17 +249,10 @@ def evaluate_texts(
     # Where windows have no token in common, the first of each is not predicted.
     num_bytes = texts.num_bytes if stride < context else None
     total = None if num_bytes is None else int(num_bytes.sum())
-    figures = _figures(sums, total, loss_sum=scores.loss_sum)
+    figures = figures_of(sums, total, loss_sum=scores.loss_sum)
     categories = None
     if texts.categories is not None:
-        names, inverse = np.unique(texts.categories, return_inverse=True)
-        categories = {}
-        sizes = np.bincount(inverse, scores.num_tokens)
-        for number in sorted(range(len(names)), key=lambda number: -sizes[number]):
-            chosen = inverse == number
-            if scores.num_tokens[chosen].any():
-                of_category = None if num_bytes is None else int(num_bytes[chosen].sum())
-                categories[str(names[number])] = _figures([values[chosen] for values in sums], of_category)
+        categories = figures_by_category(texts.categories, sums, num_bytes)
     return Evaluated(figures, categories, "document", context, stride)
 
 
@@ -254,37 +261,3 @@ def _begin(progress: Progress, num_windows: int, job: JobConfig, num_processes: 
         progress.start("Evaluating", total=-(-num_windows // job.eval.micro_size), unit="batch")
     else:
         progress.start(f"Evaluating in {num_processes} processes")
-
-
-def _figures(
-    sums: Sequence[npt.NDArray[Any]],
-    num_bytes: int | None,
-    *,
-    loss_sum: float | None = None,
-) -> dict[str, Any]:
-    """The figures of some documents.
-
-    Args:
-        sums: the loss of each, its predicted tokens, and those that the model found likeliest.
-        num_bytes: of text of the predicted tokens; None where it is not known.
-        loss_sum: where it was added up in another order.
-    """
-    loss_sums, num_tokens, num_correct = (values[sums[1] > 0] for values in sums)
-    loss_sum = float(loss_sums.sum()) if loss_sum is None else loss_sum
-    total = int(num_tokens.sum())
-    interval: Mapping[str, Any] | None = None
-    if (found := bootstrap_interval(loss_sums, num_tokens)) is not None:
-        interval = {"level": 0.95, "loss": list(found), "perplexity": [_finite(perplexity(end, 1)) for end in found]}
-    return {
-        "loss": loss_sum / total,
-        "perplexity": _finite(perplexity(loss_sum, total)),
-        "bits_per_byte": bits_per_byte(loss_sum, num_bytes) if num_bytes else None,
-        "num_tokens": total,
-        "accuracy": int(num_correct.sum()) / total,
-        "num_documents": len(loss_sums),
-        "interval": interval,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,9 @@ _PEAK_FLOPS = {
 }
 
 
-# Of a bootstrap: as many as take a second or two.
+# Of a bootstrap: as many as take a few seconds.
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWN_DOCUMENTS = 200, 2000, 10**8
+_MOST_GROUPS, _DRAWN_AT_ONCE = 10**5, 10**6
 
 
 def perplexity(loss_sum: float, num_tokens: int) -> float:
@@ -34,7 +36,7 @@ def perplexity(loss_sum: float, num_tokens: int) -> float:
 
 
 def bootstrap_interval(
-    loss_sums: npt.NDArray[np.float64], num_tokens: npt.NDArray[np.int64], *, level: float = 0.95
+    loss_sums: npt.NDArray[Any], num_tokens: npt.NDArray[Any], *, level: float = 0.95, num_shares: int = 1
 ) -> tuple[float, float] | None:
     """Interval of the mean loss of a token, from drawing documents again, with replacement; None for fewer than two.
 
@@ -44,16 +46,23 @@ def bootstrap_interval(
     Args:
         loss_sums: of each document, nats.
         num_tokens: predicted tokens of each document.
+        num_shares: of how many intervals this is one, which share a few seconds.
     """
-    num_documents = len(loss_sums)
-    if num_documents < 2:
+    if len(loss_sums) > _MOST_GROUPS:
+        # Of many documents groups are drawn, of which each has some from all over the text.
+        group = np.arange(len(loss_sums)) % _MOST_GROUPS
+        loss_sums, num_tokens = (np.bincount(group, values) for values in (loss_sums, num_tokens))
+    size = len(loss_sums)
+    if size < 2:
         return None
     generator = np.random.default_rng(0)
-    means = np.empty(max(_LEAST_DRAWS, min(_MOST_DRAWS, _DRAWN_DOCUMENTS // num_documents)))
-    for draw in range(len(means)):
-        drawn = generator.integers(num_documents, size=num_documents)
-        means[draw] = loss_sums[drawn].sum() / num_tokens[drawn].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    num_draws = max(_LEAST_DRAWS, min(_MOST_DRAWS, _DRAWN_DOCUMENTS // (size * num_shares)))
+    at_once = max(1, _DRAWN_AT_ONCE // size)
+    means = []
+    for start in range(0, num_draws, at_once):
+        drawn = generator.integers(size, size=(min(at_once, num_draws - start), size))
+        means.append(loss_sums[drawn].sum(axis=1) / num_tokens[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

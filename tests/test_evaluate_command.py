@@ -39,7 +39,7 @@ def test_a_run_evaluates_to_its_result_on_its_own_blocks(
     before = sorted(stores.iterdir())
     assert figures(evaluate(finished_run.root, "--json")) == final
     said = evaluate(finished_run.root)
-    said_figures, said_interval = said.out.strip().splitlines()
+    said_figures, said_windows, said_interval = said.out.strip().splitlines()
     assert re.fullmatch(
         re.escape(
             f"loss {final['loss']:.6g}, perplexity {final['perplexity']:.6g}, "
@@ -47,6 +47,7 @@ def test_a_run_evaluates_to_its_result_on_its_own_blocks(
         ).replace("X", r"\d+\.\d"),
         said_figures,
     )
+    assert said_windows == "windows of 32 tokens, 32 from one to the next"
     low, high = (float(number) for number in re.findall(r"\d+\.\d+", said_interval))
     assert low < final["perplexity"] < high
     assert said_interval.endswith("(95 % interval, by document: 9 of them)")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from clm_dist.config.job import JobConfig
+from clm_dist.figures import figures_by_category
 from clm_dist.files.atomic import read_json
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import bootstrap_interval
 from clm_dist.train.windows import Windows
+from tests.conftest import MakeJob, WriteJob
 from tests.support.command import Said, clm_dist
 
 Evaluate = Callable[..., Said]
@@ -261,6 +266,10 @@ def test_a_file_of_text_is_read_as_text_whatever_the_job_reads(
         (("--file", "{}", "--set", "data.text=body"), "data.text body is not in {}; its fields are: text, kind, tags"),
         (("--file", "{}", "--set", "data.text=none"), "data.text none is"),
         (("--file", "missing.jsonl"), "missing.jsonl"),
+        (
+            ("--file", "{}", "--set", "data.block_size=64"),
+            "--set data.block_size says nothing of the documents of --file; leave it out, and name the tokens of",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(
@@ -271,3 +280,88 @@ def test_what_cannot_be_evaluated_is_said(
     said = evaluate(finished_run.final, *(option.format(path) for option in options))
     assert said.code == 2
     assert message.format(path) in said.err
+
+
+@pytest.mark.parametrize(("split", "texts"), [("train[:3]", "abc"), ("train[2:4]", "cd"), ("train[50%:]", "efgh")])
+def test_a_slice_is_of_all_files_together(
+    split: str, texts: str, evaluate: Evaluate, finished_run: RunDir, tmp_path: Path, tokenizer: Any
+) -> None:
+    for name, letters in (("1.jsonl", "abcd"), ("2.jsonl", "efgh")):
+        lines = [json.dumps({"text": f"{letter} is a letter" * (ord(letter) - 90)}) for letter in letters]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    options = ("--file", f"{tmp_path}/*.jsonl", "--set", f"data.split='{split}'")
+    found = figures(evaluate(finished_run.root, *options, "--json"))
+    wanted = [f"{letter} is a letter" * (ord(letter) - 90) for letter in texts]
+    assert found["num_documents"] == len(wanted)
+    windows = [len(tokenizer(text)["input_ids"]) - 1 for text in wanted]
+    assert found["num_tokens"] == sum(windows)
+
+
+def test_files_are_read_as_the_job_reads_its_own(
+    evaluate: Evaluate, finished_run: RunDir, write_job: WriteJob, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("The first line.\nThe second.\n\nA second paragraph.\n")
+    (tmp_path / "latin.csv").write_bytes("body;score\nun café noir;3\nun thé vert;1\n".encode("latin-1"))
+    csv = ("data.encoding=latin-1", "data.delimiter=';'", "data.text=body", "data.score=score", "data.min_score=2")
+    for file, settings, count in (
+        ("notes.txt", ("data.records=file",), 1),
+        ("notes.txt", ("data.records=paragraph",), 2),
+        ("notes.txt", (), 3),
+        ("notes.txt", csv[2:], 3),
+        ("latin.csv", csv, 1),
+    ):
+        job = write_job("model.config.n_positions=128", "data.path=missing", *settings)
+        found = figures(evaluate(finished_run.final, "--job", job, "--file", tmp_path / file, "--json"))
+        assert found["num_documents"] == count
+
+
+def test_a_mask_needs_blocks_whose_documents_end(
+    evaluate: Evaluate, finished_run: RunDir, make_job: MakeJob, prepared: Callable[[JobConfig], Path]
+) -> None:
+    blocks = prepared(make_job("data.append_eos=false"))
+    said = evaluate(finished_run.final, "--blocks", blocks, "--set", "data.document_mask=true")
+    assert said.code == 2
+    assert f"the documents of the blocks in {blocks} have no ends" in said.err
+
+
+def test_a_category_without_a_predicted_token_is_listed(
+    evaluate: Evaluate, finished_run: RunDir, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one two", "kind": "long"}\n{"text": "a", "kind": "short"}\n')
+    short = figures(evaluate(finished_run.root, "--file", path, "--by", "kind", "--json"))["categories"]["short"]
+    assert (short["num_tokens"], short["num_documents"], short["loss"], short["interval"]) == (0, 0, None, None)
+    said = evaluate(finished_run.root, "--file", path, "--by", "kind")
+    assert said.out.splitlines()[1] == "windows of 128 tokens, 127 from one to the next"
+    assert "unknown" in next(line for line in said.out.splitlines() if "short" in line)
+
+
+def test_a_process_that_is_killed_is_told_with_what_helps(
+    evaluate: Evaluate, finished_run: RunDir, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clm_dist.train.scores._score_rank", killed)
+    said = evaluate(finished_run.root, "--file", texts, "--workers", 2)
+    assert said.code == 2
+    assert "a process of the evaluation ended (" in said.err
+    assert "name fewer --workers, or lower eval.micro_size" in said.err
+
+
+def killed(rank: int, world_size: int, task: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_intervals_of_many_documents_and_categories_take_their_share_of_the_time() -> None:
+    generator = np.random.default_rng(3)
+    losses, tokens = generator.normal(100.0, 10.0, size=300_000), np.full(300_000, 50)
+    found = bootstrap_interval(losses, tokens, num_shares=100)
+    assert found
+    half = 1.96 * losses.std() / math.sqrt(len(losses)) / 50
+    assert (found[1] - found[0]) / 2 == pytest.approx(half, rel=0.2)
+    kinds = [f"{'long' * 500} {number % 5000}" for number in range(50_000)]
+    sums = [losses[:50_000], tokens[:50_000], np.zeros(50_000, np.int64)]
+    categories = figures_by_category(kinds, sums, np.full(50_000, 100))
+    assert len(categories) == 5000
+    chosen = np.arange(50_000) % 5000 == 7
+    seventh = categories[f"{'long' * 500} 7"]
+    assert seventh["loss"] == pytest.approx(losses[:50_000][chosen].sum() / (50 * 10), rel=1e-12)
+    assert seventh["bits_per_byte"] == pytest.approx(losses[:50_000][chosen].sum() / math.log(2) / 1000, rel=1e-12)

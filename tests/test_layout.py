@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors", "signals"},
     {"config", "progress", "pace", "timing"},
-    {"extensions", "files", "metrics"},
+    {"extensions", "figures", "files", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"evaluation", "run", "samples"},

@@ -73,6 +73,7 @@ def evaluate(
 
 def _print_figures(evaluated: "Evaluated") -> None:
     typer.echo(", ".join(f"{name.replace('_', ' ')} {_shown(name, evaluated.figures)}" for name in _FIGURES))
+    typer.echo(f"windows of {evaluated.context:,} tokens, {evaluated.stride:,} from one to the next")
     num, unit = evaluated.figures["num_documents"], evaluated.unit
     if evaluated.figures["interval"]:
         low, high = evaluated.figures["interval"]["perplexity"]
@@ -87,9 +88,9 @@ def _print_figures(evaluated: "Evaluated") -> None:
                 name,
                 f"{figures['num_documents']:,}",
                 f"{figures['num_tokens']:,}",
-                _number(figures["perplexity"]),
+                _shown("perplexity", figures),
                 f"{_number(ends[0])} to {_number(ends[1])}" if ends else "-",
-                f"{figures['accuracy']:.1%}",
+                _shown("accuracy", figures),
             )
         out.print(table)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from clm_dist.config.data import DataConfig
 from clm_dist.errors import DataError
 from clm_dist.prepare.documents import Skip, documents_of, values_of
-from clm_dist.prepare.encode import PARTITION_BYTES
+from clm_dist.prepare.encode import Effort, count_records
 from clm_dist.prepare.encoding import Encoding, completed
 from clm_dist.prepare.engines import Reference
 from clm_dist.prepare.partitions import read_partition
@@ -94,11 +94,19 @@ def _tables(data: DataConfig, category: str | None) -> Iterator[pa.Table]:
         # The field that the split by hash reads is one more column, of any type.
         data = data.model_copy(update={"id": category, "split_method": "hash"})
     try:
+        effort = Effort()
         source = open_source(data)
-        left = None if source.slice.stop is None else source.slice.stop - source.slice.start
-        for partition in source.partitions(PARTITION_BYTES):
+        if source.slice.is_relative:
+            source = source.narrowed(count_records(source, effort), effort.partition_bytes)
+        begin, end, passed = source.slice.start, source.slice.stop, 0
+        for partition in source.partitions(effort.partition_bytes):
             table = read_partition(partition, data)
-            yield table if left is None else table.slice(0, left)
+            start = min(max(0, begin - passed), len(table))
+            stop = len(table) if end is None else min(max(0, end - passed), len(table))
+            passed += len(table)
+            yield table.slice(start, max(0, stop - start))
+            if end is not None and passed >= end:
+                break
     except DataError as error:
         if category is None or error.field != "data.id":
             raise

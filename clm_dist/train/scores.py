@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ClmDistError, ConfigError, DataError
+from clm_dist.errors import ClmDistError, ConfigError, DataError, first_line
 from clm_dist.pretrained.weights import load_pretrained
 from clm_dist.train.attention import attention_options
 from clm_dist.train.evaluate import enough_memory
@@ -26,7 +27,7 @@ class Scores:
     """Sums over the predicted tokens of each document, (num_documents,) each."""
 
     loss_sum: float
-    """Over all documents, nats; added up in the order of the batches, so the same at every number of processes."""
+    """Over all documents, nats; added up in the order of the batches, whichever process ran them."""
     loss_sums: npt.NDArray[np.float64]
     num_tokens: npt.NDArray[np.int64]
     num_correct: npt.NDArray[np.int64]
@@ -67,7 +68,8 @@ def score(
     Args:
         path: directory or Hub id of the model.
         document_mask: id that ends a document, where attention and the loss stop at documents.
-        num_processes: that share the batches; each loads the model, and takes one GPU where there are any.
+        num_processes: that share the batches; each loads the model, and takes one GPU where there are any. On CPUs each
+            of several computes with one thread, and one alone with all that torch takes, which rounds otherwise.
         on_batch: called with the number of batches that are done, in one process.
 
     Raises:
@@ -78,7 +80,13 @@ def score(
     if num_processes == 1:
         batches = _score_batches(task, 0, 1, on_batch)
     else:
-        found = run_ranks(_score_rank, num_processes, task, preload=["transformers"])
+        try:
+            found = run_ranks(_score_rank, num_processes, task, preload=["transformers"])
+        except ProcessExitedException as error:
+            raise ConfigError(
+                f"a process of the evaluation ended ({first_line(error)}), probably for lack of memory: each of the "
+                f"{num_processes} holds the model and the text; name fewer --workers, or lower eval.micro_size"
+            ) from error
         if problem := next((of_rank for of_rank in found if isinstance(of_rank, ClmDistError)), None):
             raise problem
         batches = sorted((batch for of_rank in found for batch in of_rank), key=lambda batch: batch.index)
