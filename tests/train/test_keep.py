@@ -24,8 +24,8 @@ from clm_dist.report.table import rows
 from clm_dist.train.accept import accept_export
 from clm_dist.train.checkpointing.saver import write_safetensors
 from clm_dist.train.ray.cluster import Cluster
-from clm_dist.train.ray.driver import _check_best
 from clm_dist.train.ray.driver import train as train_with_ray
+from clm_dist.train.ray.resume import check_best
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, evals_of, metrics_of, saved_steps
 from tests.support.training import SOME_SLOW, forget_after, train_one, train_several
@@ -267,7 +267,7 @@ def test_a_run_that_falls_back_has_the_best_of_the_checkpoint_that_it_takes(
     state = [marker.state for marker in checkpoints_of(run).readable().values()][-1]
     assert state.best
     assert (state.step, state.best.step) == (3, 2)
-    _check_best(job, run, checkpoints_of(run), state)
+    check_best(job, run, checkpoints_of(run), state)
     train("tiny", *settings)
     assert written(run) == whole
 

@@ -24,7 +24,7 @@ from clm_dist.files.atomic import make_dir, write_json, write_text
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.lease import HeldError, Holder, Lease
-from clm_dist.files.markers import DamagedError, TrainerState, check_state, checkpoint_of
+from clm_dist.files.markers import check_state
 from clm_dist.files.records import append_records, read_records
 from clm_dist.files.result import Result, build_result
 from clm_dist.files.run_dir import RunDir
@@ -42,6 +42,7 @@ from clm_dist.train.ray.callbacks import Group, Receiver, Signals
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.failures import WorkersFailedError, failures_of, with_first_death
 from clm_dist.train.ray.follow import Follower
+from clm_dist.train.ray.resume import check_best, newest_state
 from clm_dist.train.ray.trainer import build_trainer, fit
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
@@ -188,11 +189,11 @@ def _check(
     if overwrite:
         return
     with checkpoints.reaching():
-        newest = _newest(checkpoints)
+        newest = newest_state(checkpoints)
         if newest is not None:
             where, state = newest
             check_state(state, where, job, manifest.fingerprint)
-            _check_best(job, run, checkpoints, state)
+            check_best(job, run, checkpoints, state)
     if newest is not None:
         if state.step > num_steps:
             raise CheckpointError(
@@ -203,34 +204,6 @@ def _check(
         steps_before = BatchOrder.of_job(before, num_blocks).num_steps
         if changed := describe_change(before.train, steps_before, job.train, num_steps, state.step):
             progress.note(changed)
-
-
-def _check_best(job: JobConfig, run: RunDir, checkpoints: Checkpoints, state: TrainerState) -> None:
-    """Raise CheckpointError where the best evaluation until a checkpoint is not known, or its weights are not there."""
-    keeps_best = job.train.keep == "best"
-    again = "or start again with --overwrite or another name"
-    if state.best is None and (keeps_best or job.train.stop_after):
-        records = read_records(run.metrics, last_steps=0)
-        if any(record["kind"] == "eval" and 0 < record["step"] <= state.step for record in records):
-            raise CheckpointError(
-                f"the checkpoint of step {state.step} is of an earlier version of clm-dist, which did not note the "
-                "best evaluation for train.keep and train.stop_after; go on with --resume --set train.keep=last "
-                f"--set train.stop_after=null, {again}"
-            )
-    if keeps_best and state.best and checkpoint_of(state.best, checkpoints.readable()) is None:
-        raise CheckpointError(
-            f"train.keep is best, but the checkpoint of the best evaluation until now, of step {state.best.step}, is "
-            f"not in {checkpoints.root}: train.keep was last then, or it is lost; go on with --resume "
-            f"--set train.keep=last, {again}"
-        )
-
-
-def _newest(checkpoints: Checkpoints) -> tuple[str, TrainerState] | None:
-    """The newest checkpoint whose marker is whole, and its state."""
-    for name in reversed(checkpoints.committed()):
-        with contextlib.suppress(DamagedError):
-            return checkpoints.where(name), checkpoints.read(name).state
-    return None
 
 
 @contextlib.contextmanager
