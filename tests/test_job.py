@@ -18,6 +18,7 @@ import yaml
 from clm_dist.config.differences import differing_fields
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text, load_job, read_saved_job
+from clm_dist.config.public import data_name, public_fields
 from clm_dist.config.schema import job_schema
 from clm_dist.errors import ConfigError
 
@@ -419,3 +420,13 @@ def test_reading_a_job_loads_neither_torch_nor_ray(path: Path) -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert json.loads(printed) == []
+
+
+def test_strangers_read_no_directory_and_no_signature_of_a_url(path: Path) -> None:
+    path.write_text("name: a\ndata: {source: files, path: []}\nmodel: {path: gpt2}\n")
+    paths = "[/private/a.jsonl, 'https://host/b.jsonl?X-Amz-Signature=5ecret']"
+    job = load_job(path, [f"data.path={paths}", "cluster.slurm.account=hidden"]).config
+    fields = {name: value for name, value, _ in public_fields(job)}
+    assert (fields["data.path"], fields["model.path"]) == (["a.jsonl", "b.jsonl"], "gpt2")
+    assert data_name(job) == "a.jsonl, b.jsonl"
+    assert not any("private" in str(value) or value == "hidden" for value in fields.values())

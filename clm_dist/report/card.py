@@ -7,6 +7,7 @@ from typing import Any
 from clm_dist import __version__
 from clm_dist.config import yaml_text
 from clm_dist.config.job import JobConfig
+from clm_dist.config.public import changed_fields, data_name, eval_name, hub_dataset, hub_model
 from clm_dist.config.shown import shown
 from clm_dist.files.atomic import write_text
 from clm_dist.files.blocks import Manifest
@@ -16,7 +17,6 @@ from clm_dist.files.result import Result, last_figures
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import Samples, read_samples
 from clm_dist.report.picture import draw_loss
-from clm_dist.report.public import changed_fields, data_name, eval_name, hub_dataset, hub_model
 from clm_dist.report.table import COLUMNS, rows, show
 from clm_dist.timing import clock
 

@@ -1,7 +1,9 @@
 """A job as strangers may read it: ids of the Hub, names without directories, nothing of a cluster or an account."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.schema import field_values
@@ -12,23 +14,30 @@ _UNTOLD = ("cluster.slurm.", "cluster.k8s.", "checkpoint.path", "hub.", "data.op
 """Fields that belong to a cluster or an account, or that may name what is private."""
 
 
-def changed_fields(job: JobConfig) -> dict[str, Any]:
-    """The fields of a job that are not at their defaults, nested as in a job file."""
-    told: dict[str, Any] = {}
+def public_fields(job: JobConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, value and default of the fields of a job that strangers may read."""
     for name, value, default in field_values(job):
-        if value == default or name.startswith(_UNTOLD):
+        if not name.startswith(_UNTOLD):
+            yield name, _without_directories(value) if name in _PATHS else value, default
+
+
+def changed_fields(job: JobConfig) -> dict[str, Any]:
+    """The public fields of a job that are not at their defaults, nested as in a job file."""
+    told: dict[str, Any] = {}
+    for name, value, default in public_fields(job):
+        if value == default:
             continue
         *sections, field = name.split(".")
         place = told
         for section in sections:
             place = place.setdefault(section, {})
-        place[field] = _without_directories(value) if name in _PATHS else value
+        place[field] = value
     return told
 
 
 def _without_directories(paths: Any) -> Any:
     if isinstance(paths, str):
-        return paths if _is_hub_id(paths) else Path(paths).name
+        return paths if _is_hub_id(paths) else _name(paths)
     return [_without_directories(path) for path in paths] if isinstance(paths, list) else paths
 
 
@@ -65,7 +74,12 @@ def eval_name(job: JobConfig) -> str:
 
 
 def _names(paths: str | list[str] | None) -> str:
-    return ", ".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths or []))
+    return ", ".join(_name(path) for path in ([paths] if isinstance(paths, str) else paths or []))
+
+
+def _name(path: str) -> str:
+    """The name of a file; of a URL without its query, which may have a signature that opens the file."""
+    return Path(urlsplit(path).path if "://" in path else path).name
 
 
 def _is_hub_id(path: str) -> bool:
