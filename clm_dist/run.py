@@ -130,14 +130,14 @@ def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved
     from clm_dist.pretrained.tokenizer import load_tokenizer
     from clm_dist.report.card import render_front_matter
     from clm_dist.train.model import check_model, check_tokenizer, load_config
-    from clm_dist.train.ray.driver import check_trackers
+    from clm_dist.train.trackers.check import check_trackers
     from clm_dist.train.unused import describe_unused, find_unused
 
     if config.hub.push != "never":
         hub.check_access(config)
         hub.check_card(render_front_matter(config))
     check_model(config)
-    check_trackers(config)
+    check_trackers(config.tracking)
     resolved = pipeline.resolve(config, stores)
     if resolved.tokenizer is not None:
         check_tokenizer(config, load_tokenizer(resolved.tokenizer))

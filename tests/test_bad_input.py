@@ -150,6 +150,15 @@ def test_a_tracker_that_is_not_installed(run: Run, write_job: WriteJob, monkeypa
     )
 
 
+def test_a_tracker_without_a_login(run: Run, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", sys)  # is installed
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert (
+        "tracking has mlflow, but MLFLOW_TRACKING_URI is not set; set it to"
+        in run(write_job(), "tracking=[mlflow]").err
+    )
+
+
 def test_a_push_without_a_token(run: Run, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))

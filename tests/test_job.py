@@ -110,7 +110,10 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
         ("train: 3", "train is 3: input should be a valid dictionary"),
         ("eval: {every: sometimes}", "eval.every is 'sometimes': input should be 'epoch', or input should be a valid"),
         ("cluster: {strategy: zero4}", "cluster.strategy is 'zero4': input should be 'ddp', 'zero1'"),
-        ("tracking: [wandb]", "tracking is 'wandb': input should be 'tensorboard'"),
+        (
+            "tracking: [neptune]",
+            "tracking is 'neptune': input should be 'tensorboard', 'wandb', 'mlflow', 'trackio' or 'comet'",
+        ),
     ],
 )
 def test_wrong_value_names_field_value_and_line(path: Path, line: str, message: str) -> None:
@@ -261,7 +264,7 @@ def test_set_that_is_wrong_is_named_and_not_the_file(path: Path) -> None:
     assert error_of(path, text, "train.epochs=${x.y}").startswith(
         "--set train.epochs=${x.y}: train.epochs is '${x.y}': input should be a valid integer"
     )
-    assert error_of(path, text, "tracking.0=mlflow").startswith("--set tracking.0=mlflow: ")
+    assert error_of(path, text, "tracking.0=neptune").startswith("--set tracking.0=neptune: ")
 
 
 def test_saved_job_reads_back_as_the_same_job(path: Path) -> None:

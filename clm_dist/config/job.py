@@ -255,8 +255,9 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     hub: HubConfig = HubConfig()
-    tracking: list[Literal["tensorboard"]] = []
-    """Trackers that receive the metrics: tensorboard writes event files into the run directory."""
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"]] = []
+    """Trackers that receive the metrics: tensorboard writes event files into the run directory; the others take
+    login and project from their own environment variables, see docs/trackers.md."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -112,6 +112,19 @@ class RunDir:
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
+    @property
+    def trackers(self) -> Path:
+        """What is kept of other trackers, and what they write; for the run's user alone."""
+        return self.root / "trackers"
+
+    def tracker_state(self, name: str) -> Path:
+        """The id of the run at a tracker, and what was sent; see `train/trackers/send.py`."""
+        return self.trackers / f"{name}.json"
+
+    def tracker_log(self, name: str) -> Path:
+        """What the process of a tracker says."""
+        return self.trackers / f"{name}.log"
+
     def outlier(self, step: int) -> Path:
         """The blocks of a step whose loss or gradient stood out, with their text."""
         return self.root / "outliers" / f"step-{step:08d}.json"

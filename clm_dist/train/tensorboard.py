@@ -34,11 +34,7 @@ class EventFile:
         events = []
         for record in records:
             if record["kind"] in ("step", "eval"):
-                values = [
-                    Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
-                    for name, value in record.items()
-                    if isinstance(value, int | float) and name not in ("step", "epoch")
-                ]
+                values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers_of(record).items()]
                 events.append(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
         self._write(events)
 
@@ -47,3 +43,14 @@ class EventFile:
             for event in events:
                 self._writer.write(event.SerializeToString())
             self._writer.flush()
+
+
+def numbers_of(record: Record) -> dict[str, float]:
+    """The numbers of a step or an evaluation by tags as `step/loss`; none of other records."""
+    if record["kind"] not in ("step", "eval"):
+        return {}
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in record.items()
+        if isinstance(value, int | float) and name not in ("step", "epoch")
+    }

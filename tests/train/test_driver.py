@@ -31,6 +31,7 @@ from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.ray.worker import train_worker
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted
+from tests.support.fake_trackio import write_fake_trackio
 from tests.support.notes import Notes
 from tests.support.runs import checkpoints_of, metrics_of, saved_steps
 from tests.support.training import losses_of, train_one
@@ -48,9 +49,14 @@ def fit(cluster: Cluster, prepared: Callable[[JobConfig], Path]) -> Callable[...
 
 
 def test_a_run_leaves_what_the_design_promises(
-    fit: Callable[..., dict[str, Any]], make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+    fit: Callable[..., dict[str, Any]],
+    make_job: MakeJob,
+    prepared: Callable[[JobConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = make_job(*TWO_WORKERS, "train.max_steps=24", "tracking=[tensorboard]", "hub.push=epoch")
+    job = make_job(*TWO_WORKERS, "train.max_steps=24", "tracking=[tensorboard, trackio]", "hub.push=epoch")
+    calls = write_fake_trackio(tmp_path / "fake", monkeypatch)
     exported: list[tuple[Path, int]] = []
     progress = Notes()
     seen: list[int] = []
@@ -82,16 +88,19 @@ def test_a_run_leaves_what_the_design_promises(
     assert result["final"] == result["evals"][-1]
     assert result["final"]["loss"] < result["baseline"]["loss"]
     private = {path for path in run.root.rglob("*") if path.is_file() and not mode(path) & 0o044}
-    assert private == {run.job}
+    assert private == {run.job, run.tracker_state("trackio")}
     assert {path.name for path in run.final.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert not (run.root / "final.unverified").exists()
     assert saved_steps(run) == [22, 24]
     assert exported == [(run.exports / "step-00000012", 12)]
     assert (exported[0][0] / "model.safetensors").is_file()
     assert any(run.tensorboard.iterdir())
+    sent = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert [call[1] for call in sent if call[0] == "log" and "step/loss" in call[2]] == list(range(1, 25))
+    assert [call[1] for call in sent if call[0] == "log" and "eval/loss" in call[2]] == [0, 12, 24]
     assert any("Step 24, epoch 2.00: eval loss" in note for note in progress.notes)
     assert progress.stages[:2] == ["Starting 2 workers (usually 10 to 40 s)", "Evaluating the untouched model"]
-    assert progress.stages[-2:] == ["Writing the model", "Evaluating the written model"]
+    assert progress.stages[-3:] == ["Writing the model", "Evaluating the written model", "Waiting for trackers"]
 
     # The same numbers without Ray, in one process: the evaluation of equal weights to the last bit.
     (tmp_path / "alone").mkdir()

@@ -46,22 +46,11 @@ from clm_dist.train.ray.resume import check_best, newest_state
 from clm_dist.train.ray.trainer import build_trainer, fit
 from clm_dist.train.ray.watch import WorkerWatch
 from clm_dist.train.recorder import Recorder
+from clm_dist.train.trackers.processes import tracked
 
 logger = logging.getLogger(__name__)
 
 _LEASE_TIMEOUT_S = 180
-
-
-def check_trackers(job: JobConfig) -> None:
-    """Raise ConfigError where a tracker of the job is not installed."""
-    if "tensorboard" in job.tracking:
-        try:
-            import tensorboardX  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                "tracking has tensorboard, but tensorboardX is not installed; pip install 'clm-dist[tensorboard]'",
-                field="tracking",
-            ) from None
 
 
 def train(
@@ -93,7 +82,13 @@ def train(
     with _only_driver(run, progress):
         _open_run(job, run, overwrite)
         manifest.without_files().write(run.data)
-        return _train(job, run, store, manifest, cluster, progress, on_export, on_records)
+        with tracked(job.tracking, run, progress) as look_at_trackers:
+
+            def look() -> None:
+                on_records()
+                look_at_trackers()
+
+            return _train(job, run, store, manifest, cluster, progress, on_export, look)
 
 
 def _train(
