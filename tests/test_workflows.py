@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from clm_dist.train.trackers.services import TRACKERS
 from tests.conftest import ROOT
 
 CI = (ROOT / ".ci" / "run").read_text()
@@ -44,6 +45,12 @@ def test_the_night_runs_the_whole_check_and_what_is_long() -> None:
     assert ".ci/run" in steps
     assert ".venv/bin/pytest -m long -n 0" in steps
     assert re.search(r"pytest -m 'not long'", CI)
+
+
+def test_the_night_installs_every_tracker_and_runs_its_tests() -> None:
+    steps = steps_of("nightly.yml")
+    place = steps.index(".venv/bin/pytest -n 0 tests/train/test_tracker_services.py")
+    assert steps[place - 1].endswith(f"'.[test,{','.join(TRACKERS)}]'")
 
 
 def test_a_commit_runs_the_linters_of_ci() -> None:
