@@ -26,11 +26,30 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module("clm_dist.interface"), name)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 class _Room(ModuleType):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         from clm_dist import interface
 
         return getattr(interface, self.__name__.rpartition(".")[2])(*arguments, **options)
+
+    @property
+    def __signature__(self) -> Any:
+        """What an editor or a notebook shows of it."""
+        import inspect
+
+        from clm_dist import interface
+
+        return inspect.signature(getattr(interface, self.__name__.rpartition(".")[2]))
+
+    def __reduce__(self) -> Any:
+        """By its name, so that another process can be given it."""
+        import importlib
+
+        return importlib.import_module, (self.__name__,)
 
 
 def make_callable(name: str) -> None:

@@ -53,8 +53,8 @@ def check_card(front_matter: str) -> None:
         RepoCard(f"---\n{front_matter}---\n").validate(repo_type="model")
     except ValueError as error:
         raise ConfigError(
-            f"the Hub refuses the model card ({first_line(error)}); mend hub.language or hub.license, see "
-            "https://huggingface.co/docs/hub/model-cards",
+            f"the Hub refuses the model card ({first_line(error)}); mend what it names; hub.language and "
+            "hub.license are the job's own, see https://huggingface.co/docs/hub/model-cards",
             field="hub",
         ) from None
     except Exception as error:  # the transport's errors have no common base that is public

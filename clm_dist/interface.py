@@ -103,7 +103,7 @@ def load_job(job: PathLike | Mapping[str, Any], *overrides: str) -> JobConfig:
     """A checked job.
 
     Args:
-        job: a job file, the name of a packaged one, or values nested as in a job file.
+        job: a job file, the name of a packaged one, or values nested as in a job file without `extends`.
         overrides: `section.field=value` each, as after `--set`.
 
     Raises:
@@ -111,6 +111,8 @@ def load_job(job: PathLike | Mapping[str, Any], *overrides: str) -> JobConfig:
     """
     if isinstance(job, Mapping):
         return load.make_job(job, overrides, path=Path("job")).config
+    if not isinstance(job, str | os.PathLike):
+        raise ConfigError(f"a job is a file, a name or a mapping, not {type(job).__name__}")
     return load.load_job(Path(job), overrides).config
 
 
@@ -123,6 +125,7 @@ def prepare(job: JobConfig, *, stores: PathLike | None = None, quiet: bool = Fal
     """
     from clm_dist.prepare import pipeline
 
+    _check_job(job)
     with open_progress(nowhere if quiet else err) as progress:
         return pipeline.prepare(job, _open_stores(stores), progress).local
 
@@ -153,6 +156,7 @@ def run(
     """
     from clm_dist.run import run_job
 
+    _check_job(job)
     directory = local_dir(os.fspath(runs or os.environ.get("CLM_DIST_RUNS") or "runs"), "runs")
     run_job(job, directory, _open_stores(stores), resume=resume, overwrite=overwrite, only_train=False, quiet=quiet)
     return Run(directory / job.name)
@@ -195,6 +199,11 @@ def evaluate(
             stride=stride,
             num_processes=num_processes,
         )
+
+
+def _check_job(job: object) -> None:
+    if not isinstance(job, JobConfig):
+        raise ConfigError(f"a job is what clm_dist.load_job returns, not {type(job).__name__}")
 
 
 def _open_stores(path: PathLike | None) -> Stores:

@@ -16,6 +16,7 @@ from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
 
+from clm_dist.config.shown import printable
 from clm_dist.pace import Pace
 from clm_dist.timing import Kind, Times, clock
 
@@ -139,7 +140,7 @@ class _Display:
 
     def note(self, text: str) -> None:
         with self._lock:
-            self._notes.append(text)
+            self._notes.append(printable(text))
             # In this thread only a signal handler comes here while a note is printed. It may not print into the middle
             # of it: rich would print the first again. Its own is printed next.
             while self._notes and not self._is_printing:

@@ -34,7 +34,7 @@ def show_samples(run: RunDir, out: Console) -> None:
         return
     texts = {"before training": samples.get("before"), "after training": samples["after"]}
     table = Table.grid(padding=(0, 2))
-    width = out.width - 2 - max(map(len, texts)) - 2
+    width = max(20, out.width - 2 - max(map(len, texts)) - 2)
     for name, text in texts.items():
         if text is not None:
             # What an untrained model writes may have control characters.

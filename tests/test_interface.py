@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,18 @@ def test_the_notebook_runs(cluster: Cluster, stores: Path, tmp_path: Path, monke
         exec(code, names)
     assert names["run"].path == tmp_path / "runs" / "notebook"
     assert len(names["steps"]) == 2
+
+
+def test_names_and_signatures_are_shown_and_functions_can_be_sent_to_processes() -> None:
+    assert {"Run", "evaluate", "load_job", "prepare", "run"} <= set(dir(clm_dist))
+    run: Any = getattr(clm_dist, "run")  # noqa: B009
+    assert inspect.signature(run) == inspect.signature(interface.run)
+    assert pickle.loads(pickle.dumps(run)) is run
+
+
+def test_what_is_no_job_is_said() -> None:
+    for call in (clm_dist.run, clm_dist.prepare):
+        with pytest.raises(ConfigError, match=r"a job is what clm_dist.load_job returns, not str"):
+            call("quickstart")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a job is a file, a name or a mapping, not int"):
+        clm_dist.load_job(1)  # type: ignore[arg-type]

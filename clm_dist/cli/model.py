@@ -1,5 +1,6 @@
 """The command `generate`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from clm_dist.cli.options import (
     is_given,
 )
 from clm_dist.cli.prompts import open_texts, read_prompts, say
+from clm_dist.config.shown import printable
 from clm_dist.errors import ConfigError
 
 
@@ -71,4 +73,5 @@ def generate(
 
 
 def _print_piece(text: str) -> None:
-    typer.echo(text, nl=False)
+    # What a model writes may move the cursor or name the window; a file gets it as it is.
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)

@@ -30,7 +30,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
                 lines = enumerate(text.split("\n"), 1)
                 prompts = [_of_json(line, f"{file}:{number}") for number, line in lines if line.strip()]
             else:
-                prompts = [line for line in text.splitlines() if line.strip()]
+                prompts = [line for line in text.split("\n") if line.strip()]
         for prompt in prompts:
             prompt.encode()  # Python accepts bytes that are not text on the command line.
     except OSError as error:

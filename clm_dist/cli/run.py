@@ -46,6 +46,8 @@ def _output_path(value: str) -> Path:
     path = local_path(value, "--output")
     if path.is_dir():
         raise ConfigError(f"--output {value} is a directory; name the file of the page, for example {path}/page.html")
+    if path.exists() and not (path.is_file() and path.read_bytes()[:15].lower() == b"<!doctype html>"):
+        raise ConfigError(f"--output {value} is there and is no page of a report; name another file")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--output {value}: there is no directory {path.absolute().parent}; make it first")
     return path
@@ -147,7 +149,6 @@ def report(
 
     directory = RunDir(run_dirs[0])
     page = output or directory.report
-    write_page(directory, results[0], page)
     out.print(result_table(results[0]))
     try:
         checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
@@ -156,6 +157,7 @@ def report(
                 out.print(saved)
     except ClmDistError as error:
         err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)
+    write_page(directory, results[0], page)
     out.print(f"report: {page}", soft_wrap=True)
 
 
@@ -169,12 +171,12 @@ def _compare(run_dirs: list[Path], results: list[Result], output: Path | None) -
     page = output or run_dirs[0].absolute().parent / "comparison.html"
     runs = [RunDir(path) for path in run_dirs]
     said = verdicts(runs, labels, results)
-    write_comparison(page, runs, labels, results, said)
     out.print(comparison_table(labels, results, out.width))
     if warning := comparability(results):
         out.print(warning, style="yellow", soft_wrap=True)
     for verdict in said:
         out.print(verdict, markup=False, soft_wrap=True)
+    write_comparison(page, runs, labels, results, said)
     out.print(f"report: {page}", soft_wrap=True)
 
 

@@ -270,6 +270,7 @@ def _with_absolute_paths(config: JobConfig, origins: Mapping[str, str]) -> JobCo
         return given if given is None else absolute(given, field)
 
     paths = {name: each(getattr(config.data, name), f"data.{name}") for name in ("path", "eval_path")}
+    paths["dataset"] = directory(config.data.dataset, "data.dataset")
     data = config.data.model_copy(update=paths)
     tokenizer = config.tokenizer.model_copy(update={"path": directory(config.tokenizer.path, "tokenizer.path")})
     model = config.model.model_copy(update={"path": directory(config.model.path, "model.path")})

@@ -1,5 +1,6 @@
 """A job as strangers may read it: ids of the Hub, names without directories, nothing of a cluster or an account."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from urllib.parse import urlsplit
 from clm_dist.config.job import JobConfig
 from clm_dist.config.schema import field_values
 
-_PATHS = ("data.path", "data.eval_path", "model.path", "tokenizer.path")
+_PATHS = ("data.dataset", "data.path", "data.eval_path", "model.path", "tokenizer.path")
 """Fields that may hold a local path, of which the name alone is told."""
 _UNTOLD = ("cluster.slurm.", "cluster.k8s.", "checkpoint.path", "hub.", "data.options")
 """Fields that belong to a cluster or an account, or that may name what is private."""
@@ -47,15 +48,16 @@ def hub_model(job: JobConfig) -> str | None:
 
 
 def hub_dataset(job: JobConfig) -> str | None:
-    """The Hub's id of the data set; None where the data come from elsewhere."""
-    return job.data.dataset if job.data.source == "hub" else None
+    """The Hub's id of the data set; None where the data come from elsewhere, such as a directory."""
+    dataset = job.data.dataset if job.data.source == "hub" else None
+    return dataset if dataset and _is_hub_id(dataset) else None
 
 
 def data_name(job: JobConfig) -> str:
     """The data set and its split, or the names of the files."""
     data = job.data
     if data.source == "hub":
-        return f"{data.dataset}, {data.split}"
+        return f"{_without_directories(data.dataset)}, {data.split}"
     if data.source == "builtin":
         return "the Python language reference (pydoc_data.topics)"
     if data.source == "plugin":
@@ -68,7 +70,8 @@ def eval_name(job: JobConfig) -> str:
     data = job.data
     if not data.has_own_eval:
         return ""
-    of = {"hub": data.dataset, "files": _names(data.eval_path or data.path), "plugin": data.plugin}.get(data.source)
+    files = _names(data.eval_path or data.path)
+    of = {"hub": _without_directories(data.dataset), "files": files, "plugin": data.plugin}.get(data.source)
     named = [of, data.eval_split]
     return ", ".join(name for name in named if name)
 
@@ -79,8 +82,10 @@ def _names(paths: str | list[str] | None) -> str:
 
 def _name(path: str) -> str:
     """The name of a file; of a URL without its query, which may have a signature that opens the file."""
-    return Path(urlsplit(path).path if "://" in path else path).name
+    return Path(urlsplit(path).path).name or "a URL" if "://" in path else Path(path).name
 
 
 def _is_hub_id(path: str) -> bool:
-    return not Path(path).expanduser().exists() and path.count("/") <= 1 and not path.startswith(("~", ".", "/"))
+    """Whether a model or a data set is named as on the Hub, and no directory is here under that name."""
+    is_id = re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", path, re.ASCII) is not None
+    return is_id and not Path(path).exists()

@@ -30,7 +30,7 @@ def read_eval_losses(run: RunDir) -> EvalLosses | None:
     try:
         losses: EvalLosses = np.load(run.eval_losses, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise damaged(run.eval_losses, str(error)) from None
+        raise damaged(run.eval_losses, "it is not an array of numbers") from error
     if losses.ndim != 2 or losses.shape[1] != 2 or losses.dtype != np.float64:
         raise damaged(run.eval_losses, f"it has {losses.dtype} of shape {losses.shape}")
     return losses

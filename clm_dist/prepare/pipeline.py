@@ -217,6 +217,7 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
             file.unlink()
         encoded = encode(Reference.name)
 
+    _check_unchanged(resolved)
     progress.start("Writing blocks")
     partitions = list(chain(*encoded))
     corpus = Corpus.of_encoded(partitions)
@@ -245,6 +246,21 @@ def _build(resolved: Resolved, progress: Progress, effort: Effort) -> None:
         sample = sample_of_blocks(Blocks(store, "train", manifest=manifest))
         resolved.store.write_manifest(
             replace(manifest, tokens_per_word=measure_fertility(loaded, sample).tokens_per_word)
+        )
+
+
+def _check_unchanged(resolved: Resolved) -> None:
+    """Raise DataError where a plugin's records are others by now than those that the store is named after."""
+    data, known = resolved.job.data, resolved.stores.known_sources()
+    if data.source != "plugin":
+        return
+    of_eval = eval_data(data)
+    now = [source_identity(one, known) for one in (data, of_eval) if one is not None]
+    if now != [resolved.identity[name] for name in ("source", "eval") if name in resolved.identity]:
+        raise DataError(
+            f"the records of data.plugin {data.plugin} changed while they were read: its identity is another; "
+            "run again",
+            field="data.plugin",
         )
 
 

@@ -52,6 +52,9 @@ def ignores_padding(network: Any, padding: int) -> bool:
         torch.stack(_run(network, [row], width, drawn, limit=8, seed=0, padding=padding, output_logits=True).logits)
         for width in (8, 14)
     ]
+    if scores[0].shape != scores[1].shape:
+        # One of the texts ended before the other.
+        return False
     rounding = torch.finfo(network.dtype).eps ** 0.5
     return bool((scores[0] - scores[1]).abs().max() <= rounding * scores[0].abs().max())
 

@@ -53,7 +53,7 @@ def render_card(
     """
     sections = {
         "": _summary(job, result),
-        "Usage": _usage(repo or job.hub.repo or job.name),
+        "Usage": _usage(repo or job.hub.repo or ""),
         "Sample": _sample(samples) if samples else [],
         "Evaluation": _evaluation(job, result, has_picture=has_picture),
         "Data": _data(job, manifest),
@@ -65,7 +65,8 @@ def render_card(
     for heading, section in sections.items():
         if section:
             lines += ["", *([f"## {heading}", ""] if heading else []), *section]
-    return "\n".join(lines) + "\n"
+    # A name that is not UTF-8 may be in it.
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace").decode()
 
 
 def render_front_matter(job: JobConfig, result: Result | None = None) -> str:
@@ -98,10 +99,10 @@ def _summary(job: JobConfig, result: Result) -> list[str]:
     if base:
         begun = f"trained from [{base}]({_HUB}/{base})"
     elif job.model.path:
-        begun = f"trained from {Path(job.model.path).name}"
+        begun = f"trained from {_code(Path(job.model.path).name)}"
     else:
         begun = f"of type {(job.model.config or {})['model_type']}, trained from random weights"
-    on = f"[{dataset}]({_HUB}/datasets/{dataset})" if dataset else data_name(job)
+    on = f"[{dataset}]({_HUB}/datasets/{dataset})" if dataset else _code(data_name(job))
     lines = [f"A causal language model {begun}, on {on}, with clm-dist."]
     if evaluated := last_figures(result):
         before = result["baseline"]
@@ -112,9 +113,11 @@ def _summary(job: JobConfig, result: Result) -> list[str]:
 
 
 def _usage(repo: str) -> list[str]:
+    # Without its owner it would be another model of that name, or none.
+    place = repo if "/" in repo else "path/to/this/directory"
     code = f'''from transformers import pipeline
 
-generator = pipeline("text-generation", model="{repo}")
+generator = pipeline("text-generation", model="{place}")
 print(generator("The", max_new_tokens=60)[0]["generated_text"])'''
     return _fenced(code, "python")
 
@@ -145,7 +148,7 @@ def _evaluation(job: JobConfig, result: Result, *, has_picture: bool) -> list[st
     if evaluated := last_figures(result) or result["baseline"]:
         records = f"the {job.data.eval_fraction:.0%} of the records that were held out ({job.data.split_method} split)"
         if job.data.has_own_eval:
-            records = f"records of their own ({eval_name(job)})"
+            records = f"records of their own ({_code(eval_name(job))})"
         lines += [
             "",
             f"Evaluated on {evaluated['num_tokens']:,} tokens of {records}, in blocks of "
@@ -161,7 +164,7 @@ def _evaluation(job: JobConfig, result: Result, *, has_picture: bool) -> list[st
 
 def _data(job: JobConfig, manifest: Manifest | None) -> list[str]:
     data, dataset = job.data, hub_dataset(job)
-    source = f"[{dataset}]({_HUB}/datasets/{dataset}), {data.split}" if dataset else data_name(job)
+    source = f"[{dataset}]({_HUB}/datasets/{dataset}), {_code(data.split)}" if dataset else _code(data_name(job))
     lines = [f"- source: {source}"]
     if data.source != "builtin":
         lines.append(f"- text of a record: {_code(data.text)}")
@@ -209,8 +212,9 @@ def _limitations(job: JobConfig) -> list[str]:
 
 def _reproduce(job: JobConfig, result: Result) -> list[str]:
     version = result["versions"].get("clm-dist", __version__)
+    and_options = " and `data.options` are left out" if job.data.options else ""
     return [
-        f"With `job.yaml` as below, in which local paths are names alone, and clm-dist {version}:",
+        f"With `job.yaml` as below, in which local paths are names alone{and_options}, and clm-dist {version}:",
         "",
         *_fenced("clm-dist run job.yaml", "bash"),
         "",

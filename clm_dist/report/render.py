@@ -56,6 +56,9 @@ def render_html(template: str, title: str, payload: Mapping[str, Any], **values:
             version=__version__,
             **values,
         )
+        # A name that is not UTF-8 may be in it.
+        .encode("utf-8", "backslashreplace")
+        .decode()
     )
 
 

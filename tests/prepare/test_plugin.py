@@ -3,6 +3,7 @@
 import json
 import re
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from clm_dist.files.blocks import Manifest
 from clm_dist.files.stores import Stores
 from clm_dist.prepare import pipeline
 from clm_dist.progress import Silent
-from tests.conftest import ROOT, MakeJob
+from tests.conftest import ROOT, MakeJob, WriteJob
 from tests.support.plugins import install_package
 
 Install = Callable[..., None]
@@ -157,3 +158,37 @@ def test_a_plugin_is_for_its_source(make_job: MakeJob) -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             make_job(*settings)
+
+
+MOVING = """
+import pyarrow as pa
+class Moving:
+    opened = 0
+    def __init__(self, options, split):
+        Moving.opened += 1
+        self.identity = str(Moving.opened)
+    def tables(self): yield pa.table({"text": ["some text that is long enough for blocks " * 9] * 40})
+"""
+
+
+def test_records_that_change_while_they_are_read_are_not_taken_for_those_before(
+    install: Install, make_job: MakeJob, tmp_path: Path
+) -> None:
+    install("moving_source", MOVING, "Moving")
+    with pytest.raises(DataError, match="changed while they were read: its identity is another; run again"):
+        pipeline.prepare(make_job(*PLUGIN), Stores(tmp_path / "stores"), Silent())
+
+
+def test_what_lies_in_the_working_directory_is_not_installed(tmp_path: Path, write_job: WriteJob) -> None:
+    install_package(tmp_path, "evil", "raise SystemExit('it was imported')", "clm_dist.sources", sqlite="Evil")
+    job = write_job(*PLUGIN)
+    # `-m` puts the working directory first.
+    said = subprocess.run(
+        [sys.executable, "-m", "clm_dist", "prepare", str(job), "--store", str(tmp_path / "stores")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 2, said.stderr
+    assert "offered by no installed package (entry points clm_dist.sources: none)" in said.stderr

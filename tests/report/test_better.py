@@ -68,7 +68,7 @@ def test_the_interval_is_that_of_the_mean_over_tokens() -> None:
 
 
 def test_few_groups_say_nothing_and_many_are_joined() -> None:
-    base = np.full(19, 3.0)
+    base = np.full(49, 3.0)
     assert paired_bootstrap(losses(base), losses(base - 1), least_tokens=TOKENS) is None
     assert paired_bootstrap(losses(np.full(400, 3.0)), losses(np.full(400, 2.0)), least_tokens=TOKENS * 40) is None
     many = np.full(50_000, 3.0)

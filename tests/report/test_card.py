@@ -1,5 +1,6 @@
 """The model card: what the Hub reads of it, what people read, and what it does not tell."""
 
+import shutil
 import struct
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_the_card_says_which_records_were_for_evaluation(result: Any, settings: 
         in render_card(load_job(path).config, result)
     )
     card = render_card(load_job(path, settings).config, result)
-    assert f"tokens of records of their own ({name}), in blocks of 128 tokens. The baseline" in card
+    assert f"tokens of records of their own (`{name}`), in blocks of 128 tokens. The baseline" in card
     assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["dataset"]["name"] == name
 
 
@@ -157,7 +158,7 @@ def test_a_card_names_no_local_directory(result: Any, make_job: MakeJob, tmp_pat
     )
     card = render_card(job, result)
     assert "private" not in card
-    assert "trained from mine, on a.jsonl, b.jsonl" in card
+    assert "trained from `mine`, on `a.jsonl, b.jsonl`" in card
     assert yaml.safe_load(block_of(card, "Reproduce", "yaml"))["data"]["eval_path"] == "c.jsonl"
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
 
@@ -175,8 +176,69 @@ def test_front_matter_that_the_hub_refuses_is_found_before_a_run_starts(
     front = render_front_matter(make_job("hub.license=free"))
     hub.check_card(front)
     fake_hub.fail("POST /api/validate-yaml", 400)
-    with pytest.raises(ConfigError, match=r"the Hub refuses the model card .* mend hub.language or hub.license"):
+    with pytest.raises(ConfigError, match=r"the Hub refuses the model card .* mend what it names; hub.language and"):
         hub.check_card(front)
     fake_hub.fail("POST /api/validate-yaml", 503)
     hub.check_card(front)
     assert "does not validate the model card" in caplog.text
+
+
+def test_a_directory_with_a_data_set_is_no_data_set_of_the_hub(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "acme" / "secret").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("acme/secret", f"{tmp_path}/acme/secret"):
+        job = load_job(GUIDE, [f"data.dataset={name}", "data.eval_split=validation"]).config
+        shutil.rmtree(tmp_path / "acme", ignore_errors=True)
+        # It may be gone when the card is written.
+        card = render_card(job, result)
+        (tmp_path / "acme" / "secret").mkdir(parents=True)
+        assert "datasets" not in yaml.safe_load(card.split("---")[1])
+        assert str(tmp_path) not in card
+        assert "acme" not in card
+        assert yaml.safe_load(block_of(card, "Reproduce", "yaml"))["data"]["dataset"] == "secret"
+
+
+def test_names_in_a_card_are_names_and_no_markup(result: Any, make_job: MakeJob) -> None:
+    job = make_job("data.path=['<img src=x>.jsonl', \"a|b](javascript:1)\\n## Boo.jsonl\", 's3://secret-bucket']")
+    card = render_card(job, result)
+    assert "\n## Boo" not in card.replace(block_of(card, "Reproduce", "yaml"), "")
+    assert "`<img src=x>.jsonl, a\\|b](javascript:1)\\n## Boo.jsonl, a URL`" in card
+    assert "secret-bucket" not in card
+
+
+def test_a_snippet_names_no_stranger_s_model(result: Any, make_job: MakeJob) -> None:
+    for settings, repo, place in (
+        (("name=gpt2",), None, "path/to/this/directory"),
+        (("hub.repo=tiny",), None, "path/to/this/directory"),
+        (("hub.repo=alice/tiny",), None, "alice/tiny"),
+        ((), "alice/other", "alice/other"),
+    ):
+        card = render_card(make_job(*settings), result, repo=repo)
+        assert f'model="{place}"' in block_of(card, "Usage", "python")
+
+
+def test_a_picture_that_cannot_be_drawn_takes_nothing_from_the_card(
+    run: RunDir, result: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import matplotlib
+
+    # A person's own settings say nothing of it.
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    job = read_saved_job(run.job)
+    write_card(run.final, run, job, result)
+    assert (run.final / "loss.png").exists()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("clm_dist.report.picture._draw", fail)
+    write_card(run.final, run, job, result)
+    assert not (run.final / "loss.png").exists()
+    assert "loss.png" not in (run.final / "README.md").read_text()
+    assert "the card has no picture: no fonts" in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_is_escaped(result: Any, make_job: MakeJob) -> None:
+    assert "\\udcff" in render_card(make_job(), result | {"versions": {"odd": "\udcff"}})
