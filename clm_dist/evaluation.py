@@ -145,7 +145,7 @@ def _job_of_files(path: str, files: Sequence[str], named: Path | None, overrides
 
 def _job_of_blocks(path: str, overrides: Sequence[str]) -> Job:
     """A job that says how a model computes, where nothing is prepared."""
-    values = {"name": "evaluate", "model": {"path": path}, "data": {"source": "builtin"}}
+    values = {"name": "evaluate", "model": {"path": path}, "data": {"source": "builtin", "block_size": 2}}
     return make_job(values, overrides, path=Path("--blocks"))
 
 
@@ -172,11 +172,18 @@ def evaluate_store(
         ConfigError, DataError: see `train.scores.score`; or blocks do not follow each other without gaps.
     """
     from clm_dist.pretrained.tokenizer import load_tokenizer
+    from clm_dist.train.model import context_of, load_config
     from clm_dist.train.scores import score
     from clm_dist.train.windows import Windows, check_stride
 
     manifest = Manifest.read(store / "manifest.json")
     made_with = manifest.source.get("data", {})
+    most = context_of(load_config(job))
+    if most is not None and manifest.block_size > most:
+        raise ConfigError(
+            f"the blocks in {store} have {manifest.block_size} tokens, above the context of {path}, which is {most}; "
+            "name blocks of at most that"
+        )
     check_stride(manifest.block_size, stride)
     if stride is not None and made_with.get("grouping") == "guide":
         raise ConfigError("--stride needs blocks without gaps between them; set data.grouping to carry")

@@ -169,6 +169,14 @@ def test_a_store_needs_no_job(
     assert (said.code, "leave out --file and --job" in said.err) == (2, True)
 
 
+def test_blocks_above_the_model_s_context_are_refused(evaluate: Evaluate, run: RunDir, store: Path, model: Any) -> None:
+    config = read_json(run.final / "config.json")
+    (run.final / "config.json").write_text(json.dumps(config | {"n_positions": 16, "n_ctx": 16}))
+    said = evaluate(run.final, "--blocks", store)
+    assert said.code == 2
+    assert f"have 32 tokens, above the context of {run.final}, which is 16; name blocks of at most that" in said.err
+
+
 def test_blocks_of_another_tokenizer_are_refused(evaluate: Evaluate, run: RunDir, store: Path) -> None:
     content = json.loads((run.final / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
