@@ -241,7 +241,19 @@ def test_an_example_is_a_job(command: str, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(
-    "snippet", [block for page in sorted(PAGES) for block in blocks_of(PAGES[page], "python")], ids=lambda s: s[:30]
+    "snippet",
+    [
+        # A whole run takes half a minute.
+        pytest.param(block, marks=pytest.mark.slow if "clm_dist.run(" in block else ())
+        for page in sorted(PAGES)
+        for block in blocks_of(PAGES[page], "python")
+    ],
+    ids=lambda s: s[:30],
 )
-def test_python_examples_run(snippet: str, run: RunDir, prepared: Any) -> None:
+def test_python_examples_run(
+    snippet: str, run: RunDir, prepared: Any, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLM_DIST_STORE", str(stores))
+    monkeypatch.setenv("MPLBACKEND", "agg")
     exec(compile(snippet, "example", "exec"), {"store": prepared(read_saved_job(run.job)), "run": run.root})
