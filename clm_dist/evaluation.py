@@ -11,7 +11,7 @@ from clm_dist.config.data import TokenizerConfig
 from clm_dist.config.job import JobConfig, ModelConfig
 from clm_dist.config.load import Job, load_job, located, make_job
 from clm_dist.config.paths import local_path
-from clm_dist.errors import ConfigError
+from clm_dist.errors import ConfigError, DataError
 from clm_dist.figures import figures_by_category, figures_of
 from clm_dist.files.blocks import EVAL_BYTES, Manifest
 from clm_dist.files.run_dir import RunDir
@@ -74,7 +74,7 @@ def evaluate_model(
     """
     from clm_dist.generate import find_model
     from clm_dist.prepare.pipeline import prepare
-    from clm_dist.train.model import load_config
+    from clm_dist.train.model import context_of, load_config
 
     if blocks and (files or job_file):
         raise ConfigError("--blocks is a store already; leave out --file and --job")
@@ -111,9 +111,9 @@ def evaluate_model(
                 category=category,
                 num_processes=num_processes,
             )
-        load_config(config)
+        most = context_of(load_config(config))
         if blocks:
-            store = find_store(blocks, path)
+            store = find_store(blocks, path, most)
         else:
             # The untouched job of a run keeps the tokenizer that it names, and so the blocks that are there.
             store = prepare(config if "tokenizer" in update else job.config, stores, progress).local
@@ -149,8 +149,12 @@ def _job_of_blocks(path: str, overrides: Sequence[str]) -> Job:
     return make_job(values, overrides, path=Path("--blocks"))
 
 
-def find_store(directory: Path, model: str) -> Path:
-    """A store's directory. Raises ConfigError where it is none, or was made with another vocabulary than a model's."""
+def find_store(directory: Path, model: str, context: int | None) -> Path:
+    """The directory of a store that is for a model. Raises ConfigError where it is none, or of another vocabulary.
+
+    Args:
+        context: the most tokens that the model sees at once; None where it has no limit.
+    """
     from clm_dist.pretrained.tokenizer import load_tokenizer
 
     if not (directory / "manifest.json").is_file():
@@ -159,6 +163,12 @@ def find_store(directory: Path, model: str) -> Path:
         raise ConfigError(
             f"the blocks in {directory} are of another tokenizer than that of {model}, to which their ids mean "
             "something else; evaluate it on their text, with --job or --file"
+        )
+    size = Manifest.read(directory / "manifest.json").block_size
+    if context is not None and size > context:
+        raise ConfigError(
+            f"the blocks in {directory} have {size} tokens, above the context of {model}, which is {context}; name "
+            "blocks of at most that"
         )
     return directory
 
@@ -171,19 +181,13 @@ def evaluate_store(
     Raises:
         ConfigError, DataError: see `train.scores.score`; or blocks do not follow each other without gaps.
     """
-    from clm_dist.pretrained.tokenizer import load_tokenizer
-    from clm_dist.train.model import context_of, load_config
+    from clm_dist.train.documents import document_end_of
+    from clm_dist.train.evaluate import num_eval_tokens
     from clm_dist.train.scores import score
     from clm_dist.train.windows import Windows, check_stride
 
     manifest = Manifest.read(store / "manifest.json")
     made_with = manifest.source.get("data", {})
-    most = context_of(load_config(job))
-    if most is not None and manifest.block_size > most:
-        raise ConfigError(
-            f"the blocks in {store} have {manifest.block_size} tokens, above the context of {path}, which is {most}; "
-            "name blocks of at most that"
-        )
     check_stride(manifest.block_size, stride)
     if stride is not None and made_with.get("grouping") == "guide":
         raise ConfigError("--stride needs blocks without gaps between them; set data.grouping to carry")
@@ -194,7 +198,8 @@ def evaluate_store(
             "false); set data.document_mask to false",
             field="data.document_mask",
         )
-    document_end = int(load_tokenizer(store / "tokenizer").eos_token_id) if ends else None
+    expected = num_eval_tokens(manifest, document_mask=masked)
+    document_end = document_end_of(store) if ends else None
     windows = Windows.of_store(store, stride=stride, document_end=document_end)
     _begin(progress, len(windows), job, num_processes)
     scores = score(
@@ -205,6 +210,8 @@ def evaluate_store(
         num_processes=num_processes,
         on_batch=progress.update,
     )
+    if stride is None and (found := int(scores.num_tokens.sum())) != expected:
+        raise DataError(f"the evaluation covers {found} tokens, the split in {store} has {expected}; prepare it again")
     # With a stride other tokens are predicted than those whose bytes the store knows.
     num_bytes = int(np.load(store / EVAL_BYTES, mmap_mode="r")[:, int(masked)].sum()) if stride is None else None
     sums = [scores.loss_sums, scores.num_tokens, scores.num_correct]

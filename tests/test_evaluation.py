@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.figures import figures_by_category
 from clm_dist.files.atomic import read_json
 from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import bootstrap_interval
+from clm_dist.prepare.texts import read_texts
+from clm_dist.pretrained.tokenizer import load_tokenizer
+from clm_dist.progress import Silent
 from clm_dist.train.windows import Windows
 from tests.conftest import MakeJob, WriteJob
 from tests.support.command import Said, clm_dist
@@ -323,6 +328,17 @@ def test_files_are_read_as_the_job_reads_its_own(
         assert found["num_documents"] == count
 
 
+def test_a_store_whose_counts_are_others_gives_no_figures(
+    evaluate: Evaluate, finished_run: RunDir, store: Path, tmp_path: Path
+) -> None:
+    changed = Path(shutil.copytree(store, tmp_path / "changed"))
+    manifest = read_json(changed / "manifest.json")
+    manifest["splits"]["eval"]["num_blocks"] += 1
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    said = evaluate(finished_run.final, "--blocks", changed)
+    assert (said.code, "the evaluation covers 775 tokens, the split in" in said.err) == (2, True)
+
+
 def test_a_mask_needs_blocks_whose_documents_end(
     evaluate: Evaluate, finished_run: RunDir, make_job: MakeJob, prepared: Callable[[JobConfig], Path]
 ) -> None:
@@ -373,3 +389,14 @@ def test_intervals_of_many_documents_and_categories_take_their_share_of_the_time
     seventh = categories[f"{'long' * 500} 7"]
     assert seventh["loss"] == pytest.approx(losses[:50_000][chosen].sum() / (50 * 10), rel=1e-12)
     assert seventh["bits_per_byte"] == pytest.approx(losses[:50_000][chosen].sum() / math.log(2) / 1000, rel=1e-12)
+
+
+def test_the_bytes_of_a_document_are_those_of_its_predicted_tokens(shared: Path, tmp_path: Path) -> None:
+    """Where the tokenizer puts a token before a text, all of the text is predicted; else all but the first token."""
+    texts = ["Once upon a time é.", "The dog."]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    data = DataConfig(source="files", path=str(tmp_path / "texts.txt"))
+    for name, first in (("stories260K", ["", ""]), ("gpt2-tokenizer", ["Once", "The"])):
+        found = read_texts(data, load_tokenizer(shared / "models" / name), Silent())
+        expected = [len(text.removeprefix(word).encode()) for text, word in zip(texts, first, strict=True)]
+        assert found.num_bytes.tolist() == expected
