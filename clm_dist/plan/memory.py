@@ -1,0 +1,206 @@
+"""Memory of a worker's device in training, part by part, for every strategy.
+
+What weights, gradients and optimizer take under ZeRO is the table of Rajbhandari et al. 2020 ("ZeRO: Memory
+Optimizations Toward Training Trillion Parameter Models", figure 1), with the buffers that DeepSpeed 0.19 and torch's
+FSDP2 have beside it. A test holds each strategy against what torch allocates.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from clm_dist.config.job import JobConfig
+from clm_dist.plan.activations import Arithmetic, layer_bytes, loss_bytes
+from clm_dist.plan.architecture import Architecture
+
+CONTEXT_BYTES = 2**30
+"""Of a GPU that CUDA, its libraries and NCCL take before the first tensor; about 0.5 to 1.5 GiB on an H200."""
+USABLE = 0.95
+"""Share of a device that tensors can take; the rest is lost between them."""
+_BUCKET = 5 * 10**8
+"""Elements of DeepSpeed's buffer for gradients, `reduce_bucket_size`, whatever the model's size."""
+_LIVE = 10**9
+"""Elements that ZeRO-3 keeps gathered, `stage3_max_live_parameters`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a worker's device when it takes most, by what they hold."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    """AdamW's moments, and fp32 masters of weights that are in half precision or sharded."""
+    copies: float = 0.0
+    """Weights in half precision that autocast keeps for a pass."""
+    activations: float = 0.0
+    """What the layers keep for the backward pass."""
+    loss: float = 0.0
+    """Logits, their probabilities and their gradient."""
+    buffers: float = 0.0
+    """Weights that are gathered for a pass, and gradients that are exchanged."""
+    context: float = 0.0
+    """CUDA and its libraries."""
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a worker depends on, besides its model."""
+
+    strategy: str
+    world_size: int
+    micro_size: int
+    block_size: int
+    passes: int = 1
+    """Passes of a step."""
+    precision: str = "fp32"
+    offload: str = "none"
+    gradient_checkpointing: bool = False
+    is_compiled: bool = False
+    is_eager: bool = False
+    is_gpu: bool = True
+
+    @classmethod
+    def of_job(cls, job: JobConfig, world_size: int, *, is_gpu: bool) -> "Setting":
+        """The setting of a job on a number of workers."""
+        return cls(
+            strategy=job.cluster.strategy,
+            world_size=world_size,
+            micro_size=job.batch.micro_size,
+            block_size=job.data.block_size,
+            passes=job.batch.passes_per_step(world_size),
+            precision=job.train.precision,
+            offload=job.cluster.offload,
+            gradient_checkpointing=job.train.gradient_checkpointing,
+            is_compiled=compiles(job, is_gpu=is_gpu),
+            is_eager=job.model.attention == "eager",
+            is_gpu=is_gpu,
+        )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        is_half = self.precision in ("bf16", "fp16")
+        return Arithmetic(is_half, is_autocast=self.strategy == "ddp" or not is_half, is_gpu=self.is_gpu)
+
+
+def compiles(job: JobConfig, *, is_gpu: bool) -> bool:
+    """Whether passes are taken to be compiled: `auto` decides it in the run, on a GPU and not under ZeRO-3."""
+    wanted = job.train.compile is True or (job.train.compile == "auto" and is_gpu)
+    return wanted and job.cluster.strategy != "zero3"
+
+
+def estimate_memory(model: Architecture, setting: Setting) -> Memory:
+    """The memory of a worker's device at the moment of a step at which it takes most.
+
+    That is one of three: the loss is computed; the backward pass begins; it ends. Activations go while gradients come.
+    """
+    full = _STATES[setting.strategy](model, setting)
+    activations, loss = _of_pass(model, setting)
+    # Of an earlier pass, or in the buckets of DistributedDataParallel, or in the buffer of ZeRO-3.
+    stay = setting.passes > 1 or setting.strategy == "zero3" or (setting.strategy == "ddp" and setting.world_size > 1)
+    before = full if stay else replace(full, gradients=0.0)
+    at_loss = replace(before, activations=activations, loss=loss)
+    if setting.strategy in ("zero1", "zero2"):
+        # Their buffers come with the first gradient.
+        at_loss = replace(at_loss, buffers=0.0)
+    at_begin = replace(before, activations=activations)
+    at_end = replace(full, copies=0.0)
+    most = max(at_loss, at_begin, at_end, key=lambda memory: memory.total)
+    return replace(most, context=float(CONTEXT_BYTES) if setting.is_gpu else 0.0)
+
+
+def host_bytes(model: Architecture, setting: Setting) -> float:
+    """Bytes of host memory of a worker: what is offloaded, and the copy of a checkpoint that is being written."""
+    size, masters = setting.arithmetic.size, 12 * model.num_parameters / setting.world_size
+    offloaded = 0.0
+    if setting.offload != "none":
+        offloaded += masters + 4 * model.num_parameters / setting.world_size
+    if setting.offload == "all" and setting.strategy == "zero3":
+        offloaded += size * model.num_parameters / setting.world_size
+    return masters + offloaded
+
+
+def largest_micro_size(model: Architecture, setting: Setting, memory_bytes: float, most: int) -> int:
+    """The most blocks in a pass that fit a device; 0 where not even one does.
+
+    Args:
+        most: blocks of which a pass may have no more.
+    """
+
+    def fits(size: int) -> bool:
+        return fits_device(estimate_memory(model, replace(setting, micro_size=size)), memory_bytes)
+
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def fits_device(memory: Memory, memory_bytes: float) -> bool:
+    """Whether it fits a device with so much memory."""
+    return memory.total <= USABLE * memory_bytes
+
+
+def _of_pass(model: Architecture, setting: Setting) -> tuple[float, float]:
+    """Bytes of the layers' activations, and of head and loss, for a pass."""
+    arithmetic, tokens = setting.arithmetic, setting.micro_size * setting.block_size
+    each = layer_bytes(
+        model, setting.block_size, arithmetic, is_eager=setting.is_eager, is_compiled=setting.is_compiled
+    )
+    of_layers = model.num_layers * each
+    if setting.gradient_checkpointing:
+        # The input of each layer, and one layer's while it is computed again.
+        of_layers = model.num_layers * model.hidden * arithmetic.stream_size + each
+    return tokens * of_layers, tokens * loss_bytes(model, arithmetic, is_compiled=setting.is_compiled)
+
+
+def _ddp(model: Architecture, setting: Setting) -> Memory:
+    number = model.num_parameters
+    copies = 2 * model.multiplied if setting.arithmetic.is_half else 0
+    return Memory(weights=4 * number, gradients=4 * number, optimizer=8 * number, copies=copies)
+
+
+def _zero(model: Architecture, setting: Setting) -> Memory:
+    number, world, size = model.num_parameters, setting.world_size, setting.arithmetic.size
+    stage, offloads = int(setting.strategy[-1]), setting.offload != "none"
+    # Memory of a CPU that nothing was written to is not taken.
+    buffers = float(size * (_BUCKET if setting.is_gpu else min(number, _BUCKET)))
+    if stage == 3:
+        weights = 0.0 if setting.offload == "all" else size * number / world
+        gradients = size * number / world
+        buffers += size * (min(number, _LIVE) + min(number, _BUCKET))
+    elif stage == 2:
+        weights, gradients = size * number, size * number / world
+        # What other workers keep of a bucket.
+        buffers += size * min(number, _BUCKET) * (1 - 1 / world)
+    else:
+        weights = gradients = size * number
+    optimizer = 0.0 if offloads else 12 * number / world
+    return Memory(weights=weights, gradients=gradients, optimizer=optimizer, buffers=buffers)
+
+
+def _fsdp2(model: Architecture, setting: Setting) -> Memory:
+    number, world, size = model.num_parameters, setting.world_size, setting.arithmetic.size
+    shards = 0.0 if setting.offload == "all" else 1 / world
+    # Gathered: the next layer as well. Exchanged: a layer's gradient, as it is and in fp32.
+    of_layer = 2 * size + size + 4 + (4 if setting.arithmetic.is_half else 0)
+    buffers = of_layer * model.layer_parameters + 2 * size * model.outer_parameters
+    return Memory(
+        weights=4 * number * shards,
+        gradients=4 * number * shards,
+        optimizer=8 * number * shards,
+        buffers=buffers,
+    )
+
+
+_STATES: dict[str, Callable[[Architecture, Setting], Memory]] = {
+    "ddp": _ddp,
+    "zero1": _zero,
+    "zero2": _zero,
+    "zero3": _zero,
+    "fsdp2": _fsdp2,
+}
