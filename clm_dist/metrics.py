@@ -10,19 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypedDict  # as in files.result
 
-# Dense bf16 peak of a device in FLOP/s, from the makers' data sheets, by a part of the device's name.
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
+from clm_dist.devices import device_of
 
 # Of a bootstrap: as many as take a few seconds.
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWN_DOCUMENTS = 200, 2000, 10**8
@@ -80,8 +68,8 @@ def model_flops_utilization(
     tokens_per_s: float, flops_a_token: float, device_name: str, num_devices: int
 ) -> float | None:
     """Share of the devices' peak that training uses; None where the device's peak is not known."""
-    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
-    return None if peak is None else tokens_per_s * flops_a_token / (peak * num_devices)
+    device = device_of(device_name)
+    return None if device is None else tokens_per_s * flops_a_token / (device.half_flops * num_devices)
 
 
 SPIKE_WINDOW = 128

@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors", "signals"},
     {"config", "progress", "pace", "timing"},
-    {"extensions", "figures", "files", "metrics"},
+    {"devices", "extensions", "figures", "files", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
-    {"evaluation", "run", "samples"},
+    {"evaluation", "plan", "run", "samples"},
     {"cli", "interface"},
     {"__main__"},
 ]

@@ -14,6 +14,7 @@ from clm_dist import __version__
 from clm_dist.cli.evaluate import evaluate
 from clm_dist.cli.init import init
 from clm_dist.cli.model import generate
+from clm_dist.cli.plan import plan
 from clm_dist.cli.run import push, report, run, train
 from clm_dist.cli.store import prepare
 from clm_dist.cli.streams import open_missing, unfailing
@@ -58,7 +59,7 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for command in (run, init, prepare, train, evaluate, generate, push, report, schema):
+for command in (run, init, plan, prepare, train, evaluate, generate, push, report, schema):
     app.command()(command)
 app.add_typer(submit, name="submit")
 for command in (status, logs, cancel):

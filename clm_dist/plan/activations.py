@@ -1,9 +1,8 @@
 """Bytes that a forward pass keeps for the backward pass, from the sizes of a model.
 
 A count of the tensors that autograd saves, as Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large
-Transformer Models", section 4) do it for their model; here it is that of transformers' models, whose parts save more: a
-norm also keeps what it has normalised, and `gelu_new` each of its terms. A test holds every family against what autograd
-saves.
+Transformer Models", section 4) do it for their model. Those of transformers save more: a norm also keeps what it has
+normalised, and `gelu_new` each of its terms. A test holds every family against what autograd saves.
 """
 
 from dataclasses import dataclass

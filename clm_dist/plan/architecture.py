@@ -3,7 +3,7 @@
 Parameters are counted as `model.parameters()` does: a tied head once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -102,6 +102,10 @@ class Architecture:
     def multiplied(self) -> int:
         """Weights that are multiplied with activations, of which autocast makes copies: the matrices and the head."""
         return self.num_layers * self.layer_matrices + self.embedding
+
+    def with_parameters(self, number: int) -> "Architecture":
+        """The same with as many parameters outside of what is known as make a number."""
+        return replace(self, num_others=self.num_others + number - self.num_parameters)
 
     def _of_norm(self, width: int) -> int:
         return {"layer": 2, "rms": 1, "plain": 0}[self.norm] * width

@@ -18,6 +18,7 @@ USABLE = 0.95
 """Share of a device that tensors can take; the rest is lost between them."""
 _BUCKET = 5 * 10**8
 """Elements of DeepSpeed's buffer for gradients, `reduce_bucket_size`, whatever the model's size."""
+_MOST_BLOCKS = 2**20
 _LIVE = 10**9
 """Elements that ZeRO-3 keeps gathered, `stage3_max_live_parameters`."""
 
@@ -43,7 +44,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,13 @@ def host_bytes(model: Architecture, setting: Setting) -> float:
     return masters + offloaded
 
 
-def largest_micro_size(model: Architecture, setting: Setting, memory_bytes: float, most: int) -> int:
-    """The most blocks in a pass that fit a device; 0 where not even one does.
-
-    Args:
-        most: blocks of which a pass may have no more.
-    """
+def largest_micro_size(model: Architecture, setting: Setting, memory_bytes: float) -> int:
+    """The most blocks in a pass that fit a device; 0 where not even one does."""
 
     def fits(size: int) -> bool:
         return fits_device(estimate_memory(model, replace(setting, micro_size=size)), memory_bytes)
 
-    low, high = 0, most
+    low, high = 0, _MOST_BLOCKS
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -1,0 +1,127 @@
+"""The command that says what a job takes: `plan`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from clm_dist.cli.options import JobFile, Overrides, StoreOption, open_stores
+from clm_dist.cli.streams import unfailing
+from clm_dist.config.job import JobConfig
+from clm_dist.config.load import load_job, located
+from clm_dist.devices import DEVICES, Device
+from clm_dist.errors import ConfigError
+from clm_dist.files.stores import DEFAULT_STORES
+from clm_dist.progress import out
+
+_GIB = 2**30
+_NODES = (1, 2, 4, 8)
+_NETWORK_GBIT = 100.0
+
+
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    stores: StoreOption = DEFAULT_STORES,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help=f"GPU: {', '.join(device.name for device in DEVICES)}.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option("--memory-gib", min=0.1, help="Memory of a GPU, instead of that of --gpu.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option("--tflops", min=0.01, help="Dense peak of a GPU in the job's precision.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of a node.", show_default="the job's, or 8")
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option("--nodes", help="Numbers of nodes to compare: 1,2,4,8.", show_default="1,2,4,8")
+    ] = None,
+    network: Annotated[
+        float, typer.Option("--network", min=0.001, help="Gbit/s of a node to others, in one direction.")
+    ] = _NETWORK_GBIT,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Price of a GPU for an hour.")] = None,
+    mfu: Annotated[
+        str | None, typer.Option("--mfu", help="Share of the peak that training reaches: 0.4, or 0.3-0.5.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a job takes before it is run: memory, strategy, time, cost, disk."""
+    from clm_dist.plan.counts import count_blocks
+    from clm_dist.plan.model import model_architecture
+    from clm_dist.plan.page import plan_values, print_plan
+    from clm_dist.plan.plan import Target, make_plan
+
+    job = load_job(job_file, overrides or ())
+    config = job.config
+    target = Target(
+        device=_device(gpu, memory_gib, tflops),
+        gpus_per_node=gpus_per_node or _gpus_of(config),
+        nodes=_numbers(nodes),
+        between_nodes=network * 1e9 / 8,
+        price=price,
+    )
+    share = _share(mfu)
+    with located(job):
+        counts = count_blocks(config, open_stores(stores))
+        architecture, note = model_architecture(config, counts.vocabulary)
+        made = make_plan(config, architecture, counts, target, mfu=share, notes=[note] if note else [])
+    with unfailing("stdout"):
+        if as_json:
+            typer.echo(json.dumps(plan_values(made), indent=2))
+        else:
+            print_plan(made, target, out)
+
+
+def _device(name: str | None, memory_gib: float | None, tflops: float | None) -> Device | None:
+    """The GPU that the options describe."""
+    from dataclasses import replace
+
+    known = {device.name: device for device in DEVICES}
+    if name is not None and name.lower() not in known:
+        raise ConfigError(
+            f"--gpu {name} is not known; take one of {', '.join(known)}, or say --memory-gib and --tflops instead"
+        )
+    if name is None and (memory_gib is None or tflops is None):
+        if memory_gib is None and tflops is None:
+            return None
+        missing = "--tflops" if tflops is None else "--memory-gib"
+        raise ConfigError(f"a GPU needs --memory-gib and --tflops, or --gpu with its name; {missing} is missing")
+    device = known[name.lower()] if name else Device("this GPU", "", 0, 0, 0, 0, 32e9)
+    if memory_gib is not None:
+        device = replace(device, memory_bytes=memory_gib * _GIB)
+    if tflops is not None:
+        device = replace(device, half_flops=tflops * 1e12, single_flops=tflops * 1e12)
+    return device
+
+
+def _gpus_of(job: JobConfig) -> int:
+    """GPUs of a node that a job names for a cluster."""
+    of_slurm = job.cluster.slurm.gpus_per_node
+    return (of_slurm if isinstance(of_slurm, int) and of_slurm else job.cluster.k8s.gpus_per_pod) or 8
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return _NODES
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--nodes {text} is not a list of numbers; write 1,2,4,8")
+    return tuple(sorted(set(numbers)))
+
+
+def _share(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, _, high = text.partition("-")
+        share = float(low), float(high or low)
+    except ValueError:
+        share = (0.0, 0.0)
+    if not 0 < share[0] <= share[1] <= 1:
+        raise ConfigError(f"--mfu {text} is not a share of the peak; write 0.4, or 0.3-0.5")
+    return share

@@ -1,0 +1,181 @@
+"""A plan as text for a terminal, and as values for JSON."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from clm_dist.plan.choices import Choice
+from clm_dist.plan.counts import Count
+from clm_dist.plan.plan import Plan, Scale, Target
+
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "copies": "half-precision copies",
+    "activations": "activations",
+    "loss": "logits and loss",
+    "buffers": "buffers",
+    "context": "CUDA context",
+}
+
+
+def print_plan(plan: Plan, target: Target, console: Console) -> None:
+    """Print a plan, at any width from 80 columns on."""
+    for line in _lines(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_own_memory(plan, target))
+    console.print(_strategies(plan, target))
+    console.print(plan.advice, markup=False, highlight=False, soft_wrap=True)
+    if plan.scales:
+        console.print(_scales(plan, target))
+    for line in _ends(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON has it: bytes, seconds, tokens a second; intervals are from and to."""
+    values = asdict(plan)
+    for choice, made in zip(values["choices"], plan.choices, strict=True):
+        choice["memory"]["total"] = made.memory.total
+    values["disk"]["total"] = plan.disk.total
+    return values
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    model, counts = plan.architecture, plan.counts
+    yield f"{plan.name}: {model.family}, {plan.num_parameters:,} parameters"
+    yield (
+        f"data:   {_blocks(counts.train)} train and {_blocks(counts.eval)} eval blocks of "
+        f"{plan.setting.block_size} tokens, {counts.how}"
+    )
+    yield (
+        f"steps:  {plan.steps:,} ({plan.steps_per_epoch:,} an epoch), {_short(plan.tokens)} tokens, "
+        f"{plan.evaluations:,} evaluations"
+    )
+
+
+def _ends(plan: Plan) -> Iterator[str]:
+    disk = plan.disk
+    if plan.speed is not None:
+        yield f"speed:  {_range(plan.speed.low, plan.speed.high, _short)} tokens/s a worker: {plan.speed.how}"
+    if plan.too_many:
+        hosts = ", ".join(map(str, plan.too_many))
+        yield f"        {hosts} nodes have more workers than a step has micro-batches; raise batch.global_size"
+    yield (
+        f"disk:   {show_bytes(disk.total)}: blocks {show_bytes(disk.store + disk.while_preparing)}, checkpoints "
+        f"{show_bytes(disk.checkpoints)} (each {show_bytes(disk.checkpoint)}), model {show_bytes(disk.model)}"
+    )
+    for note in plan.notes:
+        yield f"note:   {note}"
+
+
+def _own_memory(plan: Plan, target: Target) -> Table:
+    own = next(one for one in plan.choices if _is_own(plan, one))
+    where = target.device.name if target.device else "a worker, without CUDA"
+    workers = f"{plan.workers} worker{'s' * (plan.workers > 1)}"
+    table = Table(
+        title=f"Memory of {where}: {plan.setting.strategy}, {workers}, batch.micro_size {plan.setting.micro_size}, "
+        f"{plan.setting.precision}",
+        box=box.SIMPLE_HEAVY,
+        title_justify="left",
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, title in _PARTS.items():
+        if value := getattr(own.memory, name):
+            table.add_row(title, show_bytes(value))
+    table.add_row("at most at once", show_bytes(own.memory.total), end_section=True)
+    if target.device:
+        table.add_row(f"of {target.device.name}", show_bytes(target.device.memory_bytes))
+    return table
+
+
+def _strategies(plan: Plan, target: Target) -> Table:
+    table = Table(title=f"Strategies on {plan.workers} workers", box=box.SIMPLE_HEAVY, title_justify="left")
+    for column in ("strategy", "offload", "memory", "recomputed", "of the host", "most blocks"):
+        table.add_column(column, justify="left" if column in ("strategy", "offload") else "right")
+    kept = [one for one in plan.choices if not one.gradient_checkpointing]
+    recomputed = {(one.strategy, one.offload): one for one in plan.choices if one.gradient_checkpointing}
+    for one in kept:
+        other = recomputed[one.strategy, one.offload]
+        most = "-" if one.most_blocks is None else f"{one.most_blocks:,} / {other.most_blocks:,}"
+        marks = [f"{show_bytes(each.memory.total)}{' !' if each.fits is False else ''}" for each in (one, other)]
+        is_own = (one.strategy, one.offload) == (plan.setting.strategy, plan.setting.offload)
+        table.add_row(f"{one.strategy}{' *' if is_own else ''}", one.offload, *marks, show_bytes(one.host_bytes), most)
+    table.caption = "* the job's own; recomputed: with train.gradient_checkpointing; !: does not fit"
+    table.caption_justify = "left"
+    return table
+
+
+def _scales(plan: Plan, target: Target) -> Table:
+    table = Table(title="Nodes", box=box.SIMPLE_HEAVY, title_justify="left")
+    columns = ["nodes", "workers", "tokens/s", "waiting", "efficiency", "time", "GPU-hours"]
+    columns += ["cost"] if target.price is not None else []
+    for column in columns:
+        table.add_column(column, justify="right")
+    for scale in plan.scales:
+        table.add_row(*_scale_cells(scale))
+    return table
+
+
+def _scale_cells(scale: Scale) -> Iterator[str]:
+    yield f"{scale.nodes}"
+    yield f"{scale.workers}"
+    yield _short(scale.tokens_per_s)
+    yield f"{scale.waiting * 100:.0f} %"
+    yield f"{scale.efficiency * 100:.0f} %"
+    yield _range(*scale.seconds, show_time)
+    yield _range(*scale.gpu_hours, lambda hours: f"{hours:,.1f}")
+    if scale.cost is not None:
+        yield _range(*scale.cost, lambda cost: f"{cost:,.2f}")
+
+
+def _is_own(plan: Plan, choice: Choice) -> bool:
+    setting = plan.setting
+    own = (setting.strategy, setting.offload, setting.gradient_checkpointing)
+    return (choice.strategy, choice.offload, choice.gradient_checkpointing) == own
+
+
+def _blocks(count: Count) -> str:
+    if count.low == count.high:
+        return f"{count.blocks:,.0f}"
+    return f"{count.blocks:,.0f} ({count.low:,.0f} to {count.high:,.0f})"
+
+
+def show_time(seconds: float) -> str:
+    """A length of time as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def _range(low: float, high: float, show: Any) -> str:
+    first, last = show(low), show(high)
+    return first if first == last else f"{first} to {last}"
+
+
+def show_bytes(value: float) -> str:
+    """A size as people say it: `58 MiB`, `1.95 GiB`, `80 GiB`."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= unit:
+            return f"{value / unit:,.3g} {name}" if value < 1000 * unit else f"{value / unit:,.0f} {name}"
+    return f"{value:.0f} B"
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):,.4g} {unit}"
+    return f"{value:,.0f}"

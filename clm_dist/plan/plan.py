@@ -1,0 +1,262 @@
+"""The plan of a job: what it takes on given GPUs, from the sizes of its model and the number of its blocks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from clm_dist.config.job import Every, JobConfig
+from clm_dist.devices import Device
+from clm_dist.plan.architecture import Architecture
+from clm_dist.plan.choices import Choice, advise, choices_of
+from clm_dist.plan.counts import Counts
+from clm_dist.plan.duration import Network, assumed_mfu, step_time, tokens_per_second
+from clm_dist.plan.memory import Setting
+from clm_dist.train.batches import BatchOrder
+
+START_S = 60.0
+"""Of a run until its first step: Ray, its workers, the model. Measured 20 to 53 s for one to eight workers."""
+_SMALL = 50 * 10**6
+"""Parameters below which the share of the peak says nothing."""
+_FORWARD = 1 / 3
+"""Work of a forward pass over that of a pass of training."""
+_MOST_UINT16 = 2**16
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPUs that a plan is for."""
+
+    device: Device | None
+    """None where it is not known: then there is neither a limit of memory nor a time."""
+    gpus_per_node: int
+    nodes: tuple[int, ...]
+    """Numbers of hosts to compare."""
+    between_nodes: float
+    """Bandwidth of a host to others, bytes a second in one direction."""
+    price: float | None = None
+    """Of a GPU for an hour."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a worker trains that waits for no other."""
+
+    low: float
+    """Tokens a second; the true speed is taken to be between `low` and `high`."""
+    high: float
+    how: str
+    """Where it is from, in words."""
+
+    @property
+    def middle(self) -> float:
+        return math.sqrt(self.low * self.high)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The job on a number of hosts."""
+
+    nodes: int
+    workers: int
+    passes: int
+    """Passes of each worker in a step."""
+    tokens_per_s: float
+    waiting: float
+    """Share of a step in which workers wait for what they exchange."""
+    efficiency: float
+    """Speed over that of as many single workers."""
+    seconds: tuple[float, float]
+    """Of the whole run, from and to."""
+    gpu_hours: tuple[float, float]
+    cost: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk."""
+
+    store: float
+    """The blocks."""
+    while_preparing: float
+    """Beside them until they are written."""
+    checkpoint: float
+    """One checkpoint."""
+    checkpoints: float
+    """As many as there are at once."""
+    model: float
+
+    @property
+    def total(self) -> float:
+        return self.store + self.while_preparing + self.checkpoints + self.model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job takes."""
+
+    name: str
+    architecture: Architecture
+    num_parameters: int
+    counts: Counts
+    workers: int
+    """Of the job itself."""
+    steps: int
+    steps_per_epoch: int
+    evaluations: int
+    """Over the whole eval split, the one of the written model among them."""
+    tokens: float
+    setting: Setting
+    choices: tuple[Choice, ...]
+    advice: str
+    speed: Speed | None
+    scales: tuple[Scale, ...]
+    too_many: tuple[int, ...]
+    """Numbers of hosts with more workers than a step has micro-batches."""
+    disk: Disk
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    job: JobConfig,
+    architecture: Architecture,
+    counts: Counts,
+    target: Target,
+    *,
+    speed: Speed | None = None,
+    mfu: tuple[float, float] | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan of a job.
+
+    Args:
+        speed: that was measured; else it follows from the MFU.
+        mfu: share of the peak, from and to; else the one that is assumed, where there is one.
+    """
+    workers, device = job.cluster.max_workers, target.device
+    setting = Setting.of_job(job, workers, is_gpu=device is not None)
+    order = BatchOrder.of_job(job, max(1, round(counts.train.blocks)))
+    notes = list(notes)
+    if speed is None and device is not None:
+        speed = _speed_of(architecture, setting, device, mfu, notes)
+    if device is not None and not device.has_bf16 and job.train.precision == "bf16":
+        notes.append(f"{device.name} has no bf16, so train.precision bf16 is slow there; take fp16")
+    choices = tuple(choices_of(architecture, setting, device))
+    evaluations = _num_evaluations(job, order)
+    tokens = float(order.num_tokens(job.data.block_size))
+    scales = []
+    if speed is not None:
+        work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks)
+        fitting = [n for n in target.nodes if n * target.gpus_per_node <= job.batch.num_micros]
+        scales = [_scale(work, setting, speed, nodes) for nodes in fitting]
+    return Plan(
+        name=job.name,
+        architecture=architecture,
+        num_parameters=architecture.num_parameters,
+        counts=counts,
+        workers=workers,
+        steps=order.num_steps,
+        steps_per_epoch=order.steps_per_epoch,
+        evaluations=evaluations,
+        tokens=tokens,
+        setting=setting,
+        choices=choices,
+        advice=advise(setting, choices, device),
+        speed=speed,
+        scales=tuple(scales),
+        too_many=tuple(n for n in target.nodes if n * target.gpus_per_node > job.batch.num_micros),
+        disk=_disk(job, architecture, setting, counts),
+        notes=(*counts.notes, *notes),
+    )
+
+
+def _speed_of(
+    model: Architecture, setting: Setting, device: Device, mfu: tuple[float, float] | None, notes: list[str]
+) -> Speed | None:
+    """The speed that follows from an MFU, or from none where none is known."""
+    how = "of the peak, as given"
+    if mfu is None and model.num_parameters < _SMALL:
+        notes.append(
+            f"no time is estimated: a GPU trains models below {_SMALL // 10**6} million parameters as fast as it is "
+            "given work, not as fast as it computes; measure with --probe or --from, or say --mfu"
+        )
+        return None
+    if mfu is None:
+        if setting.precision in ("fp32", "tf32"):
+            notes.append(
+                f"no time is estimated: which share of its peak a GPU reaches in {setting.precision} was not measured; "
+                "set train.precision to bf16, or say it with --mfu, or measure with --probe or --from"
+            )
+            return None
+        mfu = assumed_mfu(setting)
+        how = "of the peak, assumed from measurements on one H200; --probe or --from measures"
+    low, high = (tokens_per_second(model, setting, device, share) for share in mfu)
+    share = f"{mfu[0] * 100:.0f} %" if mfu[0] == mfu[1] else f"{mfu[0] * 100:.0f} to {mfu[1] * 100:.0f} %"
+    return Speed(low, high, f"{share} {how}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    job: JobConfig
+    model: Architecture
+    target: Target
+    num_steps: int
+    eval_blocks: float
+    """Of all evaluations together."""
+
+
+def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
+    job, target = work.job, work.target
+    workers = nodes * target.gpus_per_node
+    link = target.device.link if target.device else math.inf
+    network = Network(target.gpus_per_node, link, target.between_nodes)
+    at = replace(setting, world_size=workers, passes=job.batch.passes_per_step(workers))
+    tokens = job.batch.global_size * job.data.block_size
+
+    def seconds_at(rate: float) -> float:
+        step = step_time(work.model, at, rate, network).total
+        evaluations = work.eval_blocks * job.data.block_size * _FORWARD / (rate * workers)
+        return work.num_steps * step + evaluations + START_S
+
+    middle = step_time(work.model, at, speed.middle, network)
+    seconds = (seconds_at(speed.high), seconds_at(speed.low))
+    gpu_hours = (seconds[0] * workers / 3600, seconds[1] * workers / 3600)
+    rate = tokens / middle.total
+    price = target.price
+    return Scale(
+        nodes=nodes,
+        workers=workers,
+        passes=at.passes,
+        tokens_per_s=rate,
+        waiting=middle.waiting / middle.total,
+        efficiency=rate / (workers * speed.middle),
+        seconds=seconds,
+        gpu_hours=gpu_hours,
+        cost=None if price is None else (gpu_hours[0] * price, gpu_hours[1] * price),
+    )
+
+
+def _num_due(every: Every, order: BatchOrder) -> int:
+    """How often something is due in a run; at its last step it always is."""
+    each = order.steps_per_epoch if every == "epoch" else every
+    return math.ceil(order.num_steps / each)
+
+
+def _num_evaluations(job: JobConfig, order: BatchOrder) -> int:
+    """Evaluations of a run: of the untouched model, where they are due, and of the written one."""
+    return _num_due(job.eval.every, order) + 2
+
+
+def _disk(job: JobConfig, model: Architecture, setting: Setting, counts: Counts) -> Disk:
+    size = 2 if counts.vocabulary <= _MOST_UINT16 else 4
+    store = (counts.train.blocks + counts.eval.blocks) * job.data.block_size * size
+    checkpoint = 12.0 * model.num_parameters
+    # The newest, the best, the one that is written; and the one that keeps the best model.
+    at_once = job.checkpoint.keep + 2 + (job.train.keep == "best")
+    half = setting.arithmetic.is_half and not setting.arithmetic.is_autocast and setting.strategy != "fsdp2"
+    return Disk(
+        store=store,
+        while_preparing=0.0 if counts.is_exact else store,
+        checkpoint=checkpoint,
+        checkpoints=at_once * checkpoint,
+        model=(2.0 if half else 4.0) * model.num_parameters,
+    )
