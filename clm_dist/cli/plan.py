@@ -1,10 +1,13 @@
 """The command that says what a job takes: `plan`."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clm_dist.cli.complete import complete_run
 from clm_dist.cli.options import JobFile, Overrides, StoreOption, open_stores
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.job import JobConfig
@@ -12,6 +15,7 @@ from clm_dist.config.load import load_job, located
 from clm_dist.devices import DEVICES, Device
 from clm_dist.errors import ConfigError
 from clm_dist.files.stores import DEFAULT_STORES
+from clm_dist.plan.target import Target
 from clm_dist.progress import out
 
 _GIB = 2**30
@@ -45,28 +49,62 @@ def plan(
     mfu: Annotated[
         str | None, typer.Option("--mfu", help="Share of the peak that training reaches: 0.4, or 0.3-0.5.")
     ] = None,
+    probe: Annotated[
+        float | None,
+        typer.Option("--probe", min=1, metavar="SECONDS", help="Measure the speed on this machine for about so long."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            autocompletion=complete_run,
+            help="Take the speed from a run that is finished or trains, such as one on a subset.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a job takes before it is run: memory, strategy, time, cost, disk."""
     from clm_dist.plan.counts import count_blocks
     from clm_dist.plan.model import model_architecture
     from clm_dist.plan.page import plan_values, print_plan
-    from clm_dist.plan.plan import Target, make_plan
+    from clm_dist.plan.plan import make_plan
 
+    if probe is not None and run_dir is not None:
+        raise ConfigError("--probe and --from both say where the speed is from; leave one of them out")
     job = load_job(job_file, overrides or ())
     config = job.config
-    target = Target(
-        device=_device(gpu, memory_gib, tflops),
-        gpus_per_node=gpus_per_node or _gpus_of(config),
-        nodes=_numbers(nodes),
-        between_nodes=network * 1e9 / 8,
-        price=price,
-    )
-    share = _share(mfu)
+    device, share = _device(gpu, memory_gib, tflops), _share(mfu)
+    between_nodes = network * 1e9 / 8
     with located(job):
         counts = count_blocks(config, open_stores(stores))
         architecture, note = model_architecture(config, counts.vocabulary)
-        made = make_plan(config, architecture, counts, target, mfu=share, notes=[note] if note else [])
+        notes = [note] if note else []
+        measured = None
+        if run_dir is not None:
+            from clm_dist.plan.from_run import speed_of_run
+
+            measured = speed_of_run(run_dir, config, architecture, device, between_nodes)
+        elif probe is not None:
+            from clm_dist.plan.probing import probe_speed
+
+            measured = probe_speed(config, architecture, counts, probe, device)
+        target = Target(
+            device=device or (measured.device if measured else None),
+            gpus_per_node=gpus_per_node or (measured.workers_per_node if measured else _gpus_of(config)),
+            nodes=_numbers(nodes) if nodes else ((1,) if measured else _NODES),
+            between_nodes=between_nodes,
+            price=price,
+        )
+        made = make_plan(
+            config,
+            architecture,
+            counts,
+            target,
+            speed=measured.speed if measured else None,
+            mfu=share,
+            notes=[*notes, *(measured.notes if measured else ())],
+        )
     with unfailing("stdout"):
         if as_json:
             typer.echo(json.dumps(plan_values(made), indent=2))
@@ -76,8 +114,6 @@ def plan(
 
 def _device(name: str | None, memory_gib: float | None, tflops: float | None) -> Device | None:
     """The GPU that the options describe."""
-    from dataclasses import replace
-
     known = {device.name: device for device in DEVICES}
     if name is not None and name.lower() not in known:
         raise ConfigError(
@@ -102,9 +138,7 @@ def _gpus_of(job: JobConfig) -> int:
     return (of_slurm if isinstance(of_slurm, int) and of_slurm else job.cluster.k8s.gpus_per_pod) or 8
 
 
-def _numbers(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return _NODES
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -26,6 +26,11 @@ class Choice:
     fits: bool | None
     """Whether the job's own `batch.micro_size` fits."""
 
+    def is_of(self, setting: Setting) -> bool:
+        """Whether it is the one of a setting."""
+        own = (setting.strategy, setting.offload, setting.gradient_checkpointing)
+        return (self.strategy, self.offload, self.gradient_checkpointing) == own
+
 
 def choices_of(model: Architecture, setting: Setting, device: Device | None) -> list[Choice]:
     """Every strategy, with and without recomputed activations and offload, on the setting's workers."""
@@ -52,12 +57,7 @@ def choices_of(model: Architecture, setting: Setting, device: Device | None) -> 
 
 def advise(setting: Setting, choices: Sequence[Choice], device: Device | None) -> str:
     """Which strategy to take, and why."""
-    own = next(
-        one
-        for one in choices
-        if (one.strategy, one.offload, one.gradient_checkpointing)
-        == (setting.strategy, setting.offload, setting.gradient_checkpointing)
-    )
+    own = next(one for one in choices if one.is_of(setting))
     if device is None:
         return "name a GPU with --gpu to see what fits"
     # From the least to the most work; the strategies that exchange least come first.

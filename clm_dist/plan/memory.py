@@ -96,21 +96,34 @@ def compiles(job: JobConfig, *, is_gpu: bool) -> bool:
 def estimate_memory(model: Architecture, setting: Setting) -> Memory:
     """The memory of a worker's device at the moment of a step at which it takes most.
 
-    That is one of three: the loss is computed; the backward pass begins; it ends. Activations go while gradients come.
+    That is one of four: the loss is computed; the backward pass begins; it ends; the weights are updated. Activations
+    go while gradients come.
     """
     full = _STATES[setting.strategy](model, setting)
-    activations, loss = _of_pass(model, setting)
+    inputs, layer, loss = _of_pass(model, setting)
     # Of an earlier pass, or in the buckets of DistributedDataParallel, or in the buffer of ZeRO-3.
     stay = setting.passes > 1 or setting.strategy == "zero3" or (setting.strategy == "ddp" and setting.world_size > 1)
     before = full if stay else replace(full, gradients=0.0)
-    at_loss = replace(before, activations=activations, loss=loss)
+    at_loss = replace(before, activations=inputs, loss=loss)
     if setting.strategy in ("zero1", "zero2"):
         # Their buffers come with the first gradient.
         at_loss = replace(at_loss, buffers=0.0)
-    at_begin = replace(before, activations=activations)
+    at_begin = replace(before, activations=inputs + layer)
     at_end = replace(full, copies=0.0)
-    most = max(at_loss, at_begin, at_end, key=lambda memory: memory.total)
+    most = max(at_loss, at_begin, at_end, _in_update(full, model, setting), key=lambda memory: memory.total)
     return replace(most, context=float(CONTEXT_BYTES) if setting.is_gpu else 0.0)
+
+
+def _in_update(full: Memory, model: Architecture, setting: Setting) -> Memory:
+    own = model.num_parameters / setting.world_size
+    if setting.strategy in ("zero1", "zero2"):
+        # The worker's own part of the gradient, in a flat tensor and in fp32 as well.
+        return replace(full, copies=0.0, buffers=0.0, gradients=0.0 if setting.offload != "none" else 8 * own)
+    if setting.strategy == "zero3" and setting.arithmetic.is_half:
+        size = setting.arithmetic.size
+        buffers = full.buffers - size * min(model.num_parameters, _BUCKET)
+        return replace(full, gradients=full.gradients + 6 * own, buffers=buffers)
+    return replace(full, copies=0.0)
 
 
 def host_bytes(model: Architecture, setting: Setting) -> float:
@@ -142,17 +155,17 @@ def fits_device(memory: Memory, memory_bytes: float) -> bool:
     return memory.total <= USABLE * memory_bytes
 
 
-def _of_pass(model: Architecture, setting: Setting) -> tuple[float, float]:
-    """Bytes of the layers' activations, and of head and loss, for a pass."""
+def _of_pass(model: Architecture, setting: Setting) -> tuple[float, float, float]:
+    """Bytes of a pass: what is kept of all layers until the loss, what one layer keeps beside, and head and loss."""
     arithmetic, tokens = setting.arithmetic, setting.micro_size * setting.block_size
     each = layer_bytes(
         model, setting.block_size, arithmetic, is_eager=setting.is_eager, is_compiled=setting.is_compiled
     )
-    of_layers = model.num_layers * each
+    loss = tokens * loss_bytes(model, arithmetic, is_compiled=setting.is_compiled)
     if setting.gradient_checkpointing:
-        # The input of each layer, and one layer's while it is computed again.
-        of_layers = model.num_layers * model.hidden * arithmetic.stream_size + each
-    return tokens * of_layers, tokens * loss_bytes(model, arithmetic, is_compiled=setting.is_compiled)
+        # The input of each layer; in the backward pass one layer after the other is computed again.
+        return tokens * model.num_layers * model.hidden * arithmetic.stream_size, tokens * each, loss
+    return tokens * model.num_layers * each, 0.0, loss
 
 
 def _ddp(model: Architecture, setting: Setting) -> Memory:
@@ -183,8 +196,8 @@ def _zero(model: Architecture, setting: Setting) -> Memory:
 def _fsdp2(model: Architecture, setting: Setting) -> Memory:
     number, world, size = model.num_parameters, setting.world_size, setting.arithmetic.size
     shards = 0.0 if setting.offload == "all" else 1 / world
-    # Gathered: the next layer as well. Exchanged: a layer's gradient, as it is and in fp32.
-    of_layer = 2 * size + size + 4 + (4 if setting.arithmetic.is_half else 0)
+    # Gathered: a layer and the next. Exchanged: a layer's gradient, of half precision in fp32 as well.
+    of_layer = 2 * size + (size + (4 if setting.arithmetic.is_half else 0) if world > 1 else 0)
     buffers = of_layer * model.layer_parameters + 2 * size * model.outer_parameters
     return Memory(
         weights=4 * number * shards,

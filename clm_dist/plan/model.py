@@ -28,17 +28,26 @@ def model_architecture(job: JobConfig, vocabulary: int) -> tuple[Architecture, s
     return (found, None) if found else _of_built_model(job, vocabulary, str(values.get("model_type")))
 
 
+def with_vocabulary(job: JobConfig, vocabulary: int) -> JobConfig:
+    """The job with the rows of the embedding in its `model.config`, if it has one."""
+    if not job.model.config:
+        return job
+    config = {"vocab_size": vocabulary} | dict(job.model.config)
+    return job.model_copy(update={"model": job.model.model_copy(update={"config": config})})
+
+
 def _values_of(job: JobConfig, vocabulary: int) -> dict[str, Any]:
     """The values of the model's configuration."""
     if job.model.config:
-        return {"vocab_size": vocabulary} | dict(job.model.config)
-    values = _read_config(str(job.model.path), job.model.revision)
+        return dict(with_vocabulary(job, vocabulary).model.config or {})
+    values = read_config(str(job.model.path), job.model.revision)
     if job.model.resize and isinstance(values.get("vocab_size"), int):
         values["vocab_size"] = max(values["vocab_size"], vocabulary)
     return values
 
 
-def _read_config(path: str, revision: str | None) -> dict[str, Any]:
+def read_config(path: str, revision: str | None) -> dict[str, Any]:
+    """The content of a model's config.json. Raises what `model_architecture` raises."""
     if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         file = Path(path) / "config.json"
     else:
@@ -80,10 +89,7 @@ def _of_built_model(job: JobConfig, vocabulary: int, model_type: str) -> tuple[A
 
     from clm_dist.train.model import build_model, load_config
 
-    if job.model.config and "vocab_size" not in job.model.config:
-        given = {"vocab_size": vocabulary} | dict(job.model.config)
-        job = job.model_copy(update={"model": job.model.model_copy(update={"config": given})})
-    config = load_config(job)
+    config = load_config(with_vocabulary(job, vocabulary))
     with torch.device("meta"):
         model: Any = build_model(config)
     number = sum(parameter.numel() for parameter in model.parameters())

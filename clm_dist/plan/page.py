@@ -1,6 +1,6 @@
 """A plan as text for a terminal, and as values for JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from clm_dist.plan.choices import Choice
 from clm_dist.plan.counts import Count
-from clm_dist.plan.plan import Plan, Scale, Target
+from clm_dist.plan.plan import Plan, Scale
+from clm_dist.plan.target import Target
 
 _PARTS = {
     "weights": "weights",
@@ -28,13 +28,27 @@ def print_plan(plan: Plan, target: Target, console: Console) -> None:
     """Print a plan, at any width from 80 columns on."""
     for line in _lines(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(_own_memory(plan, target))
-    console.print(_strategies(plan, target))
+    setting, workers = plan.setting, f"{plan.workers} worker{'s' * (plan.workers > 1)}"
+    where = target.device.name if target.device else "a worker, on a CPU"
+    _print_table(
+        f"memory of {where}: {setting.strategy} on {workers}, {setting.micro_size} blocks a pass, {setting.precision}",
+        _own_memory(plan, target),
+        console,
+    )
+    _print_table(
+        f"strategies on {workers}: memory, and what the host needs for each worker", _strategies(plan), console
+    )
     console.print(plan.advice, markup=False, highlight=False, soft_wrap=True)
     if plan.scales:
-        console.print(_scales(plan, target))
+        _print_table("nodes: the whole run, evaluations with it", _scales(plan, target), console)
     for line in _ends(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table(title: str, table: Table, console: Console) -> None:
+    # As a line, because the title of a table is as narrow as the table.
+    console.print(f"\n{title}", markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -75,15 +89,8 @@ def _ends(plan: Plan) -> Iterator[str]:
 
 
 def _own_memory(plan: Plan, target: Target) -> Table:
-    own = next(one for one in plan.choices if _is_own(plan, one))
-    where = target.device.name if target.device else "a worker, without CUDA"
-    workers = f"{plan.workers} worker{'s' * (plan.workers > 1)}"
-    table = Table(
-        title=f"Memory of {where}: {plan.setting.strategy}, {workers}, batch.micro_size {plan.setting.micro_size}, "
-        f"{plan.setting.precision}",
-        box=box.SIMPLE_HEAVY,
-        title_justify="left",
-    )
+    own = next(one for one in plan.choices if one.is_of(plan.setting))
+    table = Table(box=box.SIMPLE, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, title in _PARTS.items():
@@ -95,9 +102,9 @@ def _own_memory(plan: Plan, target: Target) -> Table:
     return table
 
 
-def _strategies(plan: Plan, target: Target) -> Table:
-    table = Table(title=f"Strategies on {plan.workers} workers", box=box.SIMPLE_HEAVY, title_justify="left")
-    for column in ("strategy", "offload", "memory", "recomputed", "of the host", "most blocks"):
+def _strategies(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAVY)
+    for column in ("strategy", "offload", "memory", "recomputed", "host", "most blocks"):
         table.add_column(column, justify="left" if column in ("strategy", "offload") else "right")
     kept = [one for one in plan.choices if not one.gradient_checkpointing]
     recomputed = {(one.strategy, one.offload): one for one in plan.choices if one.gradient_checkpointing}
@@ -113,8 +120,9 @@ def _strategies(plan: Plan, target: Target) -> Table:
 
 
 def _scales(plan: Plan, target: Target) -> Table:
-    table = Table(title="Nodes", box=box.SIMPLE_HEAVY, title_justify="left")
-    columns = ["nodes", "workers", "tokens/s", "waiting", "efficiency", "time", "GPU-hours"]
+    table = Table(box=box.SIMPLE_HEAVY)
+    hours = "GPU-hours" if target.device else "worker-hours"
+    columns = ["nodes", "workers", "tokens/s", "waiting", "time", hours]
     columns += ["cost"] if target.price is not None else []
     for column in columns:
         table.add_column(column, justify="right")
@@ -128,17 +136,10 @@ def _scale_cells(scale: Scale) -> Iterator[str]:
     yield f"{scale.workers}"
     yield _short(scale.tokens_per_s)
     yield f"{scale.waiting * 100:.0f} %"
-    yield f"{scale.efficiency * 100:.0f} %"
     yield _range(*scale.seconds, show_time)
     yield _range(*scale.gpu_hours, lambda hours: f"{hours:,.1f}")
     if scale.cost is not None:
         yield _range(*scale.cost, lambda cost: f"{cost:,.2f}")
-
-
-def _is_own(plan: Plan, choice: Choice) -> bool:
-    setting = plan.setting
-    own = (setting.strategy, setting.offload, setting.gradient_checkpointing)
-    return (choice.strategy, choice.offload, choice.gradient_checkpointing) == own
 
 
 def _blocks(count: Count) -> str:
@@ -161,9 +162,13 @@ def show_time(seconds: float) -> str:
     return f"{days} d {hours} h" if hours else f"{days} d"
 
 
-def _range(low: float, high: float, show: Any) -> str:
+def _range(low: float, high: float, show: Callable[[float], str]) -> str:
     first, last = show(low), show(high)
-    return first if first == last else f"{first} to {last}"
+    if first == last:
+        return last
+    number, _, unit = first.partition(" ")
+    # The unit once: `2 to 3 min`.
+    return f"{number if last.endswith(f' {unit}') and last.count(' ') == 1 else first} to {last}"
 
 
 def show_bytes(value: float) -> str:

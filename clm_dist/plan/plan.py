@@ -11,6 +11,8 @@ from clm_dist.plan.choices import Choice, advise, choices_of
 from clm_dist.plan.counts import Counts
 from clm_dist.plan.duration import Network, assumed_mfu, step_time, tokens_per_second
 from clm_dist.plan.memory import Setting
+from clm_dist.plan.speed import Speed
+from clm_dist.plan.target import Target
 from clm_dist.train.batches import BatchOrder
 
 START_S = 60.0
@@ -20,36 +22,8 @@ _SMALL = 50 * 10**6
 _FORWARD = 1 / 3
 """Work of a forward pass over that of a pass of training."""
 _MOST_UINT16 = 2**16
-
-
-@dataclass(frozen=True)
-class Target:
-    """The GPUs that a plan is for."""
-
-    device: Device | None
-    """None where it is not known: then there is neither a limit of memory nor a time."""
-    gpus_per_node: int
-    nodes: tuple[int, ...]
-    """Numbers of hosts to compare."""
-    between_nodes: float
-    """Bandwidth of a host to others, bytes a second in one direction."""
-    price: float | None = None
-    """Of a GPU for an hour."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a worker trains that waits for no other."""
-
-    low: float
-    """Tokens a second; the true speed is taken to be between `low` and `high`."""
-    high: float
-    how: str
-    """Where it is from, in words."""
-
-    @property
-    def middle(self) -> float:
-        return math.sqrt(self.low * self.high)
+_MUCH = 0.25
+"""Share of a step for which workers wait that is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +122,8 @@ def make_plan(
         work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks)
         fitting = [n for n in target.nodes if n * target.gpus_per_node <= job.batch.num_micros]
         scales = [_scale(work, setting, speed, nodes) for nodes in fitting]
+        if (slowest := max(scales, key=lambda scale: scale.waiting, default=None)) and slowest.waiting > _MUCH:
+            notes.append(_advise_waiting(slowest, setting, choices))
     return Plan(
         name=job.name,
         architecture=architecture,
@@ -214,8 +190,9 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
 
     def seconds_at(rate: float) -> float:
         step = step_time(work.model, at, rate, network).total
-        evaluations = work.eval_blocks * job.data.block_size * _FORWARD / (rate * workers)
-        return work.num_steps * step + evaluations + START_S
+        eval_rate = rate / speed.middle * (speed.eval_tokens_per_s or speed.middle / _FORWARD)
+        evaluations = work.eval_blocks * job.data.block_size / (eval_rate * workers)
+        return work.num_steps * step + evaluations + (speed.start_s or START_S)
 
     middle = step_time(work.model, at, speed.middle, network)
     seconds = (seconds_at(speed.high), seconds_at(speed.low))
@@ -233,6 +210,19 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
         gpu_hours=gpu_hours,
         cost=None if price is None else (gpu_hours[0] * price, gpu_hours[1] * price),
     )
+
+
+def _advise_waiting(scale: Scale, setting: Setting, choices: Sequence[Choice]) -> str:
+    """What to do where workers wait for each other."""
+    own = next(one for one in choices if one.is_of(setting))
+    said = f"on {scale.nodes} nodes workers wait for each other in {scale.waiting * 100:.0f} % of a step: "
+    if (
+        scale.passes > 1
+        and setting.strategy in ("zero2", "zero3", "fsdp2")
+        and (own.most_blocks or 0) > setting.micro_size
+    ):
+        said += f"a larger batch.micro_size (up to {own.most_blocks}) makes fewer passes, which each exchange; "
+    return f"{said}or take a larger batch.global_size, or hosts with more bandwidth (--network)"
 
 
 def _num_due(every: Every, order: BatchOrder) -> int:

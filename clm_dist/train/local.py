@@ -77,8 +77,14 @@ def forget_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, preload: Sequence[str] = ()) -> list[Any]:
-    """The results of `function(rank, world_size, *arguments)` in the processes of a gloo group, one thread each.
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    preload: Sequence[str] = (),
+    backend: str = "gloo",
+) -> list[Any]:
+    """The results of `function(rank, world_size, *arguments)` in the processes of a group, one thread each.
 
     Args:
         preload: modules that the function needs. Processes are forked from a server that has imported them, because
@@ -86,17 +92,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pr
     """
     with tempfile.TemporaryDirectory() as directory:
         multiprocessing.set_forkserver_preload(["clm_dist.train.local", *preload])
-        start_processes(_rank, (world_size, directory, function, arguments), world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
+        own = (world_size, directory, backend, function, arguments)
+        start_processes(_rank, own, world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    directory: str,
+    backend: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
     # The ranks meet at a file: a port that was free may be another program's by now.
-    dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
     result = function(rank, world_size, *arguments)
     (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))
     dist.barrier()

@@ -211,11 +211,16 @@ def load_model(job: JobConfig, tokenizer: Any) -> nn.Module:
         # The class itself: `from_config` would shard under ZeRO-3, and shards get other random weights.
         model = build_model(config)
     if job.train.gradient_checkpointing:
-        # transformers renamed it; 5.17 has the old name only.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(model)
     assert isinstance(model, nn.Module)
     return model
+
+
+def recompute_activations(model: Any) -> None:
+    """Let a model compute its activations again in the backward pass."""
+    # transformers renamed it; 5.17 has the old name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def build_model(config: Any) -> nn.Module:

@@ -1,0 +1,56 @@
+"""A speed from a probe on this machine."""
+
+from clm_dist.config.job import JobConfig
+from clm_dist.devices import Device, device_of
+from clm_dist.errors import ConfigError
+from clm_dist.plan.architecture import Architecture
+from clm_dist.plan.counts import Counts
+from clm_dist.plan.model import with_vocabulary
+from clm_dist.plan.page import show_bytes
+from clm_dist.plan.speed import Speed, check_measured_on, interval_of_steps
+from clm_dist.plan.target import MeasuredSpeed
+
+
+def probe_speed(
+    job: JobConfig, model: Architecture, counts: Counts, seconds: float, device: Device | None
+) -> MeasuredSpeed:
+    """The speed of a job's workers here, measured for about some seconds.
+
+    Args:
+        device: that the plan is for, if it was named.
+
+    Raises:
+        ConfigError: the job's own `batch.micro_size` does not fit, or the model cannot be computed; or this machine has
+            no GPU, and the plan is for one.
+    """
+    from clm_dist.train.memory import PassTooLargeError
+    from clm_dist.train.probe import probe
+
+    try:
+        probed = probe(with_vocabulary(job, model.vocabulary), max(1, round(counts.train.blocks)), seconds)
+    except PassTooLargeError as error:
+        raise ConfigError(
+            f"a pass of batch.micro_size {job.batch.micro_size} does not fit here ({error}); lower it, set "
+            "train.gradient_checkpointing to true, or shard with cluster.strategy zero2, zero3 or fsdp2",
+            field="batch.micro_size",
+        ) from None
+    check_measured_on(probed.device, device)
+    low, high = interval_of_steps(probed.steps, probed.workers)
+    speed = Speed(
+        low=low,
+        high=high,
+        how=f"measured here in {len(probed.steps)} steps on {probed.workers} x {probed.device}",
+        eval_tokens_per_s=probed.eval_speed,
+        memory_bytes=probed.memory_bytes,
+    )
+    notes = []
+    if probed.memory_bytes is not None:
+        notes.append(f"a worker took {show_bytes(probed.memory_bytes)} here")
+    fitting = {size: speed for size, speed in probed.sizes.items() if speed is not None}
+    if fitting:
+        best = max(fitting, key=lambda size: fitting[size])
+        tried = ", ".join(
+            f"{size}: {f'{speed:,.0f}' if speed else 'does not fit'}" for size, speed in probed.sizes.items()
+        )
+        notes.append(f"tokens/s of a pass by batch.micro_size: {tried}; the fastest is {best}")
+    return MeasuredSpeed(speed, device_of(probed.device), probed.workers, tuple(notes))

@@ -1,0 +1,32 @@
+"""Where a job is to run, and what was measured of its speed."""
+
+from dataclasses import dataclass
+
+from clm_dist.devices import Device
+from clm_dist.plan.speed import Speed
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPUs that a plan is for."""
+
+    device: Device | None
+    """None where it is not known: then there is neither a limit of memory nor a time."""
+    gpus_per_node: int
+    nodes: tuple[int, ...]
+    """Numbers of hosts to compare."""
+    between_nodes: float
+    """Bandwidth of a host to others, bytes a second in one direction."""
+    price: float | None = None
+    """Of a GPU for an hour."""
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """A speed with what it was measured on."""
+
+    speed: Speed
+    device: Device | None
+    """None for a CPU, or a GPU that is not known."""
+    workers_per_node: int
+    notes: tuple[str, ...]
