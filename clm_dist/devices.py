@@ -9,8 +9,8 @@ class Device:
 
     name: str
     """As `--gpu` takes it."""
-    part: str
-    """A part of the name that the driver gives it."""
+    parts: tuple[str, ...]
+    """What is in the name that the driver gives it."""
     memory_bytes: float
     """What the driver shows, which is a little less than the data sheet's."""
     memory_bandwidth: float
@@ -33,20 +33,21 @@ class Device:
 _MIB = 2**20
 # NVIDIA's data sheets of each; dense figures, without sparsity. What lies first is found first.
 DEVICES = (
-    Device("b200", "B200", 183359 * _MIB, 8.0e12, 2250e12, 80e12, 900e9),
-    Device("h200", "H200", 143771 * _MIB, 4.8e12, 989e12, 67e12, 450e9),
-    Device("h100-pcie", "H100 PCIe", 81559 * _MIB, 2.0e12, 756e12, 51e12, 64e9),
-    Device("h100-80", "H100", 81559 * _MIB, 3.35e12, 989e12, 67e12, 450e9),
-    Device("a100-40", "A100-SXM4-40GB", 40536 * _MIB, 1.555e12, 312e12, 19.5e12, 300e9),
-    Device("a100-80", "A100", 81920 * _MIB, 2.039e12, 312e12, 19.5e12, 300e9),
-    Device("l40s", "L40S", 46068 * _MIB, 0.864e12, 362e12, 91.6e12, 32e9),
-    Device("l4", "L4", 23034 * _MIB, 0.3e12, 121e12, 30.3e12, 32e9),
-    Device("a10", "A10", 23028 * _MIB, 0.6e12, 125e12, 31.2e12, 32e9),
-    Device("v100-32", "V100", 32510 * _MIB, 0.9e12, 125e12, 15.7e12, 150e9, has_bf16=False),
-    Device("t4", "T4", 15360 * _MIB, 0.32e12, 65e12, 8.1e12, 16e9, has_bf16=False),
+    Device("b200", ("B200",), 183359 * _MIB, 8.0e12, 2250e12, 80e12, 900e9),
+    Device("h200", ("H200",), 143771 * _MIB, 4.8e12, 989e12, 67e12, 450e9),
+    Device("h100-pcie", ("H100 PCIe",), 81559 * _MIB, 2.0e12, 756e12, 51e12, 64e9),
+    Device("h100-80", ("H100",), 81559 * _MIB, 3.35e12, 989e12, 67e12, 450e9),
+    Device("a100-40", ("A100", "40GB"), 40536 * _MIB, 1.555e12, 312e12, 19.5e12, 300e9),
+    Device("a100-80", ("A100",), 81920 * _MIB, 2.039e12, 312e12, 19.5e12, 300e9),
+    Device("l40s", ("L40S",), 46068 * _MIB, 0.864e12, 362e12, 91.6e12, 32e9),
+    Device("l4", ("L4",), 23034 * _MIB, 0.3e12, 121e12, 30.3e12, 32e9),
+    Device("a10", ("A10",), 23028 * _MIB, 0.6e12, 125e12, 31.2e12, 32e9),
+    Device("v100-16", ("V100", "16GB"), 16384 * _MIB, 0.9e12, 125e12, 15.7e12, 150e9, has_bf16=False),
+    Device("v100-32", ("V100",), 32510 * _MIB, 0.9e12, 125e12, 15.7e12, 150e9, has_bf16=False),
+    Device("t4", ("T4",), 15360 * _MIB, 0.32e12, 65e12, 8.1e12, 16e9, has_bf16=False),
 )
 
 
 def device_of(driver_name: str) -> Device | None:
     """The GPU of a name that the driver gives, such as `NVIDIA H100 80GB HBM3`; None for others."""
-    return next((device for device in DEVICES if device.part in driver_name), None)
+    return next((one for one in DEVICES if all(part in driver_name for part in one.parts)), None)

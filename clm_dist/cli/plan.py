@@ -124,7 +124,7 @@ def _device(name: str | None, memory_gib: float | None, tflops: float | None) ->
             return None
         missing = "--tflops" if tflops is None else "--memory-gib"
         raise ConfigError(f"a GPU needs --memory-gib and --tflops, or --gpu with its name; {missing} is missing")
-    device = known[name.lower()] if name else Device("this GPU", "", 0, 0, 0, 0, 32e9)
+    device = known[name.lower()] if name else Device("this GPU", (), 0, 0, 0, 0, 32e9)
     if memory_gib is not None:
         device = replace(device, memory_bytes=memory_gib * _GIB)
     if tflops is not None:

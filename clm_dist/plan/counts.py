@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from clm_dist.config.data import DataConfig
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ConfigError
-from clm_dist.files.blocks import Manifest
 from clm_dist.files.hashes import HashMemory
-from clm_dist.files.stores import Stores
+from clm_dist.files.stores import Store, Stores
 from clm_dist.prepare import pipeline
 from clm_dist.prepare.data_file import is_url
 from clm_dist.prepare.documents import documents_of, no_text
+from clm_dist.prepare.encode import Effort
 from clm_dist.prepare.encoding import Encoding, completed
 from clm_dist.prepare.engines import Reference
 from clm_dist.prepare.files import find_files
@@ -28,6 +28,7 @@ from clm_dist.prepare.sources import Source, open_sources
 from clm_dist.prepare.splits import GUIDE_RECORDS
 from clm_dist.prepare.tokenizer_training import train_tokenizer
 from clm_dist.pretrained.tokenizer import load_tokenizer, locate_tokenizer, num_ids
+from clm_dist.progress import nowhere, open_progress
 
 _CHUNKS, _CHUNK_BYTES = 32, 1 << 16
 """A sample is that many pieces of a source, spread evenly over it, of that size."""
@@ -35,6 +36,10 @@ _MOST_READ = 1 << 28
 """Bytes of a source that has to be read from its beginning, after which the sample ends."""
 _MOST_HASHED = 1 << 30
 """Bytes of files that are read to see whether their blocks are prepared."""
+_SMALL_BYTES = 1 << 21
+"""Of a source that is prepared to count its blocks."""
+_OF_OTHER_TOKENIZER = 0.03
+"""By how much the tokens of a tokenizer that is trained on a sample differ from those of the job's own, as a share."""
 _LEVEL = 0.95
 
 
@@ -54,7 +59,9 @@ class Counts:
     train: Count
     eval: Count
     is_exact: bool
-    """Whether they are prepared, and so known."""
+    """Whether they are known."""
+    is_prepared: bool
+    """Whether they are on disk already."""
     how: str
     """Where the numbers are from, in words."""
     vocabulary: int
@@ -69,22 +76,30 @@ def count_blocks(job: JobConfig, stores: Stores) -> Counts:
         ConfigError, DataError: its data or its tokenizer is not reachable or broken.
         HubError, StorageError: the Hub or a storage is away.
     """
-    store = _prepared(job, stores)
-    if store is not None:
-        manifest, directory = store
-        counts = (float(manifest.splits[name].num_blocks) for name in ("train", "eval"))
-        train, evaluated = (Count(number, number, number) for number in counts)
-        vocabulary = num_ids(Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json")))
-        return Counts(train, evaluated, True, f"prepared in {directory}", vocabulary)
-    return _estimated(job)
+    if (store := _prepared(job, stores)) is not None:
+        return _known(store, f"prepared in {store.local}", is_prepared=True)
+    sources = list(open_sources(job.data))
+    sizes = [source.num_bytes for source in sources if source.num_bytes is not None]
+    if len(sizes) == len(sources) and sum(sizes) <= _SMALL_BYTES:
+        with tempfile.TemporaryDirectory() as directory, open_progress(nowhere) as progress:
+            made = pipeline.prepare(job, Stores.at(directory, directory), progress, Effort(num_tasks=1))
+            return _known(made, "counted in a preparation that is thrown away", is_prepared=False)
+    return _estimated(job, sources)
 
 
-def _prepared(job: JobConfig, stores: Stores) -> tuple[Manifest, Path] | None:
-    """The manifest and the directory of a job's store; None where it is not on this machine."""
+def _known(store: Store, how: str, *, is_prepared: bool) -> Counts:
+    counts = (float(split.num_blocks) for split in (store.manifest().splits[name] for name in ("train", "eval")))
+    train, evaluated = (Count(number, number, number) for number in counts)
+    vocabulary = num_ids(Tokenizer.from_file(str(store.local / "tokenizer" / "tokenizer.json")))
+    return Counts(train, evaluated, True, is_prepared, how, vocabulary)
+
+
+def _prepared(job: JobConfig, stores: Stores) -> Store | None:
+    """A job's store; None where it is not on this machine."""
     if not stores.local.is_dir() or _num_unread(job, stores.known_sources()) > _MOST_HASHED:
         return None
     store = pipeline.resolve(job, stores).store
-    return (store.manifest(), store.local) if store.is_here else None
+    return store if store.is_here else None
 
 
 def _num_unread(job: JobConfig, known: HashMemory) -> int:
@@ -106,24 +121,20 @@ class _Sample:
     num_tokens: list[int]
     sizes: list[int]
     """Tokens of each document."""
-    is_whole: bool
-    is_beginning: bool
-    """Whether it is from the beginning of the source only."""
 
 
-def _estimated(job: JobConfig) -> Counts:
-    sources = list(open_sources(job.data))
+def _estimated(job: JobConfig, sources: list[Source]) -> Counts:
     pieces = [_pieces(source) for source in sources]
     tables = [
         [(size, read_partition(piece, source.data)) for size, piece in found]
-        for source, (found, _, _) in zip(sources, pieces, strict=True)
+        for source, (found, _) in zip(sources, pieces, strict=True)
     ]
-    tokenizer, notes = _tokenizer(job, [table for _, table in tables[0]], is_whole=pieces[0][1])
+    tokenizer, notes = _tokenizer(job, [table for _, table in tables[0]])
     encoding = Encoding.of_tokenizer(tokenizer, job.data)
     engine = Reference(encoding.tokenizer_json)
     counts = []
-    for source, found, (_, is_whole, is_beginning) in zip(sources, tables, pieces, strict=True):
-        sample = _Sample(source, [], [], [], [], is_whole, is_beginning)
+    for source, found, (_, is_beginning) in zip(sources, tables, pieces, strict=True):
+        sample = _Sample(source, [], [], [], [])
         for size, table in found:
             documents = documents_of(table, source.data)
             tokens = completed(engine.encode(documents.texts, parallel=True), encoding)
@@ -133,7 +144,7 @@ def _estimated(job: JobConfig) -> Counts:
             sample.sizes.extend(np.diff(tokens.offsets).tolist())
         if not sum(sample.num_tokens):
             raise no_text(job, sum(sample.num_records), source.where)
-        counts.append(_tokens_of(sample))
+        counts.append(_tokens_of(sample, 0.0 if job.tokenizer.train is None else _OF_OTHER_TOKENIZER))
         if is_beginning:
             notes.append(f"{source.where} can only be read from its beginning, so the sample is from there")
     if job.data.deduplicate:
@@ -147,14 +158,15 @@ def _estimated(job: JobConfig) -> Counts:
         train=train.blocks(job),
         eval=evaluated.blocks(job),
         is_exact=False,
+        is_prepared=False,
         how=f"estimated from {num_records:,} of its records",
         vocabulary=num_ids(tokenizer),
         notes=tuple(notes),
     )
 
 
-def _pieces(source: Source) -> tuple[list[tuple[int, Partition]], bool, bool]:
-    """Pieces of a source with the bytes that they stand for; whether they are all of it; whether only its beginning."""
+def _pieces(source: Source) -> tuple[list[tuple[int, Partition]], bool]:
+    """Pieces of a source with the bytes that they stand for, and whether they are from its beginning only."""
     total = source.num_bytes
     if total is None and source.slice.stop is None:
         raise ConfigError(
@@ -162,8 +174,6 @@ def _pieces(source: Source) -> tuple[list[tuple[int, Partition]], bool, bool]:
             "data.split=train[:5000], or prepare first",
             field="data.split",
         )
-    if total is not None and total <= _CHUNKS * _CHUNK_BYTES:
-        return [(piece.num_bytes, piece) for piece in source.partitions(_CHUNK_BYTES)], True, False
     size = max(_CHUNK_BYTES, (total or 0) // (8 * _CHUNKS))
     found: list[tuple[int, Partition]] = []
     step = (total or _MOST_READ) / _CHUNKS
@@ -175,8 +185,8 @@ def _pieces(source: Source) -> tuple[list[tuple[int, Partition]], bool, bool]:
         passed += piece.num_bytes
         is_read = piece.content is not None and piece.file is not None
         if (is_read or total is None) and passed >= _MOST_READ:
-            return found, False, True
-    return found, False, total is None
+            return found, True
+    return found, total is None
 
 
 def _begin_of(piece: Partition) -> tuple[int, Partition]:
@@ -187,7 +197,7 @@ def _begin_of(piece: Partition) -> tuple[int, Partition]:
     return piece.num_bytes, piece
 
 
-def _tokenizer(job: JobConfig, tables: list[Any], *, is_whole: bool) -> tuple[Any, list[str]]:
+def _tokenizer(job: JobConfig, tables: list[Any]) -> tuple[Any, list[str]]:
     """The job's tokenizer, or one that is trained on the sample, and what is to be said of it."""
     if job.tokenizer.train is None:
         assert job.tokenizer_path is not None
@@ -196,8 +206,7 @@ def _tokenizer(job: JobConfig, tables: list[Any], *, is_whole: bool) -> tuple[An
     with tempfile.TemporaryDirectory() as directory:
         texts = (text for table in tables for text in documents_of(table, job.data).texts.to_pylist())
         train_tokenizer(texts, job.tokenizer.train, Path(directory))
-        said = [] if is_whole else ["the tokenizer is trained on the sample, which it fits a little better than all"]
-        return load_tokenizer(directory), said
+        return load_tokenizer(directory), ["the tokenizer is trained on the sample, so it is not quite the job's"]
 
 
 @dataclass(frozen=True)
@@ -219,15 +228,18 @@ class _Tokens:
         return Count(number / size, max(0.0, number - spread) / size, (number + spread) / size)
 
 
-def _tokens_of(sample: _Sample) -> _Tokens:
+def _tokens_of(sample: _Sample, systematic: float) -> _Tokens:
     """The tokens of all records that a job takes of a source: a ratio estimate (Cochran 1977, "Sampling Techniques",
     chapter 6) of the tokens a byte, or a record, of the pieces.
+
+    Args:
+        systematic: error that does not fall with the size of the sample, as a share.
     """
     tokens, sizes, records = (
         np.array(each, float) for each in (sample.num_tokens, sample.num_bytes, sample.num_records)
     )
     total = sample.source.num_bytes
-    all_records = records.sum() if sample.is_whole else records.sum() / sizes.sum() * (total or math.inf)
+    all_records = math.inf if total is None else records.sum() / sizes.sum() * total
     rows = sample.source.slice
     if rows.is_relative:
         rows = rows.of_total(round(all_records))
@@ -236,14 +248,10 @@ def _tokens_of(sample: _Sample) -> _Tokens:
     is_sliced = rows.start > 0 or rows.stop is not None
     base, number = (records, taken) if is_sliced else (sizes, float(total or 0))
     ratio = tokens.sum() / base.sum()
-    if sample.is_whole and not is_sliced:
-        error = 0.0
-    else:
-        count = len(tokens)
-        variance = ((tokens - ratio * base) ** 2).sum() / max(1, count - 1) * count
-        error = float(number / base.sum() * math.sqrt(variance))
+    variance = ((tokens - ratio * base) ** 2).sum() / max(1, len(tokens) - 1) * len(tokens)
+    error = math.hypot(number / base.sum() * math.sqrt(variance), systematic * ratio * number)
     lengths = np.array(sample.sizes, float)
-    return _Tokens(float(ratio * number), error, float(taken), (float(lengths.mean()), float(lengths.std())))
+    return _Tokens(float(ratio * number), float(error), float(taken), (float(lengths.mean()), float(lengths.std())))
 
 
 def _split(tokens: _Tokens, data: DataConfig) -> tuple[_Tokens, _Tokens]:

@@ -245,7 +245,7 @@ def _disk(job: JobConfig, model: Architecture, setting: Setting, counts: Counts)
     half = setting.arithmetic.is_half and not setting.arithmetic.is_autocast and setting.strategy != "fsdp2"
     return Disk(
         store=store,
-        while_preparing=0.0 if counts.is_exact else store,
+        while_preparing=0.0 if counts.is_prepared else store,
         checkpoint=checkpoint,
         checkpoints=at_once * checkpoint,
         model=(2.0 if half else 4.0) * model.num_parameters,

@@ -155,7 +155,7 @@ def _most_allocated(
             model = build_model(AutoConfig.for_model("gpt2", bos_token_id=0, eos_token_id=0, **values))
         if recomputes:
             recompute_activations(model)
-        model.config.use_cache = False
+        model.config.use_cache = False  # type: ignore[union-attr]  # of transformers
         strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
         del model
         strategy.model.train()

@@ -1,0 +1,215 @@
+"""The arithmetic of a plan: steps, time, cost, what is exchanged, disk, and which strategy it names."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from clm_dist.config.job import JobConfig
+from clm_dist.devices import DEVICES, device_of
+from clm_dist.plan.architecture import Architecture
+from clm_dist.plan.counts import Count, Counts
+from clm_dist.plan.duration import Network, exchanged_bytes, step_time
+from clm_dist.plan.families import architecture_of
+from clm_dist.plan.memory import Setting
+from clm_dist.plan.plan import Plan, make_plan
+from clm_dist.plan.speed import Speed
+from clm_dist.plan.target import Target
+
+H100 = next(device for device in DEVICES if device.name == "h100-80")
+T4 = next(device for device in DEVICES if device.name == "t4")
+SPEED = Speed(10_000, 10_000, "measured")
+
+
+def _job(**sections: Any) -> JobConfig:
+    values: dict[str, Any] = {
+        "name": "planned",
+        "data": {"source": "builtin", "text": "text", "block_size": 128},
+        "tokenizer": {"path": "gpt2"},
+        "model": {"config": {"model_type": "gpt2"}},
+        "batch": {"global_size": 256, "micro_size": 4},
+        "train": {"precision": "bf16"},
+        "cluster": {"workers": 8},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return JobConfig.model_validate(values)
+
+
+def _gpt2(**values: Any) -> Architecture:
+    found = architecture_of({"model_type": "gpt2"} | values)
+    assert found is not None
+    return found
+
+
+def _counts(train: float = 10_000, evaluated: float = 1000) -> Counts:
+    train_count, eval_count = (Count(number, number, number) for number in (train, evaluated))
+    return Counts(train_count, eval_count, True, False, "counted", 50257)
+
+
+def _plan(job: JobConfig, **options: Any) -> Plan:
+    target = options.pop("target", None) or Target(H100, 8, (1, 2), 12.5e9, price=2.0)
+    counts = options.pop("counts", None) or _counts()
+    return make_plan(job, options.pop("model", None) or _gpt2(), counts, target, **options)
+
+
+def test_steps_and_evaluations_are_those_of_the_run() -> None:
+    plan = _plan(_job(), speed=SPEED)
+    # 10,000 blocks in batches of 256: 40 an epoch, three epochs; baseline, one an epoch, the written model.
+    assert (plan.steps_per_epoch, plan.steps, plan.evaluations) == (40, 120, 5)
+    assert plan.tokens == 120 * 256 * 128
+    plan = _plan(_job(train={"max_steps": 50}, eval={"every": 20}), speed=SPEED)
+    assert (plan.steps, plan.evaluations) == (50, 3 + 2)
+
+
+def test_the_time_is_that_of_steps_evaluations_and_start() -> None:
+    speed = replace(SPEED, eval_tokens_per_s=50_000.0, start_s=7.0)
+    (one, two) = _plan(_job(), speed=speed, target=Target(None, 8, (1, 2), 1e15, price=2.0)).scales
+    steps = 120 * 256 * 128 / (8 * 10_000)
+    evaluations = 5 * 1000 * 128 / (8 * 50_000)
+    assert one.seconds == pytest.approx((steps + evaluations + 7,) * 2)
+    assert two.seconds == pytest.approx(((steps + evaluations) / 2 + 7,) * 2, rel=1e-3)
+    assert one.gpu_hours[0] == pytest.approx(one.seconds[0] * 8 / 3600)
+    assert one.cost is not None
+    assert one.cost[0] == pytest.approx(2 * one.gpu_hours[0])
+    assert (one.passes, two.passes) == (8, 4)
+    # Without a measured speed an evaluation is the third of a training pass that goes forward.
+    (plain, _) = _plan(_job(), speed=SPEED, target=Target(None, 8, (1, 2), 1e15)).scales
+    assert plain.seconds[0] == pytest.approx(steps + 5 * 1000 * 128 / (8 * 30_000) + 60)
+
+
+def test_an_interval_of_the_speed_is_one_of_the_time() -> None:
+    (scale, _) = _plan(_job(), speed=Speed(9_000, 11_000, "measured")).scales
+    assert scale.seconds[0] < scale.seconds[1]
+
+
+def test_passes_that_do_not_divide_evenly_cost_a_whole_one() -> None:
+    """65 micro-batches on 64 workers are two passes, of which the second computes one."""
+    job = _job(batch={"global_size": 65 * 4})
+    (scale,) = _plan(job, speed=SPEED, target=Target(None, 64, (1,), 1e15)).scales
+    assert scale.passes == 2
+    assert scale.efficiency == pytest.approx(65 / 128, rel=0.02)
+
+
+def test_nodes_with_too_many_workers_are_named() -> None:
+    plan = _plan(_job(), speed=SPEED, target=Target(H100, 8, (1, 8, 16), 12.5e9))
+    assert [scale.nodes for scale in plan.scales] == [1, 8]
+    assert plan.too_many == (16,)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "passes", "bytes_a_parameter"),
+    [("ddp", 3, 8), ("zero1", 3, 4), ("zero2", 3, 8), ("zero3", 3, 18), ("fsdp2", 3, 24)],
+)
+def test_workers_exchange_what_their_strategy_needs(strategy: str, passes: int, bytes_a_parameter: int) -> None:
+    model = _gpt2()
+    setting = Setting(strategy, 4, 1, 128, passes=passes, precision="bf16")
+    assert exchanged_bytes(model, setting) == pytest.approx(bytes_a_parameter * model.num_parameters * 3 / 4)
+    assert exchanged_bytes(model, replace(setting, world_size=1)) == 0
+
+
+def test_workers_wait_for_what_is_not_exchanged_beside_the_passes() -> None:
+    model = _gpt2()
+    network = Network(8, 1e11, 1e9)
+    setting = Setting("ddp", 16, 4, 128, passes=2)
+    step = step_time(model, setting, 1e4, network)
+    assert step.exchange == pytest.approx(exchanged_bytes(model, setting) / 1e9)
+    # The backward pass of the second of two is a third of the step.
+    assert step.waiting == pytest.approx(max(0, step.exchange - step.compute / 3))
+    in_one_host = step_time(model, replace(setting, world_size=8), 1e4, network)
+    assert in_one_host.exchange == pytest.approx(exchanged_bytes(model, replace(setting, world_size=8)) / 1e11)
+
+
+def test_a_slow_network_is_said() -> None:
+    job = _job(cluster={"strategy": "fsdp2", "workers": 16})
+    plan = _plan(job, speed=replace(SPEED, low=1e6, high=1e6), target=Target(H100, 8, (2,), 1e9))
+    assert plan.scales[0].waiting > 0.5
+    (note,) = plan.notes
+    assert note.startswith("on 2 nodes workers wait for each other in ")
+    assert "a larger batch.micro_size (up to " in note
+
+
+def test_a_speed_is_assumed_only_where_one_was_measured() -> None:
+    eager, compiled = _plan(_job()), _plan(_job(train={"compile": "auto"}))
+    assert eager.speed is not None and compiled.speed is not None
+    # 6N + 12LTd operations a token at 10 to 20 % of 989e12.
+    flops = 6 * 124_439_808 + 12 * 12 * 128 * 768
+    assert eager.speed.low == pytest.approx(0.1 * 989e12 / flops)
+    assert compiled.speed.high == pytest.approx(0.42 * 989e12 / flops)
+    assert "assumed from measurements on one H200" in eager.speed.how
+    given = _plan(_job(), mfu=(0.5, 0.5)).speed
+    assert given is not None
+    assert given.low == given.high == pytest.approx(0.5 * 989e12 / flops)
+    recomputed = _plan(_job(train={"gradient_checkpointing": True}), mfu=(0.5, 0.5)).speed
+    assert recomputed is not None
+    assert recomputed.low == pytest.approx(given.low * 3 / 4)
+    for plan, why in (
+        (_plan(_job(train={"precision": "fp32"})), "was not measured; set train.precision to bf16"),
+        (_plan(_job(), model=_gpt2(n_layer=2, n_embd=64, n_head=2)), "models below 50 million parameters"),
+    ):
+        assert plan.speed is None
+        assert plan.scales == ()
+        assert any(why in note for note in plan.notes)
+
+
+def test_the_advice_names_what_computes_and_exchanges_least() -> None:
+    assert _plan(_job()).advice == "ddp fits, and computes and exchanges least of what fits"
+    too_much = _plan(_job(cluster={"strategy": "zero3"})).advice
+    assert too_much == "zero3 fits; so does ddp, which computes or exchanges less"
+    llama = architecture_of({"model_type": "llama"})
+    on_one = Target(H100, 8, (1,), 12.5e9)
+    assert "ddp does not fit; take zero" in _plan(_job(), model=llama, target=on_one).advice
+    small = replace(H100, memory_bytes=2 * 2**30)
+    assert _plan(_job(), model=llama, target=Target(small, 8, (1,), 12.5e9)).advice.startswith("nothing fits")
+    assert _plan(_job(), target=Target(None, 8, (1,), 12.5e9)).advice == "name a GPU with --gpu to see what fits"
+    medium = Target(replace(H100, memory_bytes=12 * 2**30), 8, (1,), 12.5e9)
+    too_large = _plan(_job(batch={"global_size": 8192, "micro_size": 1024}), target=medium).advice
+    assert too_large.startswith("batch.micro_size 1024 fits nowhere; take ddp and batch.micro_size ")
+
+
+def test_a_gpu_without_bf16_is_said() -> None:
+    assert any("has no bf16" in note for note in _plan(_job(), target=Target(T4, 1, (1,), 1e9)).notes)
+
+
+def test_the_disk_holds_blocks_checkpoints_and_the_model() -> None:
+    number = 124_439_808
+    disk = _plan(_job()).disk
+    assert disk.store == 11_000 * 128 * 2
+    assert disk.while_preparing == disk.store
+    assert disk.checkpoint == 12 * number
+    # Two newest, the best, and the one that is written.
+    assert disk.checkpoints == 4 * 12 * number
+    assert disk.model == 4 * number
+    assert disk.total == 2 * disk.store + disk.checkpoints + disk.model
+    kept = _plan(_job(train={"keep": "best"}, checkpoint={"keep": 5}, cluster={"strategy": "zero2"}), counts=_many())
+    assert kept.disk.checkpoints == 8 * 12 * number
+    assert kept.disk.model == 2 * number
+    assert kept.disk.store == 11_000 * 128 * 4
+    assert kept.disk.while_preparing == 0
+
+
+def _many() -> Counts:
+    return replace(_counts(), vocabulary=128_256, is_prepared=True)
+
+
+def test_every_device_is_found_by_the_name_of_its_driver() -> None:
+    names = {
+        "NVIDIA B200": "b200",
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA H100 80GB HBM3": "h100-80",
+        "NVIDIA A100-PCIE-40GB": "a100-40",
+        "NVIDIA A100-SXM4-80GB": "a100-80",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA L4": "l4",
+        "NVIDIA A10": "a10",
+        "Tesla V100-SXM2-16GB": "v100-16",
+        "Tesla V100-SXM2-32GB": "v100-32",
+        "Tesla T4": "t4",
+    }
+    assert {name: found.name for name in names if (found := device_of(name))} == names
+    assert {device.name for device in DEVICES} == set(names.values())
+    assert device_of("CPU") is None
+    # TF32 has half of bf16's peak, and GPUs without it compute in fp32.
+    assert (H100.peak_flops("bf16"), H100.peak_flops("tf32"), H100.peak_flops("fp32")) == (989e12, 494.5e12, 67e12)
+    assert T4.peak_flops("tf32") == T4.peak_flops("fp32")

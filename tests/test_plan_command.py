@@ -1,0 +1,155 @@
+"""`clm-dist plan`: what it prints, what it loads, and what it refuses."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clm_dist.config.job import JobConfig
+from clm_dist.files.atomic import read_json
+from clm_dist.files.run_dir import RunDir
+from tests.conftest import MakeJob, WriteJob
+from tests.support.command import Said, clm_dist, modules_of
+
+PlanCommand = Callable[..., Said]
+GPU = ("--gpu", "h100-80", "--mfu", "0.1-0.2")
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stores: Path) -> PlanCommand:
+    return lambda *arguments: clm_dist(capsys, monkeypatch, "plan", *arguments, "--store", stores)
+
+
+def _values(said: Said) -> Any:
+    assert said.code == 0, said.err
+    return json.loads(said.out)
+
+
+def test_a_plan_is_what_the_run_was(plan: PlanCommand, finished_run: RunDir) -> None:
+    """Steps, tokens, parameters, blocks, evaluations and bytes of a run that is done."""
+    values = _values(plan(finished_run.job, "--json"))
+    result = read_json(finished_run.result)
+    weights = finished_run.final / "model.safetensors"
+    assert values["steps"] == result["train"]["steps"]
+    assert values["evaluations"] == len(result["evals"]) + 2
+    assert values["counts"]["is_prepared"]
+    assert values["disk"]["model"] == pytest.approx(weights.stat().st_size, rel=0.05)
+    checkpoint = next(finished_run.checkpoints.glob("step-*"))
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert values["disk"]["checkpoint"] == pytest.approx(size, rel=0.15)
+
+
+def test_a_plan_is_readable_at_80_columns(
+    plan: PlanCommand, write_job: WriteJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clm_dist.progress.out.width", 80, raising=False)
+    said = plan(write_job("batch.global_size=512"), *GPU, "--price", "2.5", "--set", "train.precision=bf16")
+    assert said.code == 0, said.err
+    assert said.out.startswith("tiny: gpt2, ")
+    tables = [line for line in said.out.splitlines() if line.startswith("  ")]
+    assert tables
+    assert max(map(len, tables)) <= 80
+    for part in ("weights", "optimizer", "logits and loss", "at most at once", "of h100-80", "ddp *", "fsdp2", "cost"):
+        assert part in said.out
+    assert re.search(r"^speed:  .* tokens/s a worker: 10 to 20 % of the peak, as given$", said.out, re.MULTILINE)
+
+
+def test_json_has_intervals_and_totals(plan: PlanCommand, write_job: WriteJob) -> None:
+    values = _values(plan(write_job("batch.global_size=512"), *GPU, "--price", "2", "--nodes", "1,4", "--json"))
+    assert [scale["nodes"] for scale in values["scales"]] == [1, 4]
+    low, high = values["scales"][0]["cost"]
+    assert 0 < low <= high
+    assert all(choice["memory"]["total"] > 0 for choice in values["choices"])
+    assert values["disk"]["total"] > values["disk"]["checkpoints"]
+
+
+def test_a_plan_of_prepared_blocks_loads_neither_torch_nor_ray(
+    write_job: WriteJob, make_job: MakeJob, prepared: Callable[[JobConfig], Path], stores: Path
+) -> None:
+    prepared(make_job())
+    out, modules = modules_of("plan", write_job(), *GPU, "--store", stores)
+    assert "prepared in" in out
+    assert not {name.partition(".")[0] for name in modules} & {"torch", "ray", "transformers", "datasets", "deepspeed"}
+
+
+def test_the_speed_of_a_run_is_that_of_the_plan(plan: PlanCommand, finished_run: RunDir) -> None:
+    values = _values(plan(finished_run.job, "--from", finished_run.root, "--json"))
+    (scale,) = values["scales"]
+    assert (scale["nodes"], scale["workers"]) == (1, 1)
+    speed = values["speed"]
+    assert speed["low"] < speed["high"]
+    assert str(finished_run.root) in speed["how"]
+    said = plan(finished_run.job, "--from", finished_run.root)
+    assert "worker-hours" in said.out
+    refused = plan(finished_run.job, "--from", finished_run.root, "--gpu", "h100-80")
+    assert refused.code == 2
+    assert "says nothing of h100-80" in refused.err
+
+
+def test_a_probe_measures_here(plan: PlanCommand, write_job: WriteJob) -> None:
+    values = _values(plan(write_job(), "--probe", "1", "--json"))
+    assert "measured here in" in values["speed"]["how"]
+    assert 0 < values["speed"]["low"] < values["speed"]["high"]
+    assert values["speed"]["memory_bytes"] > 2**26
+    assert values["speed"]["eval_tokens_per_s"] > 0
+    (sizes,) = (note for note in values["notes"] if "by batch.micro_size" in note)
+    assert re.search(r"4: [\d,]+", sizes)
+
+
+def test_a_model_without_a_formula_is_built_without_weights(plan: PlanCommand, write_job: WriteJob) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = '{"model_type": "bloom", "n_layer": 2, "hidden_size": 32, "n_head": 2}'
+    values = _values(plan(write_job(f"model.config={config}"), "--json"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("bloom", n_layer=2, hidden_size=32, n_head=2, vocab_size=300)
+        )
+    assert values["num_parameters"] == model.num_parameters()
+    assert any("bloom has no formula here" in note for note in values["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--gpu", "h1000"), "--gpu h1000 is not known; take one of b200, h200, "),
+        (("--memory-gib", "24"), "--tflops is missing"),
+        (("--tflops", "100"), "--memory-gib is missing"),
+        ((*GPU, "--nodes", "one"), "--nodes one is not a list of numbers; write 1,2,4,8"),
+        ((*GPU, "--nodes", "0"), "--nodes 0 is not a list of numbers"),
+        (("--gpu", "h100-80", "--mfu", "40"), "--mfu 40 is not a share of the peak; write 0.4, or 0.3-0.5"),
+        (("--gpu", "h100-80", "--mfu", "0.5-0.4"), "--mfu 0.5-0.4 is not a share"),
+        (("--probe", "5", "--from", "runs/x"), "leave one of them out"),
+        (("--from", "runs/nothing"), "--from runs/nothing is no run directory"),
+        (("--probe", "2", "--gpu", "h100-80"), "measured on a CPU, which says nothing of h100-80"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned_is_refused(
+    plan: PlanCommand, write_job: WriteJob, arguments: tuple[str, ...], problem: str
+) -> None:
+    said = plan(write_job(), *arguments)
+    assert said.code == 2
+    assert problem in said.err.replace("\n", " ")
+
+
+def test_a_model_that_is_not_there_is_refused(plan: PlanCommand, write_job: WriteJob, tmp_path: Path) -> None:
+    said = plan(write_job(), "--set", "model.config=null", "--set", f"model.path={tmp_path}")
+    assert said.code == 2
+    assert "has no config.json that can be read" in said.err.replace("\n", " ")
+
+
+def test_a_gpu_of_ones_own_has_the_memory_and_the_peak_that_are_said(plan: PlanCommand, write_job: WriteJob) -> None:
+    def planned(memory_gib: str, tflops: str) -> Any:
+        said = ("--mfu", "0.5", "--gpus-per-node", "1", "--json", "--memory-gib", memory_gib, "--tflops", tflops)
+        return _values(plan(write_job("train.precision=bf16"), *said))
+
+    none, enough = planned("0.5", "100"), planned("24", "200")
+    # CUDA alone takes more than half a GiB.
+    assert none["advice"].startswith("nothing fits")
+    assert enough["advice"].startswith("ddp fits")
+    assert enough["speed"]["low"] == pytest.approx(2 * none["speed"]["low"])
