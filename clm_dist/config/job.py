@@ -16,6 +16,7 @@ Every = Literal["epoch"] | Count
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 ATTENTIONS = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+TrackerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]
 
 
@@ -255,9 +256,10 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     hub: HubConfig = HubConfig()
-    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"]] = []
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"] | TrackerName] = []
     """Trackers that receive the metrics: tensorboard writes event files into the run directory; the others take
-    login and project from their own environment variables, see docs/trackers.md."""
+    login and project from their own environment variables, see docs/trackers.md. Any other name is that of a tracker
+    that an installed package offers, by an entry point `clm_dist.trackers`; see docs/extend.md."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -19,7 +19,7 @@ from clm_dist.files.records import append_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.trackers.check import check_trackers
 from clm_dist.train.trackers.processes import tracked
-from clm_dist.train.trackers.services import TRACKERS, Row
+from clm_dist.train.trackers.services import TRACKERS
 from tests.conftest import MakeJob
 from tests.support.notes import Notes
 
@@ -48,7 +48,11 @@ def started(service: str, library: MagicMock, monkeypatch: pytest.MonkeyPatch, r
     return tracker, tracker.start("tiny", {"train.epochs": 2}, Path("/there"), run_id)
 
 
-ROWS = [Row("step", 1, {"step/loss": 1.5}), Row("eval", 1, {"eval/loss": 1.25})]
+RECORDS: list[Any] = [
+    {"kind": "start", "step": 0, "time": 1.0},
+    {"kind": "step", "step": 1, "loss": 1.5, "blocks": 99},
+    {"kind": "eval", "step": 1, "loss": 1.25, "perplexity": None},
+]
 
 
 def test_wandb_goes_on_with_a_run_and_counts_the_steps_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +62,7 @@ def test_wandb_goes_on_with_a_run_and_counts_the_steps_of_the_run(monkeypatch: p
     asked = library.init.call_args.kwargs
     assert (asked["id"], asked["resume"], asked["name"], asked["project"]) == ("old", "allow", "tiny", "answers")
     assert (asked["config"], asked["dir"]) == ({"train.epochs": 2}, "/there")
-    tracker.add(ROWS)
+    tracker.add(RECORDS)
     tracker.finish("preempted")
     called = [one for one in library.init.return_value.mock_calls if not one[0].startswith("id")]
     assert called == [
@@ -84,7 +88,7 @@ def test_mlflow_gets_a_batch_in_one_request(monkeypatch: pytest.MonkeyPatch) -> 
     assert client.create_run.call_args == call(client.create_experiment.return_value, run_name="tiny", tags=ANY)
     client.log_batch.assert_called_once_with("made", params=[("train.epochs", "2")])
     client.reset_mock()
-    tracker.add(ROWS)
+    tracker.add(RECORDS)
     tracker.finish("failed")
     assert client.mock_calls == [
         call.log_batch("made", metrics=[("step/loss", 1.5, ANY, 1), ("eval/loss", 1.25, ANY, 1)]),
@@ -100,7 +104,7 @@ def test_trackio_finds_a_run_again_by_its_name(monkeypatch: pytest.MonkeyPatch) 
     library = MagicMock()
     tracker, made = started("trackio", library, monkeypatch)
     assert made.startswith("tiny-")
-    tracker.add(ROWS)
+    tracker.add(RECORDS)
     tracker.finish("done")
     assert library.init.return_value.mock_calls == [
         call.log({"step/loss": 1.5}, step=1),
@@ -118,7 +122,7 @@ def test_comet_goes_on_with_the_experiment_of_its_key(monkeypatch: pytest.Monkey
     tracker, made = started("comet", library, monkeypatch, run_id="old")
     asked = library.start.call_args.kwargs
     assert (made, asked["experiment_key"], asked["mode"]) == ("old", "old", "get_or_create")
-    tracker.add(ROWS)
+    tracker.add(RECORDS)
     tracker.finish("done")
     assert library.start.return_value.mock_calls == [
         call.log_parameters({"train.epochs": 2}),

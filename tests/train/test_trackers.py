@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from clm_dist.files.atomic import read_json, write_json
+from clm_dist.files.record_types import Record
 from clm_dist.files.records import append_records, replace_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.trackers.processes import tracked
 from clm_dist.train.trackers.send import send
-from clm_dist.train.trackers.services import Row
+from clm_dist.train.trackers.services import Row, rows_of
 from tests.support.disks import mode
 from tests.support.fake_trackio import write_fake_trackio
 from tests.support.notes import Notes
@@ -39,7 +40,7 @@ class Kept:
     url: str | None = "https://there"
     started: list[str | None] = dataclasses.field(default_factory=list)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    records: list[Record] = dataclasses.field(default_factory=list)
     status: str | None = None
     on_add: Callable[[], None] = lambda: None
 
@@ -48,9 +49,13 @@ class Kept:
         self.fields = fields
         return run_id or "made"
 
-    def add(self, rows: Sequence[Row]) -> None:
-        self.rows += rows
+    def add(self, records: Sequence[Record]) -> None:
+        self.records += records
         self.on_add()
+
+    @property
+    def rows(self) -> list[Row]:
+        return rows_of(self.records)
 
     def finish(self, status: str) -> None:
         self.status = status

@@ -9,6 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from clm_dist.errors import ConfigError
+from clm_dist.extensions import find_extension
+from clm_dist.train.trackers.services import GROUP
 
 _MODULES = {
     "tensorboard": "tensorboardX",
@@ -22,6 +24,9 @@ _MODULES = {
 def check_trackers(trackers: Sequence[str]) -> None:
     """Raise ConfigError where a tracker is not installed, or would have nobody to send to."""
     for name in trackers:
+        if name not in _MODULES:
+            find_extension(GROUP, name, field="tracking", built_in=tuple(_MODULES))
+            continue
         if importlib.util.find_spec(_MODULES[name]) is None:
             raise ConfigError(
                 f"tracking has {name}, but {_MODULES[name]} is not installed; pip install 'clm-dist[{name}]'",

@@ -15,7 +15,6 @@ from clm_dist.errors import ClmDistError, ConfigError, first_line
 from clm_dist.files.atomic import make_dir, read_json
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Progress
-from clm_dist.train.trackers.services import TRACKERS
 
 _LIMIT_S = 30.0
 _KILL_S = 5.0
@@ -33,7 +32,8 @@ def tracked(
     Args:
         limit_s: they may take this long after the end; after a KeyboardInterrupt nobody waits for them.
     """
-    processes = [_Process(name, run, progress.note, limit_s) for name in dict.fromkeys(trackers) if name in TRACKERS]
+    names = [name for name in dict.fromkeys(trackers) if name != "tensorboard"]
+    processes = [_Process(name, run, progress.note, limit_s) for name in names]
 
     def look() -> None:
         for process in processes:

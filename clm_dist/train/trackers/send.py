@@ -1,4 +1,4 @@
-"""The process of one tracker: reads metrics.jsonl while it grows, and sends its numbers.
+"""The process of one tracker: reads metrics.jsonl while it grows, and hands its records over.
 
 `python -m clm_dist.train.trackers.send NAME RUN LIMIT` goes on until its standard input is closed, by the driver or by
 the driver's death, and then has LIMIT seconds. The file of records is the queue: a tracker that is slow gets the rest
@@ -6,12 +6,12 @@ later, and holds up nobody. What was sent is kept with the run's id in the run d
 run goes on where this one ended.
 """
 
+import itertools
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -19,18 +19,15 @@ from clm_dist.config.load import read_saved_job
 from clm_dist.config.public import public_fields
 from clm_dist.errors import first_line
 from clm_dist.files.atomic import read_json, write_json
-from clm_dist.files.record_types import Record
 from clm_dist.files.records import RecordReader, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.signals import STOPS
-from clm_dist.train.tensorboard import numbers_of
-from clm_dist.train.trackers.services import TRACKERS, Row, Tracker
+from clm_dist.train.trackers.services import Tracker, load_tracker
+from clm_dist.train.trackers.unsent import Queue
 
 _INTERVAL_S = 1.0
 _BATCH = 1000
-"""Rows after which it is kept that they were sent."""
-_UNSENT = {"step/blocks"}
-"""A checksum is no figure."""
+"""Records after which it is kept that they were sent."""
 
 
 class State(TypedDict):
@@ -40,17 +37,18 @@ class State(TypedDict):
     """Of the tracker's run."""
     url: str | None
     sent: dict[str, int]
-    """The last step of each kind of record that was handed to the tracker."""
+    """The records that the tracker has, see `Queue`."""
 
 
 def send(name: str, tracker: Tracker, run: RunDir, ended: threading.Event) -> None:
-    """Send the run's numbers until `ended` is set, and then what is left. Raises what the tracker raises."""
+    """Hand the run's records over until `ended` is set, and then what is left. Raises what the tracker raises."""
     file = run.tracker_state(name)
     state: State | None = cast(State, read_json(file)) if file.exists() else None
     job = read_saved_job(run.job)
     fields = {field: value for field, value, _ in public_fields(job)}
     run_id = tracker.start(job.name, fields, run.trackers, state["id"] if state else None)
-    state = {"id": run_id, "url": tracker.url, "sent": state["sent"] if state else {}}
+    queue = Queue(state["sent"] if state else {})
+    state = {"id": run_id, "url": tracker.url, "sent": queue.sent}
     write_json(file, state, private=True)
     reader = RecordReader(run.metrics)
     while True:
@@ -58,28 +56,14 @@ def send(name: str, tracker: Tracker, run: RunDir, ended: threading.Event) -> No
         is_last = ended.is_set()
         records, is_anew = reader.new()
         # Where workers started again, the reader begins with that.
-        rows = unsent_rows(read_records(run.metrics) if is_anew else records, state["sent"])
-        for first in range(0, len(rows), _BATCH):
-            batch = rows[first : first + _BATCH]
+        unsent = queue.unsent(read_records(run.metrics) if is_anew else records, is_anew=is_anew)
+        while batch := list(itertools.islice(unsent, _BATCH)):
             tracker.add(batch)
-            state["sent"].update({row.kind: row.step for row in batch})
             write_json(file, state, private=True)
         if is_last:
             break
         ended.wait(_INTERVAL_S)
     tracker.finish(read_json(run.result)["status"] if run.result.exists() else "failed")
-
-
-def unsent_rows(records: Iterable[Record], sent: Mapping[str, int]) -> list[Row]:
-    """The rows of steps and evaluations after those that were sent.
-
-    Steps that are trained again are left out: a resume is exact, so their figures are those that were sent.
-    """
-    return [
-        Row(record["kind"], record["step"], {name: value for name, value in values.items() if name not in _UNSENT})
-        for record in records
-        if (values := numbers_of(record)) and record["step"] > sent.get(record["kind"], -1)
-    ]
 
 
 def main() -> None:
@@ -97,7 +81,7 @@ def main() -> None:
 
     threading.Thread(target=await_end, daemon=True).start()
     try:
-        send(name, TRACKERS[name](), RunDir(Path(root)), ended)
+        send(name, load_tracker(name)(), RunDir(Path(root)), ended)
     except BaseException as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""One class for each tracker, all with the same four calls.
+"""One class for each tracker, all with the same calls; those of other packages have them too.
 
 They call the libraries themselves. The classes of `accelerate.tracking` (1.15) load torch, refuse to work without a
 `PartialState`, and make a request to MLflow for each step and a call to Comet for each number.
@@ -7,13 +7,19 @@ They call the libraries themselves. The classes of `accelerate.tracking` (1.15) 
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from clm_dist.extensions import load_extension
+from clm_dist.files.record_types import Record
+from clm_dist.train.tensorboard import numbers_of
 
 _PROJECT = "clm-dist"
 """Where the environment names no project."""
 _TAG = "clm-dist"
+_UNSENT = {"step/blocks"}
+"""A checksum is no figure."""
 
 
 class Row(NamedTuple):
@@ -24,6 +30,15 @@ class Row(NamedTuple):
     step: int
     values: dict[str, float]
     """By names as `step/loss` and `eval/perplexity`."""
+
+
+def rows_of(records: Iterable[Record]) -> list[Row]:
+    """The figures of the steps and evaluations among records."""
+    return [
+        Row(record["kind"], record["step"], {name: value for name, value in values.items() if name not in _UNSENT})
+        for record in records
+        if (values := numbers_of(record))
+    ]
 
 
 class Tracker(Protocol):
@@ -41,8 +56,8 @@ class Tracker(Protocol):
     def url(self) -> str | None:
         """Address of the run, where it has one."""
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Send rows; their steps do not go back, except that an evaluation may come after later steps."""
+    def add(self, records: Sequence[Record]) -> None:
+        """Take the next records of the run, see `unsent.Queue`; an evaluation may come after later steps."""
 
     def finish(self, status: str) -> None:
         """Send what is left.
@@ -78,8 +93,8 @@ class Wandb:
     def url(self) -> str | None:
         return self._run.url or None
 
-    def add(self, rows: Sequence[Row]) -> None:
-        for row in rows:
+    def add(self, records: Sequence[Record]) -> None:
+        for row in rows_of(records):
             self._run.log({"global_step": row.step, **row.values})
 
     def finish(self, status: str) -> None:
@@ -121,11 +136,11 @@ class Mlflow:
     def url(self) -> str | None:
         return None
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, row.step) for row in rows for key, value in row.values.items()]
+        metrics = [Metric(key, value, now, row.step) for row in rows_of(records) for key, value in row.values.items()]
         for first in range(0, len(metrics), self._BATCH):
             self._client.log_batch(self._id, metrics=metrics[first : first + self._BATCH])
 
@@ -148,8 +163,8 @@ class Trackio:
     def url(self) -> str | None:
         return None
 
-    def add(self, rows: Sequence[Row]) -> None:
-        for row in rows:
+    def add(self, records: Sequence[Record]) -> None:
+        for row in rows_of(records):
             self._run.log(row.values, step=row.step)
 
     def finish(self, status: str) -> None:
@@ -183,8 +198,8 @@ class Comet:
     def url(self) -> str | None:
         return self._experiment.url or None
 
-    def add(self, rows: Sequence[Row]) -> None:
-        for row in rows:
+    def add(self, records: Sequence[Record]) -> None:
+        for row in rows_of(records):
             self._experiment.log_metrics(row.values, step=row.step)
 
     def finish(self, status: str) -> None:
@@ -194,3 +209,9 @@ class Comet:
 
 TRACKERS: Mapping[str, Callable[[], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio, "comet": Comet}
 """By their names in the job file; TensorBoard's files are written by the recorder."""
+GROUP = "clm_dist.trackers"
+
+
+def load_tracker(name: str) -> Callable[[], Tracker]:
+    """The class of a tracker, built in or of an installed package. Raises ConfigError where it cannot be loaded."""
+    return TRACKERS.get(name) or load_extension(GROUP, name, field="tracking")
