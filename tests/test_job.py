@@ -112,7 +112,7 @@ def test_unknown_key_names_the_nearest_and_its_line(path: Path) -> None:
         ("cluster: {strategy: zero4}", "cluster.strategy is 'zero4': input should be 'ddp', 'zero1'"),
         (
             "tracking: [a/b]",
-            "tracking is 'a/b': input should be 'tensorboard', 'wandb', 'mlflow', 'trackio' or 'comet', or string",
+            "tracking is 'a/b': input should be 'tensorboard', 'wandb', 'mlflow', 'trackio', 'comet' or 'prometheus',",
         ),
     ],
 )

@@ -256,7 +256,7 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     hub: HubConfig = HubConfig()
-    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"] | TrackerName] = []
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet", "prometheus"] | TrackerName] = []
     """Trackers that receive the metrics: tensorboard writes event files into the run directory; the others take
     login and project from their own environment variables, see docs/trackers.md. Any other name is that of a tracker
     that an installed package offers, by an entry point `clm_dist.trackers`; see docs/extend.md."""

@@ -15,6 +15,7 @@ import yaml
 from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import num_bytes, shm_bytes, store_bytes
 from clm_dist.config.load import load_job
+from clm_dist.errors import ConfigError
 from clm_dist.submit.k8s.render import check_job, objects, render
 from clm_dist.submit.k8s.request import Code, Request, selector
 from tests.conftest import ROOT
@@ -234,6 +235,30 @@ def test_the_ports_are_open_to_the_pods_of_the_job_and_the_operator_alone() -> N
     assert own == {"from": [{"podSelector": policy["podSelector"]}]}
     assert operator["ports"] == [{"port": 8265, "protocol": "TCP"}]
     assert len(objects_by_kind(k8s_job(), Request(plain=True))["NetworkPolicy"]["spec"]["ingress"]) == 1
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_figures_of_a_run_are_open_to_prometheus_alone(plain: bool) -> None:
+    request = Request(plain=plain)
+    env = "cluster.k8s.env={OTEL_EXPORTER_PROMETHEUS_PORT: '9999'}"
+    without, job = (job_of("eli5-full", f"tracking=[{tracker}]", env) for tracker in ("tensorboard", "prometheus"))
+    ingress = objects_by_kind(job, request)["NetworkPolicy"]["spec"]["ingress"]
+    assert ingress[:-1] == objects_by_kind(without, request)["NetworkPolicy"]["spec"]["ingress"]
+    labels = {"app.kubernetes.io/name": "prometheus"}
+    assert ingress[-1] == {
+        "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": labels}}],
+        "ports": [{"port": 9999, "protocol": "TCP"}],
+    }
+    host = "OTEL_EXPORTER_PROMETHEUS_HOST"
+    assert all(environment_of(container)[host] == "0.0.0.0" for _, container in pods_of(job, request))
+    assert all(host not in environment_of(container) for _, container in pods_of(without, request))
+    own = job_of("eli5-full", "tracking=[prometheus]", f"cluster.k8s.env={{{host}: 127.0.0.1}}")
+    assert all(environment_of(container)[host] == "127.0.0.1" for _, container in pods_of(own, request))
+    assert validate(render(job, request)) == validate(render(without, request))
+    for port, message in (("0", "Prometheus must know the port"), ("x", "is 'x', which is not a port")):
+        wrong = job_of("eli5-full", "tracking=[prometheus]", env.replace("9999", port))
+        with pytest.raises(ConfigError, match=message):
+            check_job(wrong, request)
 
 
 def test_only_what_trying_again_mends_is_tried_again() -> None:

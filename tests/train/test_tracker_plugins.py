@@ -157,8 +157,8 @@ def test_a_name_that_no_package_offers_is_refused_with_those_that_are_known(inst
         assert caught.value.field == "tracking"
         assert str(caught.value) == (
             f"tracking {name} is offered by no installed package (entry points clm_dist.trackers: webhook; built in: "
-            f"tensorboard, wandb, mlflow, trackio, comet); {advice}{'Else ' if advice else ''}install the package that "
-            "has it in this environment"
+            f"tensorboard, wandb, mlflow, trackio, comet, prometheus); {advice}{'Else ' if advice else ''}install the "
+            "package that has it in this environment"
         )
     install("more_trackers", "", webhook="Webhook")
     with pytest.raises(ConfigError, match=r"offered by more.trackers and some.trackers; uninstall one of them"):

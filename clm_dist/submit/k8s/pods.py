@@ -2,6 +2,7 @@
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import shm_bytes
+from clm_dist.config.prometheus import HOST
 from clm_dist.submit.in_pod.pod import CODE, JOB_DIR, RAY_SETTINGS, RESERVE_S
 from clm_dist.submit.k8s.request import Object, Request, hosts_of, selector, state_dir
 
@@ -131,6 +132,9 @@ def environment_of(job: JobConfig, request: Request) -> list[Object]:
         "RAY_JOB_STOP_WAIT_TIME_S": str(k8s.grace_s - RESERVE_S),
         **RAY_SETTINGS,
     }
+    if "prometheus" in job.tracking:
+        # Of the pod, which the network policy opens to Prometheus alone.
+        values[HOST] = "0.0.0.0"
     if request.code:
         values |= {"PYTHONPATH": f"{JOB_DIR}/{CODE}", "CLM_DIST_COMMIT": request.code.commit}
     return [

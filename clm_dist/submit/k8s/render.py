@@ -13,6 +13,7 @@ import yaml
 from clm_dist.config.job import JobConfig
 from clm_dist.config.k8s import num_bytes, store_bytes
 from clm_dist.config.load import job_text
+from clm_dist.config.prometheus import PORT, listen_address
 from clm_dist.config.yaml_text import Dumper, represent_text
 from clm_dist.errors import ConfigError
 from clm_dist.submit.in_pod.pod import CODE, DASHBOARD_PORT
@@ -61,6 +62,9 @@ def check_job(job: JobConfig, request: Request) -> None:
     if request.code and "PYTHONPATH" in k8s.env:
         problem = "cluster.k8s.env sets PYTHONPATH, which --sync needs"
         raise ConfigError(f"{problem}; remove one of them", field="cluster.k8s.env")
+    if "prometheus" in job.tracking and listen_address(k8s.env)[1] == 0:
+        problem = f"cluster.k8s.env sets {PORT} to 0, and Prometheus must know the port; remove it, or name a port"
+        raise ConfigError(problem, field="cluster.k8s.env")
     hosts_of(job.cluster).check()
 
 
@@ -97,7 +101,10 @@ def _config_map(job: JobConfig, request: Request) -> Object:
 
 
 def _network_policy(job: JobConfig, request: Request) -> Object:
-    """Opens Ray's ports, where programs can be started, to the job's own pods, and the dashboard to the operator."""
+    """Opens Ray's ports, where programs can be started, to the job's own pods, and the dashboard to the operator.
+
+    The port of the run's figures, where it has one, is open to every Prometheus of the cluster.
+    """
     ingress: list[Object] = [{"from": [{"podSelector": {"matchLabels": selector(job.name)}}]}]
     if not request.plain:
         operator = {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
@@ -105,6 +112,14 @@ def _network_policy(job: JobConfig, request: Request) -> Object:
             {
                 "from": [{"namespaceSelector": {}, "podSelector": operator}],
                 "ports": [{"port": DASHBOARD_PORT, "protocol": "TCP"}],
+            }
+        )
+    if "prometheus" in job.tracking:
+        scraper = {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
+        ingress.append(
+            {
+                "from": [{"namespaceSelector": {}, "podSelector": scraper}],
+                "ports": [{"port": listen_address(job.cluster.k8s.env)[1], "protocol": "TCP"}],
             }
         )
     return {

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from clm_dist.config.prometheus import listen_address
 from clm_dist.errors import ConfigError
 from clm_dist.extensions import find_extension
 from clm_dist.train.trackers.services import GROUP
@@ -18,6 +19,7 @@ _MODULES = {
     "mlflow": "mlflow",
     "trackio": "trackio",
     "comet": "comet_ml",
+    "prometheus": "prometheus_client",
 }
 
 
@@ -87,7 +89,17 @@ def _lack_of_comet(environment: Mapping[str, str]) -> str | None:
     )
 
 
-_LACKS = {"wandb": _lack_of_wandb, "mlflow": _lack_of_mlflow, "comet": _lack_of_comet}
+def _lack_of_prometheus(environment: Mapping[str, str]) -> str | None:
+    listen_address(environment)
+    return None
+
+
+_LACKS = {
+    "wandb": _lack_of_wandb,
+    "mlflow": _lack_of_mlflow,
+    "comet": _lack_of_comet,
+    "prometheus": _lack_of_prometheus,
+}
 
 
 def _is_set(files: Sequence[Path], key: str) -> bool:

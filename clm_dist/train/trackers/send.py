@@ -47,7 +47,9 @@ def send(name: str, tracker: Tracker, run: RunDir, ended: threading.Event) -> No
     job = read_saved_job(run.job)
     fields = {field: value for field, value, _ in public_fields(job)}
     run_id = tracker.start(job.name, fields, run.trackers, state["id"] if state else None)
-    queue = Queue(state["sent"] if state else {})
+    # What shows a run as it is, with nobody who remembers it, begins with all of its records, and goes back with it.
+    live = getattr(tracker, "live", False)
+    queue = Queue(state["sent"] if state and not live else {}, again=live)
     state = {"id": run_id, "url": tracker.url, "sent": queue.sent}
     write_json(file, state, private=True)
     reader = RecordReader(run.metrics)
@@ -64,6 +66,9 @@ def send(name: str, tracker: Tracker, run: RunDir, ended: threading.Event) -> No
             break
         ended.wait(_INTERVAL_S)
     tracker.finish(read_json(run.result)["status"] if run.result.exists() else "failed")
+    if live:
+        # Its address ends with it.
+        file.unlink()
 
 
 def main() -> None:

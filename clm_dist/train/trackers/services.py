@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from clm_dist.extensions import load_extension
 from clm_dist.files.record_types import Record
 from clm_dist.train.tensorboard import numbers_of
+from clm_dist.train.trackers.prometheus import Prometheus
 
 _PROJECT = "clm-dist"
 """Where the environment names no project."""
@@ -42,7 +43,11 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 
 class Tracker(Protocol):
-    """A run at a tracker. Whatever it raises ends its own process alone."""
+    """A run at a tracker. Whatever it raises ends its own process alone.
+
+    One with an attribute `live` that is true shows the run as it is, and keeps nothing: each start of its process gets
+    all records, and steps that are trained again come again.
+    """
 
     def start(self, name: str, fields: Mapping[str, Any], directory: Path, run_id: str | None) -> str:
         """Begin a run of this name, or go on with the one of `run_id`. Return its id.
@@ -207,7 +212,13 @@ class Comet:
         self._experiment.end()
 
 
-TRACKERS: Mapping[str, Callable[[], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio, "comet": Comet}
+TRACKERS: Mapping[str, Callable[[], Tracker]] = {
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+    "trackio": Trackio,
+    "comet": Comet,
+    "prometheus": Prometheus,
+}
 """By their names in the job file; TensorBoard's files are written by the recorder."""
 GROUP = "clm_dist.trackers"
 

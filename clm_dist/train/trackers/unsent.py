@@ -22,10 +22,12 @@ class Queue:
     Args:
         sent: what was sent before: of starts and failures their number, of other kinds the last step. It changes with
             each record that is taken, so it may be kept with the records that a tracker has received.
+        again: steps and evaluations that are made again are taken too.
     """
 
-    def __init__(self, sent: dict[str, int]) -> None:
+    def __init__(self, sent: dict[str, int], *, again: bool = False) -> None:
         self.sent = sent
+        self._lasting = {*_NEVER_CUT, *(() if again else _FIGURES)}
         self._passed: Counter[str] = Counter()
 
     def unsent(self, records: Iterable[Record], *, is_anew: bool) -> Iterator[Record]:
@@ -53,6 +55,6 @@ class Queue:
         self.sent[kind] = place
         if kind == "start":
             # What comes of later steps from here on has not been there yet; a start from step 0 keeps nothing.
-            for other in self.sent.keys() - {*_NEVER_CUT, *_FIGURES}:
+            for other in self.sent.keys() - self._lasting:
                 self.sent[other] = min(self.sent[other], step or -1)
         return True
