@@ -1,16 +1,18 @@
 """What `submit slurm` and `submit k8s` have in common."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import typer
 
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.load import Job, located
+from clm_dist.errors import ConfigError
 from clm_dist.progress import err, out
 from clm_dist.submit.backend import Backend, LaunchT
 from clm_dist.submit.launch import check_name
+from clm_dist.train.trackers.check import check_offers
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")]
 
@@ -33,7 +35,7 @@ def submit_to(backend: Backend[LaunchT], launch: LaunchT, job: Job, *, dry_run: 
             return
         check_name(launch.submission)
         backend.check(launch)
-    for warning in backend.warnings(launch):
+    for warning in [*backend.warnings(launch), *_foreign_trackers(job.config.tracking)]:
         err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     submitted = backend.submit(launch)
     name = submitted.name
@@ -41,3 +43,11 @@ def submit_to(backend: Backend[LaunchT], launch: LaunchT, job: Job, *, dry_run: 
     with unfailing("stdout"):
         out.print(f"submitted {name} as {backend.describe(submitted)}{first}", soft_wrap=True)
         out.print(f"clm-dist status {name} · clm-dist logs -f {name} · clm-dist cancel {name}")
+
+
+def _foreign_trackers(trackers: Sequence[str]) -> Iterator[str]:
+    """A warning where a tracker is not installed here: it may be where the job runs, or be misspelt."""
+    try:
+        check_offers(trackers)
+    except ConfigError as error:
+        yield f"{error}; the job is refused where it is not there either"

@@ -273,3 +273,11 @@ def test_a_job_that_fails_at_once_is_not_taken_for_the_run_that_it_goes_on_with(
     said = commands.call("status").out
     assert " failed " in said
     assert "tiny: exit code 2\nwhy: clm-dist logs tiny" in said
+
+
+def test_a_tracker_that_is_not_installed_here_is_warned_of(commands: Commands) -> None:
+    said = commands.submit("--set", "tracking=[tensorboard, wandbb]")
+    assert said.code == 0
+    assert "warning: tracking wandbb is offered by no installed package" in said.err
+    assert "did you mean wandb? " in said.err
+    assert "tracking" not in commands.submit("--set", "tracking=[wandb]", "--set", "name=other").err

@@ -25,17 +25,23 @@ _MODULES = {
 
 def check_trackers(trackers: Sequence[str]) -> None:
     """Raise ConfigError where a tracker is not installed, or would have nobody to send to."""
+    check_offers(trackers)
     for name in trackers:
-        if name not in _MODULES:
-            find_extension(GROUP, name, field="tracking", built_in=tuple(_MODULES))
-            continue
-        if importlib.util.find_spec(_MODULES[name]) is None:
+        module = _MODULES.get(name)
+        if module and importlib.util.find_spec(module) is None:
             raise ConfigError(
-                f"tracking has {name}, but {_MODULES[name]} is not installed; pip install 'clm-dist[{name}]'",
+                f"tracking has {name}, but {module} is not installed; pip install 'clm-dist[{name}]'",
                 field="tracking",
             )
         if lack := _LACKS[name](os.environ) if name in _LACKS else None:
             raise ConfigError(f"tracking has {name}, but {lack}", field="tracking")
+
+
+def check_offers(trackers: Sequence[str]) -> None:
+    """Raise ConfigError where a tracker is neither built in nor offered by a package that is installed here."""
+    for name in trackers:
+        if name not in _MODULES:
+            find_extension(GROUP, name, field="tracking", built_in=tuple(_MODULES))
 
 
 def _lack_of_wandb(environment: Mapping[str, str]) -> str | None:
