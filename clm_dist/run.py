@@ -130,8 +130,9 @@ def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved
     from clm_dist.pretrained.tokenizer import load_tokenizer
     from clm_dist.report.card import render_front_matter
     from clm_dist.train.model import check_model, check_tokenizer, load_config
+    from clm_dist.train.optimizers import check_optimizer
     from clm_dist.train.trackers.check import check_trackers
-    from clm_dist.train.unused import describe_unused, find_unused
+    from clm_dist.train.unused import describe_unused, find_unused, trainable_shapes
 
     if config.hub.push != "never":
         hub.check_access(config)
@@ -141,8 +142,11 @@ def _resolve(config: JobConfig, stores: Stores, progress: Progress) -> "Resolved
     resolved = pipeline.resolve(config, stores)
     if resolved.tokenizer is not None:
         check_tokenizer(config, load_tokenizer(resolved.tokenizer))
-    if unused := find_unused(load_config(config), config.data.block_size):
+    model = load_config(config)
+    if unused := find_unused(model, config.data.block_size):
         progress.note(describe_unused(unused))
+    if config.train.optimizer != "adamw":
+        check_optimizer(config.train, config.cluster.strategy, trainable_shapes(model, unused))
     return resolved
 
 

@@ -227,3 +227,14 @@ def test_sections_of_a_saved_job_that_are_none_are_named(
     run.job.write_text(yaml.safe_dump(job))
     said = clm_dist(capsys, monkeypatch, "run", run.job, "--runs", run.root.parent)
     assert (said.code, f"{run.job}:" in said.err, "model.config is True" in said.err) == (2, True, True)
+
+
+def test_a_tracker_or_an_optimizer_that_no_package_offers(run: Run, write_job: WriteJob) -> None:
+    for setting, message in (
+        ("tracking=[wandbb]", "tracking wandbb is offered by no installed package (entry points clm_dist.trac"),
+        (
+            "train.optimizer=lionn",
+            "train.optimizer lionn is offered by no installed package (entry points clm_dist.o",
+        ),
+    ):
+        assert f"--set {setting}: {message}" in run(write_job(), setting).err

@@ -8,15 +8,15 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from clm_dist.config.data import DataConfig, TokenizerConfig
+from clm_dist.config.hub import HubConfig
 from clm_dist.config.k8s import K8sConfig
-from clm_dist.config.section import MOST, Count, Section, Seed, wrong
+from clm_dist.config.section import MOST, Count, ExtensionName, Section, Seed, wrong
 from clm_dist.config.slurm import SlurmConfig
 
 Every = Literal["epoch"] | Count
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 ATTENTIONS = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-TrackerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]
 
 
@@ -88,8 +88,12 @@ class TrainConfig(Section):
     `max_steps` can be raised on a resume and changes no rate."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate."""
+    optimizer: Literal["adamw"] | ExtensionName = "adamw"
+    """`adamw`, or the name of an entry point `clm_dist.optimizers` of an installed package; see docs/extend.md."""
+    optimizer_options: dict[str, JsonValue] = {}
+    """Whatever that optimizer of a package takes besides the learning rate and the weight decay."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's weight decay."""
+    """Weight decay."""
     decay_bias_and_norm: bool = True
     """Decay biases and normalisation weights as well, as plain AdamW does."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -148,6 +152,14 @@ class TrainConfig(Section):
                 f"train.warmup_ratio {self.warmup_ratio} and train.decay_ratio {self.decay_ratio} are more than the "
                 "whole run; lower one of them",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_of_the_optimizer(self) -> Self:
+        of_adamw = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        for name in ("optimizer_options",) if self.optimizer == "adamw" else of_adamw:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise wrong(f"train.{name}", f"train.{name} is not for train.optimizer {self.optimizer}; remove it")
         return self
 
     def num_warmup_steps(self, num_steps: int) -> int:
@@ -225,23 +237,6 @@ class ClusterConfig(Section):
         return self
 
 
-class HubConfig(Section):
-    """Where the model is pushed."""
-
-    push: Literal["never", "end", "epoch"] = "never"
-    """When to push: never, at the end, or after every epoch as well."""
-    repo: str | None = None
-    """Repository, `user/name`; null takes the token's user and the job's name."""
-    private: bool = True
-    """Create the repository private."""
-    language: str | list[str] | None = None
-    """Language of the text, for the model card: an ISO 639-1 code such as `en`, or several."""
-    license: str | None = None
-    """Licence of the model, for the card: an identifier of the Hub, such as `apache-2.0`."""
-    limitations: str | None = None
-    """What the model is not good for, in Markdown, for the card."""
-
-
 class JobConfig(Section):
     """A whole job: which text, which model, how it is trained, and where the result goes."""
 
@@ -256,10 +251,10 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     hub: HubConfig = HubConfig()
-    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet", "prometheus"] | TrackerName] = []
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet", "prometheus"] | ExtensionName] = []
     """Trackers that receive the metrics: tensorboard writes event files into the run directory; the others take
-    login and project from their own environment variables, see docs/trackers.md. Any other name is that of a tracker
-    that an installed package offers, by an entry point `clm_dist.trackers`; see docs/extend.md."""
+    login and project from their own environment variables, see docs/trackers.md. Any other name is that of an entry
+    point `clm_dist.trackers` of an installed package, see docs/extend.md."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

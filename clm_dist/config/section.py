@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 
 # Far above what can be meant, and small enough for every library that gets it.
 MOST = 2**31
+ExtensionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+"""Name of an entry point of an installed package."""
 Count = Annotated[int, Field(gt=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed that numpy, torch and datasets all take."""

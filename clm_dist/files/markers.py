@@ -69,6 +69,8 @@ class TrainerState:
     """Whether passes were compiled, which rounds otherwise."""
     best: BestEval | None = None
     """The best evaluation until then; None before the first."""
+    optimizer: str = "adamw"
+    """`train.optimizer`, whose state is beside it."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,11 @@ def check_state(state: TrainerState, where: str, job: JobConfig, fingerprint: st
                 f"{where} was saved with {name} {saved}, the job has {now}: after {state.step} steps it would go "
                 f"on with other blocks than those it has not seen; resume with --set {name}={saved}, {again}"
             )
+    if state.optimizer != job.train.optimizer:
+        raise CheckpointError(
+            f"{where} was saved with train.optimizer {state.optimizer}, the job has {job.train.optimizer}, which keeps "
+            f"another state; resume with --set train.optimizer={state.optimizer}, {again}"
+        )
     if state.fingerprint != fingerprint:
         raise CheckpointError(
             f"{where} was trained on the blocks {state.fingerprint}, the job's are {fingerprint}: the data or the "

@@ -1,5 +1,6 @@
 """The model card: README.md of the trained model, and the picture of its loss."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,15 @@ def _training(job: JobConfig, result: Result) -> list[str]:
     if train.warmup_ratio is not None:
         warmup = f"warm-up in the first {train.warmup_ratio:.3g} of the steps"
     early = f", then stopped: {train.stop_after} evaluations were no better" if result.get("stopped_early") else ""
+    optimizer = ", ".join(
+        [train.optimizer, *(f"{name} {json.dumps(value)}" for name, value in train.optimizer_options.items())]
+    )
+    if train.optimizer == "adamw":
+        optimizer = f"AdamW, betas {train.adam_beta1:g} and {train.adam_beta2:g}"
     facts = {
         "steps": f"{totals['steps']:,} of {batch.global_size} blocks of {job.data.block_size} tokens{early}",
         "learning rate": f"{train.learning_rate:g}, {train.schedule}{falls}, {warmup}",
-        "optimizer": f"AdamW, betas {train.adam_beta1:g} and {train.adam_beta2:g}, weight decay {train.weight_decay:g}",
+        "optimizer": f"{optimizer}, weight decay {train.weight_decay:g}",
         "precision": train.precision,
         "seed": str(train.seed),
         "workers": f"{result['workers']} ({result['strategy']})",

@@ -473,4 +473,5 @@ class _Loop:
             owes_evaluation=owes_evaluation,
             compiled=self.compilation.compiled,
             best=self.best,
+            optimizer=job.train.optimizer,
         )

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""The optimizer and its learning rate."""
 
 import contextlib
 import math
@@ -10,20 +10,24 @@ from torch import nn
 
 from clm_dist.config.job import TrainConfig
 from clm_dist.errors import ConfigError
+from clm_dist.train.optimizers import Group, build_other
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the model's trainable parameters, decayed as the job says."""
+    """The job's optimizer over the model's trainable parameters, decayed as the job says."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if train.decay_bias_and_norm:
-        groups = [{"params": [p for _, p in parameters], "weight_decay": train.weight_decay}]
+        groups: list[Group] = [{"params": parameters, "weight_decay": train.weight_decay}]
     else:
         kept = {True: train.weight_decay, False: 0.0}
         groups = [
             {"params": chosen, "weight_decay": decay}
             for decayed, decay in kept.items()
-            if (chosen := [p for name, p in parameters if _is_matrix(name, p) is decayed])
+            if (chosen := [(name, p) for name, p in parameters if _is_matrix(name, p) is decayed])
         ]
+    if train.optimizer != "adamw":
+        return build_other(train, groups)
+    groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
     return torch.optim.AdamW(
         groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon, fused=True
     )

@@ -77,6 +77,14 @@ def describe_unused(unused: Mapping[str, int]) -> str:
     )
 
 
+def trainable_shapes(config: Any, unused: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that are trained, by their names."""
+    with torch.device("meta"):
+        model = build_model(copy.deepcopy(config))
+    freeze(model, unused)
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
     """Take parameters out of training."""
     for name in names:

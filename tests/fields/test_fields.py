@@ -18,6 +18,7 @@ _RUN = "tests/train/test_driver.py::test_a_run_leaves_what_the_design_promises"
 _FINGERPRINT = "tests/prepare/test_fingerprint.py::test_a_field_that_can_change_a_byte_changes_the_fingerprint"
 _ADAM = "tests/train/test_optim.py::test_the_constants_of_adam_are_the_jobs"
 _RATE = "tests/train/test_optim.py::test_the_rate_of_a_step_is_that_of_the_schedule_stepped_so_often"
+_OPTIMIZER = "tests/train/test_optimizers.py::test_every_strategy_has_the_losses_of_one_process"
 COVERED: dict[str, str] = {
     "checkpoint.path": "tests/test_checkpoints.py::test_a_job_says_where_its_checkpoints_lie",
     "cluster.strategy": "tests/train/test_strategy.py::test_a_run_whose_ranks_do_not_share_gradients_is_impossible",
@@ -67,6 +68,8 @@ COVERED: dict[str, str] = {
     "train.learning_rate": _RATE,
     "train.on_nan": "tests/train/test_outliers.py::test_a_step_that_is_not_finite_can_be_left_out",
     "train.on_spike": "tests/train/test_outliers.py::test_a_loss_that_stands_out_is_reported_and_skipped_if_asked",
+    "train.optimizer": _OPTIMIZER,
+    "train.optimizer_options": _OPTIMIZER,
     "train.precision": "tests/train/test_strategy.py::test_bf16_trains_close_to_fp32",
     "train.schedule": _RATE,
     "train.schedule_steps": (

@@ -242,3 +242,12 @@ def test_a_picture_that_cannot_be_drawn_takes_nothing_from_the_card(
 
 def test_a_name_that_is_not_utf_8_is_escaped(result: Any, make_job: MakeJob) -> None:
     assert "\\udcff" in render_card(make_job(), result | {"versions": {"odd": "\udcff"}})
+
+
+def test_a_card_names_the_optimizer_with_its_options(result: Any, make_job: MakeJob) -> None:
+    lion = ("train.optimizer=lion", "train.optimizer_options={beta: 0.5}", "train.weight_decay=0.25")
+    for settings, optimizer in (
+        ((), "AdamW, betas 0.9 and 0.999, weight decay 0.01"),
+        (lion, "lion, beta 0.5, weight decay 0.25"),
+    ):
+        assert f"- optimizer: {optimizer}\n" in render_card(make_job(*settings), result)

@@ -1,8 +1,8 @@
 """Fragments of parameters, which a rank writes to a checkpoint and reads from one of any strategy.
 
-Every strategy keeps, for each parameter, fp32 weights and AdamW's two moments, flat and cut somewhere else. A fragment
-is one rank's piece of a parameter. Saved, it says which elements it has; so a rank that holds other pieces, because the
-number of workers or the strategy is another, copies the overlaps from the files that have them:
+Every strategy keeps, for each parameter, fp32 weights and the optimizer's state tensors, flat and cut somewhere else. A
+fragment is one rank's piece of a parameter. Saved, it says which elements it has; so a rank that holds other pieces,
+because the number of workers or the strategy is another, copies the overlaps from the files that have them:
 
     saved by 2     wte [0 ......... 511][512 ........ 999]
     read by 3      wte [0 ... 340][341 ... 666][667 .. 999]      the second reads of both files
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clm_dist.errors import CheckpointError
@@ -33,7 +33,7 @@ class Fragment:
     parameter: str
     start: int
     tensors: Mapping[str, Tensor]
-    """`weight`, `exp_avg`, `exp_avg_sq`, each (n,): views of what the optimizer changes."""
+    """`weight`, and the optimizer's state: `exp_avg` and `exp_avg_sq` of AdamW; each (n,), views of what it changes."""
     replicated: bool = False
     """Whether every rank holds the same; then each saves a part of its own."""
 
@@ -92,9 +92,15 @@ def load_fragments(files: Mapping[str, Path], marker: Marker, fragments: list[Fr
                 for share, begin, end in _overlaps(pieces, fragment):
                     first = share.fragments[fragment.parameter][0]
                     for kind, tensor in fragment.tensors.items():
-                        saved = opened[share.file].get_slice(f"{fragment.parameter}:{kind}")[
-                            begin - first : end - first
-                        ]
+                        try:
+                            whole = opened[share.file].get_slice(f"{fragment.parameter}:{kind}")
+                        except SafetensorError as error:
+                            raise CheckpointError(
+                                f"the checkpoint has no {kind} of {fragment.parameter}: it was saved with other "
+                                "train.optimizer_options; resume with them, or start again with --overwrite or another "
+                                "name"
+                            ) from error
+                        saved = whole[begin - first : end - first]
                         tensor[begin - fragment.start : end - fragment.start].copy_(saved)
 
 

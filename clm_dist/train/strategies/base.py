@@ -8,6 +8,7 @@ first before any step is trained.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.train.checkpointing.fragments import Fragment
 from clm_dist.train.forward import WithLoss
+from clm_dist.train.optimizers import first_state, states_of
 
 logger = logging.getLogger(__name__)
 
@@ -148,35 +150,41 @@ class Strategy(ABC):
             num_updates: that the optimizer had made.
             scaler: what `scaler_state` gave.
         """
-        for state in self._adam.state.values():
-            state["step"].fill_(num_updates)
+        for state in self._plain_optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(num_updates)
 
     @property
     def num_updates(self) -> int:
-        """Updates that the optimizer made. Not collective."""
-        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+        """Updates that the optimizer counted; 0 where it counts none. Not collective."""
+        return max((int(state["step"]) for state in self._plain_optimizer.state.values() if "step" in state), default=0)
 
     def scaler_state(self) -> dict[str, float]:
         """State of the loss scaler; empty where there is none. Not collective."""
         return {}
 
     @property
-    def _adam(self) -> torch.optim.Optimizer:
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer itself."""
         return self.optimizer
 
-    def _adam_fragment(self, name: str, start: int, parameter: Any, part: slice, **options: Any) -> Fragment:
-        """A part of a parameter of the optimizer, with its moments: zeros before the first update, as AdamW begins.
+    @functools.cached_property
+    def _states(self) -> dict[int, tuple[str, ...]]:
+        """Names of the state tensors of the optimizer's parameters, by their ids, as far as its groups have them."""
+        return {id(p): states_of(group) for group in self._plain_optimizer.param_groups for p in group["params"]}
+
+    def _fragment_of(self, name: str, start: int, parameter: Any, part: slice, **options: Any) -> Fragment:
+        """A part of a parameter of the optimizer, with its state: zeros before the first update, as optimizers begin.
 
         Args:
             name: the model's parameter, of which the part begins at the element `start`.
         """
-        state = self._adam.state[parameter]
+        # ZeRO-3 shows its optimizer one parameter at a time; there all have the same states.
+        states = self._states.get(id(parameter)) or states_of(self._plain_optimizer.param_groups[0])
+        state = self._plain_optimizer.state[parameter]
         if not state:
-            device = parameter.device
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors = {"weight": parameter, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            state.update(first_state(parameter, states))
+        tensors = {"weight": parameter, **{kind: state[kind] for kind in states if kind != "step"}}
         flat = {kind: local_shard(tensor.detach()).view(-1)[part] for kind, tensor in tensors.items()}
         return Fragment(name, start, flat, **options)
 

@@ -98,14 +98,14 @@ class DataParallel(Strategy):
         return {name: weight.cpu() for name, weight in self.plain_model.state_dict().items()}
 
     @property
-    def _adam(self) -> torch.optim.Optimizer:
-        adam: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]  # Accelerate wraps it
-        return adam
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]  # Accelerate wraps it
+        return optimizer
 
     def _parameter_fragments(self) -> Iterable[Fragment]:
         for name, parameter in self.plain_model.named_parameters():
             if parameter.requires_grad:
-                yield self._adam_fragment(name, 0, parameter, slice(None), replicated=True)
+                yield self._fragment_of(name, 0, parameter, slice(None), replicated=True)
 
     def apply_fragments(self, num_updates: int, scaler: Mapping[str, float]) -> None:
         super().apply_fragments(num_updates, scaler)

@@ -72,7 +72,7 @@ class FullyShard(Strategy):
             # Rows, as torch.chunk deals them out.
             rows, row_size = parameter.shape[0], math.prod(parameter.shape[1:])
             first = min(self.rank * -(-rows // self.world_size), rows)
-            yield self._adam_fragment(name, first * row_size, parameter, slice(None))
+            yield self._fragment_of(name, first * row_size, parameter, slice(None))
 
     def release(self) -> None:
         del self._shards, self._blocks

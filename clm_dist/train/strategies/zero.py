@@ -107,9 +107,9 @@ class Zero(Strategy):
         return {name.removeprefix("model."): weight.cpu() for name, weight in (weights or {}).items()}
 
     @property
-    def _adam(self) -> torch.optim.Optimizer:
-        adam: torch.optim.Optimizer = self._engine.optimizer.optimizer
-        return adam
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return optimizer
 
     def _parameter_fragments(self) -> Iterable[Fragment]:
         zero = self._engine.optimizer
@@ -131,7 +131,7 @@ class Zero(Strategy):
                 start, begin = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
                 size = mapping.hp_fragment_address.numel
                 flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            yield self._adam_fragment(name, start, flat, slice(begin, begin + size))
+            yield self._fragment_of(name, start, flat, slice(begin, begin + size))
 
     def apply_fragments(self, num_updates: int, scaler: Mapping[str, float]) -> None:
         super().apply_fragments(num_updates, scaler)
