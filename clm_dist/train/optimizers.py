@@ -33,7 +33,9 @@ def states_of(group: Mapping[str, Any]) -> tuple[str, ...]:
 def first_state(parameter: Tensor, states: Iterable[str]) -> dict[str, Tensor]:
     """The state of a parameter before the first update."""
     return {
-        name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+        name: torch.zeros((), dtype=torch.float32, device=parameter.device)
+        if name == "step"
+        else torch.zeros_like(parameter)
         for name in states
     }
 

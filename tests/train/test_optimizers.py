@@ -17,8 +17,8 @@ from clm_dist.train.optim import build_optimizer
 from clm_dist.train.optimizers import check_optimizer
 from tests.conftest import ROOT, MakeJob
 from tests.support.plugins import install_package
-from tests.support.runs import checkpoints_of
-from tests.support.training import SOME_SLOW, leave_only, losses_of, train_one, train_one_here
+from tests.support.runs import checkpoints_of, metrics_of
+from tests.support.training import SOME_SLOW, forget_after, leave_only, losses_of, train_one, train_one_here
 from tests.support.workers import run_workers
 
 Install = Callable[..., None]
@@ -108,6 +108,24 @@ def test_every_strategy_has_the_losses_of_one_process(
     for name, settings in (("adamw", ()), ("other", lion[:1])):
         train_one(make_job(*SETTINGS, *settings), RunDir(tmp_path / name), few_blocks)
         assert abs(losses_of(tmp_path / name)[-1] / losses_of(tmp_path / "one")[-1] - 1) > 10 * RTOL
+
+
+@pytest.mark.usefixtures("documented")
+def test_resumes_with_other_strategies_and_numbers_of_workers_change_nothing(
+    make_job: MakeJob, few_blocks: Path, tmp_path: Path
+) -> None:
+    job = make_job(*SETTINGS, "train.optimizer=lion", "train.max_steps=12", "cluster.workers=2")
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    run_workers(train_one_here, 2, job, whole, few_blocks)
+    leave_only(whole, step=4, target=cut)
+    for step, strategy, world_size in ((4, "fsdp2", 2), (8, "zero2", 1)):
+        forget_after(cut, step)
+        cluster = job.cluster.model_copy(update={"strategy": strategy, "workers": world_size})
+        job = job.model_copy(update={"cluster": cluster})
+        assert run_workers(train_one_here, world_size, job, cut, few_blocks)[0].status == "done"
+    starts = [(r["step"], r["strategy"], r["workers"]) for r in metrics_of(cut.metrics) if r["kind"] == "start"]
+    assert starts == [(0, "ddp", 2), (4, "fsdp2", 2), (8, "zero2", 1)]
+    np.testing.assert_allclose(losses_of(cut.root), losses_of(whole.root), rtol=RTOL)
 
 
 @pytest.mark.usefixtures("documented")
