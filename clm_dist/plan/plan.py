@@ -114,6 +114,8 @@ def make_plan(
         speed = _speed_of(architecture, setting, device, mfu, notes)
     if device is not None and not device.has_bf16 and job.train.precision == "bf16":
         notes.append(f"{device.name} has no bf16, so train.precision bf16 is slow there; take fp16")
+    if job.train.optimizer != "adamw":
+        notes.append(f"memory and checkpoints are those of AdamW; train.optimizer {job.train.optimizer} may take other")
     choices = tuple(choices_of(architecture, setting, device))
     evaluations = _num_evaluations(job, order)
     tokens = float(order.num_tokens(job.data.block_size))
