@@ -116,7 +116,7 @@ def test_a_model_without_a_formula_is_built_without_weights(plan: PlanCommand, w
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--gpu", "h1000"), "--gpu h1000 is not known; take one of b200, h200, "),
+        (("--gpu", "h1000"), "the GPU h1000 is not known; take one of b200, h200, "),
         (("--memory-gib", "24"), "--tflops is missing"),
         (("--tflops", "100"), "--memory-gib is missing"),
         ((*GPU, "--nodes", "one"), "--nodes one is not a list of numbers; write 1,2,4,8"),
@@ -153,3 +153,27 @@ def test_a_gpu_of_ones_own_has_the_memory_and_the_peak_that_are_said(plan: PlanC
     assert none["advice"].startswith("nothing fits")
     assert enough["advice"].startswith("ddp fits")
     assert enough["speed"]["low"] == pytest.approx(2 * none["speed"]["low"])
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "k8s"])
+def test_a_submission_prints_its_plan_first(
+    cluster: str, write_job: WriteJob, stores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(
+        "cluster.slurm.nodes=2",
+        "cluster.slurm.gpus_per_node=1",
+        "cluster.k8s.pods=2",
+        "cluster.k8s.gpus_per_pod=1",
+        "cluster.workers=2",
+        "train.precision=bf16",
+    )
+    options = ("--dry-run", *(("--store", stores) if cluster == "slurm" else ("--image", "i", "--claim", "c")))
+    plain = clm_dist(capsys, monkeypatch, "submit", cluster, job, *options)
+    assert plain.code == 0, plain.err
+    planned = clm_dist(capsys, monkeypatch, "submit", cluster, job, *options, "--plan", "a100-80")
+    # What is submitted stays the same, and alone on standard output.
+    assert (planned.code, planned.out) == (0, plain.out)
+    assert "memory of a100-80: ddp on 2 workers" in planned.err
+    refused = clm_dist(capsys, monkeypatch, "submit", cluster, job, *options, "--plan", "a1000")
+    assert refused.code == 2
+    assert "the GPU a1000 is not known" in refused.err

@@ -15,6 +15,10 @@ from clm_dist.submit.launch import check_name
 from clm_dist.train.trackers.check import check_offers
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")]
+PlanOn = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="GPU", help="Print first what the job takes on this GPU; see `clm-dist plan`."),
+]
 
 
 def settings_of(section: str, options: Mapping[str, object]) -> list[str]:

@@ -14,13 +14,14 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job, located
 from clm_dist.devices import DEVICES, Device
 from clm_dist.errors import ConfigError
-from clm_dist.files.stores import DEFAULT_STORES
+from clm_dist.files.stores import DEFAULT_STORES, Stores
 from clm_dist.plan.target import Target
-from clm_dist.progress import out
+from clm_dist.progress import err, out
 
 _GIB = 2**30
 _NODES = (1, 2, 4, 8)
 _NETWORK_GBIT = 100.0
+_BYTES_PER_GBIT = 1e9 / 8
 
 
 def plan(
@@ -75,7 +76,7 @@ def plan(
     job = load_job(job_file, overrides or ())
     config = job.config
     device, share = _device(gpu, memory_gib, tflops), _share(mfu)
-    between_nodes = network * 1e9 / 8
+    between_nodes = network * _BYTES_PER_GBIT
     with located(job):
         counts = count_blocks(config, open_stores(stores))
         architecture, note = model_architecture(config, counts.vocabulary)
@@ -112,12 +113,32 @@ def plan(
             print_plan(made, target, out)
 
 
+def print_job_plan(job: JobConfig, stores: Stores, gpu: str, *, nodes: int, gpus_per_node: int) -> None:
+    """Print on standard error what a job takes on the hosts that it asks for.
+
+    Args:
+        gpu: name of a GPU that is known.
+        gpus_per_node: 0 where that is not known.
+    """
+    from clm_dist.plan.counts import count_blocks
+    from clm_dist.plan.model import model_architecture
+    from clm_dist.plan.page import print_plan
+    from clm_dist.plan.plan import make_plan
+
+    device = _device(gpu, None, None)
+    counts = count_blocks(job, stores)
+    architecture, note = model_architecture(job, counts.vocabulary)
+    each = gpus_per_node or -(-job.cluster.max_workers // nodes)
+    target = Target(device, each, (nodes,), _NETWORK_GBIT * _BYTES_PER_GBIT)
+    print_plan(make_plan(job, architecture, counts, target, notes=[note] if note else []), target, err)
+
+
 def _device(name: str | None, memory_gib: float | None, tflops: float | None) -> Device | None:
     """The GPU that the options describe."""
     known = {device.name: device for device in DEVICES}
     if name is not None and name.lower() not in known:
         raise ConfigError(
-            f"--gpu {name} is not known; take one of {', '.join(known)}, or say --memory-gib and --tflops instead"
+            f"the GPU {name} is not known; take one of {', '.join(known)}, or say --memory-gib and --tflops of `clm-dist plan`"
         )
     if name is None and (memory_gib is None or tflops is None):
         if memory_gib is None and tflops is None:
@@ -134,8 +155,7 @@ def _device(name: str | None, memory_gib: float | None, tflops: float | None) ->
 
 def _gpus_of(job: JobConfig) -> int:
     """GPUs of a node that a job names for a cluster."""
-    of_slurm = job.cluster.slurm.gpus_per_node
-    return (of_slurm if isinstance(of_slurm, int) and of_slurm else job.cluster.k8s.gpus_per_pod) or 8
+    return job.cluster.slurm.num_gpus or job.cluster.k8s.gpus_per_pod or 8
 
 
 def _numbers(text: str) -> tuple[int, ...]:

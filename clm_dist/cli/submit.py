@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clm_dist.cli.cluster import DryRun, settings_of, submit_to
+from clm_dist.cli.cluster import DryRun, PlanOn, settings_of, submit_to
 from clm_dist.cli.options import (
     DEFAULT_RUNS,
     JobFile,
@@ -19,9 +19,10 @@ from clm_dist.cli.options import (
     StoreOption,
     open_stores,
 )
+from clm_dist.cli.plan import print_job_plan
 from clm_dist.cli.submit_k8s import k8s
 from clm_dist.config.job import JobConfig
-from clm_dist.config.load import load_job
+from clm_dist.config.load import load_job, located
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
 from clm_dist.files.stores import DEFAULT_STORES
@@ -63,6 +64,7 @@ def slurm(
     ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    plan: PlanOn = None,
     dry_run: DryRun = False,
 ) -> None:
     """Submit a job to Slurm: prepare, train, evaluate and report on its hosts."""
@@ -88,6 +90,10 @@ def slurm(
     )
     request = Request(submission, store=str(open_stores(stores)), venv=Path(sys.prefix), resume=resume, at_once=at_once)
     launch = Launch(jobs, request, prepare_first=prepare_first, overwrite=overwrite)
+    if plan is not None:
+        hosts = job.config.cluster.slurm
+        with located(job):
+            print_job_plan(job.config, open_stores(stores), plan, nodes=hosts.nodes, gpus_per_node=hosts.num_gpus)
     submit_to(SlurmBackend(), launch, job, dry_run=dry_run)
 
 

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from clm_dist.cli.cluster import DryRun, settings_of, submit_to
-from clm_dist.cli.options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume
-from clm_dist.config.load import load_job
+from clm_dist.cli.cluster import DryRun, PlanOn, settings_of, submit_to
+from clm_dist.cli.options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume, open_stores
+from clm_dist.cli.plan import print_job_plan
+from clm_dist.config.load import load_job, located
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
+from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.submit.k8s.backend import K8sBackend, Launch
 from clm_dist.submit.k8s.request import Request
 from clm_dist.submit.k8s.sync import pack
@@ -59,6 +61,7 @@ def k8s(
     ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    plan: PlanOn = None,
     dry_run: DryRun = False,
     _workers: Annotated[str | None, typer.Option("--workers", hidden=True, callback=_refuse_workers)] = None,
     _gpus_per_worker: Annotated[
@@ -90,4 +93,9 @@ def k8s(
         plain=plain,
         code=pack(Path.cwd()) if sync else None,
     )
+    if plan is not None:
+        pods_of = job.config.cluster.k8s
+        with located(job):
+            stores = open_stores(DEFAULT_STORES)
+            print_job_plan(job.config, stores, plan, nodes=pods_of.pods, gpus_per_node=pods_of.gpus_per_pod)
     submit_to(K8sBackend(), Launch(job.config, request, local_dir(runs, "--runs")), job, dry_run=dry_run)

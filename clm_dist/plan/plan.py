@@ -217,14 +217,14 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
 def _advise_waiting(scale: Scale, setting: Setting, choices: Sequence[Choice]) -> str:
     """What to do where workers wait for each other."""
     own = next(one for one in choices if one.is_of(setting))
-    said = f"on {scale.nodes} nodes workers wait for each other in {scale.waiting * 100:.0f} % of a step: "
+    said = f"on {scale.nodes} nodes workers wait for each other in {scale.waiting * 100:.0f} % of a step; less with "
     if (
         scale.passes > 1
         and setting.strategy in ("zero2", "zero3", "fsdp2")
         and (own.most_blocks or 0) > setting.micro_size
     ):
-        said += f"a larger batch.micro_size (up to {own.most_blocks}) makes fewer passes, which each exchange; "
-    return f"{said}or take a larger batch.global_size, or hosts with more bandwidth (--network)"
+        said += f"a larger batch.micro_size (up to {own.most_blocks}), because every pass exchanges, "
+    return f"{said}a larger batch.global_size, or more bandwidth between hosts (--network)"
 
 
 def _num_due(every: Every, order: BatchOrder) -> int:
