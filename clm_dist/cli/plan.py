@@ -138,7 +138,8 @@ def _device(name: str | None, memory_gib: float | None, tflops: float | None) ->
     known = {device.name: device for device in DEVICES}
     if name is not None and name.lower() not in known:
         raise ConfigError(
-            f"the GPU {name} is not known; take one of {', '.join(known)}, or say --memory-gib and --tflops of `clm-dist plan`"
+            f"the GPU {name} is not known; take one of {', '.join(known)}, or say `clm-dist plan` its --memory-gib and "
+            "--tflops"
         )
     if name is None and (memory_gib is None or tflops is None):
         if memory_gib is None and tflops is None:
