@@ -78,7 +78,7 @@ def test_datasets_opens_a_shard_as_it_is(tmp_path: Path, blocks: Ids) -> None:
 
 def test_reading_a_block_copies_only_that_block(tmp_path: Path, blocks: Ids) -> None:
     read = Blocks(store_of(tmp_path, blocks), "train")
-    assert not read._mapped[0].ids.flags.owndata
+    assert not read._mapped(0).ids.flags.owndata
 
 
 def test_a_shard_keeps_no_file_open_and_outlives_its_file(tmp_path: Path, blocks: Ids) -> None:
@@ -91,6 +91,29 @@ def test_a_shard_keeps_no_file_open_and_outlives_its_file(tmp_path: Path, blocks
     assert np.array_equal(read[np.arange(1000)], blocks)
 
 
+def test_a_process_maps_no_more_shards_than_it_may(
+    tmp_path: Path, blocks: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of 10^12 tokens has 59,605 shards, and Linux lets a process have 65,530 mappings."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10 * 16)
+    monkeypatch.setattr("clm_dist.files.blocks._MOST_MAPPED", 3)
+    store = store_of(tmp_path, blocks)
+
+    def num_mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(store / "train"))
+
+    read = Blocks(store, "train", shuffled=True)
+    order = np.random.default_rng(1).permutation(1000)
+    read.will_need(order[:50])
+    assert np.array_equal(read[order], blocks[order])
+    assert 0 < num_mapped() <= 3
+    del read
+    assert num_mapped() == 0
+    (store / "train" / "00098.arrow").unlink()
+    with pytest.raises(DataError, match="00098"):
+        Blocks(store, "train")
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_blocks_that_will_be_needed_may_lie_anywhere(
     shuffled: bool, tmp_path: Path, blocks: Ids, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +123,7 @@ def test_blocks_that_will_be_needed_may_lie_anywhere(
     order = np.array([999, 0, 299, 300, 0])
     read.will_need(order)
     # Only the shards that have some are parsed.
-    assert ["ids" in vars(shard) for shard in read._mapped] == [True, True, False, True]
+    assert ["ids" in vars(read._mapped(number)) for number in range(4)] == [True, True, False, True]
     read.will_need(np.arange(1000))
     assert np.array_equal(read[order], blocks[order])
 
@@ -123,7 +146,7 @@ def test_the_system_is_asked_for_the_pages_of_a_block(
     asked.clear()
     read.will_need(np.array([0, 500, 999]))
     for row, (start, num_bytes, advice) in zip((0, 500, 999), asked, strict=True):
-        block = read._mapped[0].ids[row]
+        block = read._mapped(0).ids[row]
         assert advice == mmap.MADV_WILLNEED
         assert start % mmap.PAGESIZE == 0
         assert block.ctypes.data - mmap.PAGESIZE < start <= block.ctypes.data

@@ -6,6 +6,7 @@ eval split's shards lies `eval/bytes.npy`, (num_blocks, 2) int64: the bytes of t
 and of those that it predicts with `data.document_mask`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from clm_dist.files.atomic import write_json
 from clm_dist.files.shards import Ids, MappedShard, Shard
 
 FORMAT_VERSION = 2
+_MOST_MAPPED = 2**14
+"""Shards that are mapped at once. Linux lets a process have 65,530 mappings (`vm.max_map_count`), and a worker opens
+two splits. Full shards of so many hold 2.7 x 10^11 tokens."""
 EVAL_BYTES = "eval/bytes.npy"
 """File with the bytes of text that each eval block stands for."""
 
@@ -129,7 +133,8 @@ class Manifest:
 class Blocks:
     """The blocks of a split; indexing copies just the rows that are asked for.
 
-    All shards are mapped at once, and parsed where they are first read from.
+    All shards are mapped at once, and parsed where they are first read from. Of more shards than a process may map
+    those stay mapped that were read from last.
 
     Args:
         shuffled: whether blocks are read in no order, so that the system need not read what lies around them.
@@ -143,15 +148,21 @@ class Blocks:
         manifest = manifest or Manifest.read(store / "manifest.json")
         self.block_size = manifest.block_size
         self._store = store
-        self._shards = manifest.splits[split].shards
+        self._shards = shards = manifest.splits[split].shards
+        block_size = manifest.block_size
         self._ends = np.cumsum([shard.num_blocks for shard in self._shards])
         row_bytes = manifest.block_size * np.dtype(manifest.dtype).itemsize
-        self._mapped = [
-            MappedShard(
-                store / shard.file, manifest.block_size, num_bytes=shard.num_blocks * row_bytes, shuffled=shuffled
-            )
-            for shard in self._shards
-        ]
+
+        @functools.lru_cache(maxsize=_MOST_MAPPED)
+        def mapped(number: int) -> MappedShard:
+            shard = shards[number]
+            size = shard.num_blocks * row_bytes
+            return MappedShard(store / shard.file, block_size, num_bytes=size, shuffled=shuffled)
+
+        self._mapped = mapped
+        for number in range(len(shards)):
+            # Each is there, and has its size.
+            mapped(number)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -166,7 +177,7 @@ class Blocks:
     def will_need(self, indices: npt.NDArray[np.int64]) -> None:
         """Let the system begin to read blocks, so that they are in memory when they are asked for."""
         for number, _, rows_there in self._places(indices):
-            self._mapped[number].will_need(rows_there)
+            self._mapped(number).will_need(rows_there)
 
     def _places(
         self, indices: npt.NDArray[np.int64]
@@ -188,7 +199,7 @@ class Blocks:
             self._ids_of(number)
 
     def _ids_of(self, number: int) -> Ids:
-        shard, ids = self._shards[number], self._mapped[number].ids
+        shard, ids = self._shards[number], self._mapped(number).ids
         if len(ids) != shard.num_blocks:
             raise DataError(
                 f"{self._store / shard.file} holds {len(ids)} blocks, its manifest says {shard.num_blocks}; remove "
