@@ -11,9 +11,10 @@ import torch
 
 from clm_dist.config.job import ClusterConfig
 from clm_dist.errors import ConfigError
+from clm_dist.train.cuda import find_problem
 from clm_dist.train.ray import cluster as cluster_module
 from clm_dist.train.ray.cluster import Cluster, start_ray, this_node
-from clm_dist.train.ray.gpus import check_gpus, find_problem
+from clm_dist.train.ray.gpus import check_gpus
 
 
 class Driver:

@@ -1,18 +1,14 @@
 """Whether the torch of each node can use the GPUs that Ray gives there, before workers start."""
 
-import ctypes
-import importlib.util
 import logging
-import os
-import runpy
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clm_dist.errors import ConfigError
+from clm_dist.train.cuda import find_problem
 
 logger = logging.getLogger(__name__)
 
@@ -42,30 +38,3 @@ def check_gpus(nodes: Sequence[str]) -> None:
                 "(https://pytorch.org/get-started/locally), or set cluster.gpus_per_worker to 0 to train on CPUs",
                 field="cluster.gpus_per_worker",
             )
-
-
-def find_problem() -> str | None:
-    """What keeps this node's torch from its GPUs; None where nothing does. Loads no torch, which takes seconds."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return "torch is not installed"
-    built = runpy.run_path(str(Path(found.origin).parent / "version.py"))
-    torch = f"torch {built['__version__']}"
-    if built.get("hip"):
-        return None
-    if not built.get("cuda"):
-        return f"{torch} has no CUDA"
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return f"{torch} needs NVIDIA's driver, and libcuda.so.1 is not there"
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if code := driver.cuInit(0):
-        return f"NVIDIA's driver does not start (cuInit returns {code})"
-    version = ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    # A driver runs programs of every release of its major version.
-    if version.value // 1000 < int(built["cuda"].partition(".")[0]):
-        runs = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        return f"{torch} needs a driver for CUDA {built['cuda']}, and this one is for {runs}"
-    return None

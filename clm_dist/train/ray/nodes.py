@@ -12,11 +12,11 @@ from clm_dist.progress import Progress
 from clm_dist.train.ray.cluster import (
     Cluster,
     alive_nodes,
-    find_shortage,
     this_node,
 )
 from clm_dist.train.ray.holders import describe_holders
 from clm_dist.train.ray.private import draining_nodes, tell_of_other_nodes
+from clm_dist.train.shortage import find_shortage
 
 logger = logging.getLogger(__name__)
 
