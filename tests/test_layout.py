@@ -18,7 +18,7 @@ LAYERS = [
     {"devices", "extensions", "figures", "files", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
-    {"evaluation", "plan", "run", "samples"},
+    {"doctor", "evaluation", "plan", "run", "samples"},
     {"cli", "interface"},
     {"__main__"},
 ]

@@ -11,6 +11,7 @@ import typer
 from rich.logging import RichHandler
 
 from clm_dist import __version__
+from clm_dist.cli.doctor import doctor
 from clm_dist.cli.evaluate import evaluate
 from clm_dist.cli.init import init
 from clm_dist.cli.model import generate
@@ -59,7 +60,7 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-for command in (run, init, plan, prepare, train, evaluate, generate, push, report, schema):
+for command in (run, init, plan, doctor, prepare, train, evaluate, generate, push, report, schema):
     app.command()(command)
 app.add_typer(submit, name="submit")
 for command in (status, logs, cancel):
