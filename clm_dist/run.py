@@ -14,6 +14,8 @@ from rich.console import Console
 
 from clm_dist import make_callable
 from clm_dist.config.job import JobConfig
+from clm_dist.doctor.finding import one_line
+from clm_dist.doctor.quick import examine_quickly
 from clm_dist.errors import ClmDistError, ConfigError, TryAgainError, first_line
 from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
@@ -79,6 +81,8 @@ def _train(
     config: JobConfig, directory: RunDir, stores: Stores, progress: Progress, *, overwrite: bool, only_train: bool
 ) -> Result:
     """Check, prepare and train a job."""
+    for finding in examine_quickly(config, directory.root.parent, stores):
+        progress.note(one_line(finding))
     progress.start("Loading torch, transformers and Ray")
     from clm_dist.prepare import pipeline
     from clm_dist.report.live import LivePage

@@ -5,7 +5,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +147,9 @@ def _judge_room(place: Place, named: str, free: str, found: Disk, needed: int | 
         )
 
 
-def judge_write(place: Place, speeds: list[float], checkpoint_bytes: int | None, signal_s: int) -> Iterator[Finding]:
+def judge_write(
+    place: Place, speeds: Sequence[float], checkpoint_bytes: int | None, signal_s: int
+) -> Iterator[Finding]:
     """The findings of how fast checkpoints are written, by all nodes at once.
 
     Args:

@@ -145,7 +145,8 @@ def _judge_libraries(variables: Mapping[str, str], where: Surroundings) -> Itera
                 f"{name}={variables[name]}",
                 "workers take it as it is: it changes how torch uses the memory of a GPU",
             )
-    if variables.get("OMP_NUM_THREADS", "").isdigit():
+    # Ray sets it in its own processes.
+    if variables.get("OMP_NUM_THREADS", "").isdigit() and not where.joins:
         yield note(
             "environment",
             f"OMP_NUM_THREADS={variables['OMP_NUM_THREADS']}",

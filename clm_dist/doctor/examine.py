@@ -1,7 +1,6 @@
 """An examination from begin to end: which nodes, what they tell of themselves, what is between them."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,18 +9,18 @@ from pathlib import Path
 from clm_dist.config.job import JobConfig
 from clm_dist.doctor.between import Between
 from clm_dist.doctor.bounded import Deadline, begin
-from clm_dist.doctor.disk import Disk, judge_disk, read_disk
+from clm_dist.doctor.disk import Disk, judge_disk
 from clm_dist.doctor.environment import Surroundings, judge_environment, read_environment
 from clm_dist.doctor.finding import Finding, exit_code, merged, on, unchecked
 from clm_dist.doctor.gpus import judge_gpus
 from clm_dist.doctor.group import Group, find_group
 from clm_dist.doctor.hub_reach import Answer, check_push, judge_answers
-from clm_dist.doctor.machine import judge_amounts, judge_machine, read_machine
+from clm_dist.doctor.machine import judge_amounts, judge_machine
 from clm_dist.doctor.meetings import Meetings
 from clm_dist.doctor.model_size import Size, checkpoint_bytes, estimate_disk_needs, find_size, judge_size
 from clm_dist.doctor.need import Need
 from clm_dist.doctor.probe import Facts
-from clm_dist.doctor.versions import compare_versions, judge_versions, read_versions
+from clm_dist.doctor.versions import compare_versions, judge_versions
 from clm_dist.errors import first_line
 from clm_dist.files.stores import Stores
 
@@ -159,24 +158,3 @@ def _of_push(pending: "Future[list[Finding]]", deadline: Deadline) -> Iterator[F
         yield unchecked("hub", "whether the token may push, because the Hub did not answer in time")
     except Exception as problem:  # a library's own
         yield unchecked("hub", f"whether the token may push: {first_line(problem)}")
-
-
-def examine_quickly(job: JobConfig, runs: Path, stores: Stores) -> list[Finding]:
-    """The warnings and errors of this machine that take no time to find: no network, no torch.
-
-    The command goes on whatever is found; what is an error here fails it later.
-    """
-    need = Need.of(job, runs, stores)
-    variables = read_environment()
-    joins = bool(os.environ.get("RAY_ADDRESS"))
-    reads = {place: begin(read_disk, place.where) for place in need.places if not place.is_url}
-    found = [*judge_versions(read_versions()), *judge_environment(variables, need, Surroundings(joins, has_gpus=False))]
-    if not joins:
-        # Workers may be on other machines.
-        found += judge_machine(read_machine(), job.cluster.cpus_per_worker, num_workers=job.cluster.min_workers)
-    for place, read in reads.items():
-        try:
-            found += judge_disk(place, read.result(timeout=_END_S), None)
-        except TimeoutError:
-            continue
-    return merged([one for one in found if one.severity in ("error", "warning")], 1)

@@ -85,6 +85,11 @@ def merged(findings: Iterable[Finding], num_nodes: int) -> list[Finding]:
     return sorted(one, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
+def one_line(finding: Finding) -> str:
+    """A finding in a line of a log."""
+    return f"{finding.severity}: {finding.what} ({finding.why}); {finding.mend}"
+
+
 def exit_code(findings: Sequence[Finding]) -> int:
     """0 where nothing is worse than a warning, 2 where a person must mend an error, 75 where it may pass by itself."""
     errors = [finding for finding in findings if finding.severity == "error"]

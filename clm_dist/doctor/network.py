@@ -83,12 +83,15 @@ def choose_address(found: Network, hints: Sequence[str], interface: str | None) 
     return next((hint for hint in hints if hint in found.reachable), next(iter(found.reachable), None))
 
 
-def judge_interfaces(found: Network, *, names_interface: bool, interface: str | None = None) -> Iterator[Finding]:
+def judge_interfaces(
+    found: Network, *, names_interface: bool, interface: str | None = None, is_one_host: bool = False
+) -> Iterator[Finding]:
     """The findings of the names of a node's networks, where it is one of several.
 
     Args:
         names_interface: whether what starts the run's workers there sets GLOO_SOCKET_IFNAME, unless it is set.
         interface: the network that `cluster.slurm.interface` names.
+        is_one_host: whether all nodes are on one host, so that every address will do.
     """
     there = ", ".join(name for name, addresses in found.addresses.items() if not all(map(is_loopback, addresses)))
     names = [(name, value, _interfaces_of(name, value)) for name, value in found.variables.items()]
@@ -105,7 +108,7 @@ def judge_interfaces(found: Network, *, names_interface: bool, interface: str | 
             )
     loopback = [address for address in found.resolved if is_loopback(address)]
     # gloo takes the first.
-    if found.resolved and not is_loopback(found.resolved[0]):
+    if is_one_host or (found.resolved and not is_loopback(found.resolved[0])):
         return
     trap = f"the name of this host, {found.hostname}, stands for {', '.join(loopback) or 'no address'} here"
     if "GLOO_SOCKET_IFNAME" in found.variables:

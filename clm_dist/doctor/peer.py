@@ -86,6 +86,9 @@ class Listener:
 
     def close(self) -> None:
         for one in self._sockets.values():
+            # Else it listens as long as a thread waits for a connection.
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
             one.close()
 
     def _accept(self, listening: socket.socket) -> None:

@@ -1,9 +1,10 @@
 """The findings of an examination as text of 80 columns, and as JSON."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic_core import to_jsonable_python
@@ -27,13 +28,33 @@ _INDENT = 11
 
 def show_report(report: Report, console: Console) -> None:
     console.print(f"{report.where}: {', '.join(report.nodes)}", soft_wrap=True, markup=False)
-    for finding in report.findings:
+    for finding in folded(report.findings):
         for line in lines_of(finding):
             text = Text(line)
             if not line.startswith(" "):
                 text.stylize(_STYLES[finding.severity], 0, _INDENT - 1)
             console.print(text, soft_wrap=True)
     console.print(summary(report.findings), soft_wrap=True)
+
+
+def folded(findings: Sequence[Finding]) -> list[Finding]:
+    """What is as it should be on several nodes, with other figures on each, as the first of them."""
+    kept: list[Finding] = []
+    places: dict[str, int] = {}
+    for finding in findings:
+        likeness = f"{finding.subject} {re.sub(r'[0-9][0-9.,]*( [KMGT]iB)?', '#', finding.what)}"
+        if finding.severity != "ok" or not finding.nodes or likeness not in places:
+            places[likeness] = len(kept)
+            kept.append(finding)
+        else:
+            first = kept[places[likeness]]
+            kept[places[likeness]] = replace(first, nodes=(*first.nodes, *finding.nodes))
+    return [
+        replace(finding, nodes=(finding.nodes[0], f"{len(finding.nodes) - 1} others with other figures"))
+        if finding.severity == "ok" and len(finding.nodes) > 1
+        else finding
+        for finding in kept
+    ]
 
 
 def lines_of(finding: Finding) -> Iterator[str]:

@@ -52,7 +52,8 @@ def read_versions() -> Versions:
     except metadata.PackageNotFoundError:
         return Versions(python, __version__, packages, None)
     wanted = [Requirement(line) for line in own.requires or ()]
-    tested = {one.name: str(one.specifier) for one in wanted if one.marker is None and one.name in _PACKAGES}
+    named = {one.name.replace("-", "_"): str(one.specifier) for one in wanted if one.marker is None}
+    tested = {name: named[name] for name in _PACKAGES if name in named}
     return Versions(python, __version__, packages, tested, own.metadata["Requires-Python"] or "")
 
 
@@ -93,7 +94,7 @@ def judge_versions(found: Versions) -> Iterator[Finding]:
             f"make an environment with Python {found.tested_python}",
         )
     if not untested:
-        shown = ", ".join(f"{name} {found.packages[name]}" for name in _PACKAGES[:4] if found.packages[name])
+        shown = ", ".join(f"{name} {version}" for name, version in list(found.packages.items())[:4] if version)
         yield ok("versions", f"clm-dist {found.own}, Python {found.python}, {shown}, ...: as tested")
 
 

@@ -64,9 +64,9 @@ def on_every_node(address: str, kind: type[Any]) -> Iterator[list[RayNode]]:
 
 
 def _names_of(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of nodes that differ: of their hosts, or else their addresses, or else their ids."""
-    for key in ("NodeManagerHostname", "NodeManagerAddress", "NodeID"):
+    """Names of nodes that differ: of their hosts, or else their addresses, or else with the begin of their ids."""
+    for key in ("NodeManagerHostname", "NodeManagerAddress"):
         names = [str(node[key]) for node in nodes]
         if len(set(names)) == len(names):
-            break
-    return names
+            return names
+    return [f"{node['NodeManagerHostname']}-{node['NodeID'][:8]}" for node in nodes]
