@@ -22,6 +22,7 @@ _SEEN_S = 2.0
 """NFS shows a new name of another node late, where it has asked for that directory before."""
 _RELEASE_S = 2.0
 _POLL_S = 0.1
+_WITH_BUCKETS = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def write_object(url: str, token: str) -> tuple[str, bool] | None:
     try:
         with reaching(url):
             files, path = fsspec.url_to_fs(url, use_listings_cache=False)
-            files.makedirs(path, exist_ok=True)
+            # What has buckets needs no directories, and would make a bucket that nobody removes.
+            if not url.startswith(_WITH_BUCKETS):
+                files.makedirs(path, exist_ok=True)
             files.pipe_file(f"{path}/.clm-dist-doctor-{token}", token.encode())
     except ClmDistError as problem:
         return str(problem), isinstance(problem, TryAgainError)
