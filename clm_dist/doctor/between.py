@@ -73,7 +73,13 @@ class Between:
         arguments = {node: {"peers": [one for one in self._peers.values() if one.name != node]} for node in self._peers}
         reaches = self._group.ask_all("reach", list[Reach], self._deadline.left(_REACH_S), arguments)
         yield from judge_reach(reaches, self._addresses)
-        self._blocked = {(node, one.peer) for node, found in reaches.items() for one in found if one.problem}
+        # What is measured goes over the port of gloo.
+        self._blocked = {
+            (node, one.peer)
+            for node, found in reaches.items()
+            for one in found
+            if one.problem and one.port == self._peers[one.peer].ports["any"]
+        }
         if reaches:
             first, others = next(iter(reaches)), [node for node in self._facts if node not in list(reaches)[:1]]
             uses_urls = any(place.is_url for place in self._need.places)

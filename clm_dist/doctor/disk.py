@@ -132,12 +132,10 @@ def _judge_room(place: Place, named: str, free: str, found: Disk, needed: int | 
             passes=True,
         )
     elif found.free < _LITTLE:
-        yield (error if found.free < _MIB else warning)(
-            "disk",
-            f"{named}: {size(found.free)} free ({found.kind})",
-            "a run ends when a disk that it writes to is full",
-            advice,
-        )
+        what = f"{named}: {size(found.free)} free ({found.kind})"
+        why = "a run ends when a disk that it writes to is full"
+        is_full = found.free < _MIB
+        yield error("disk", what, why, advice, passes=True) if is_full else warning("disk", what, why, advice)
     if found.free_inodes is not None and found.free_inodes < _FEW_INODES:
         yield warning(
             "disk",

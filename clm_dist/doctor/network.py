@@ -110,7 +110,7 @@ def judge_interfaces(
     # gloo takes the first.
     if is_one_host or (found.resolved and not is_loopback(found.resolved[0])):
         return
-    trap = f"the name of this host, {found.hostname}, stands for {', '.join(loopback) or 'no address'} here"
+    trap = f"the own name of the host stands for {', '.join(loopback) or 'no address'} there"
     if "GLOO_SOCKET_IFNAME" in found.variables:
         return
     if names_interface:
@@ -208,7 +208,7 @@ def judge_speeds(speeds: Sequence[Speed], num_pairs: int) -> Iterator[Finding]:
         return
     slowest, rates = good[0], [one.bytes_per_s or 0 for one in good]
     middle = rates[len(rates) // 2]
-    shown = f"{_gbit(rates[0])} to {_gbit(rates[-1])} Gbit/s in a stream of TCP ({len(good)} pairs)"
+    shown = f"{_gbit(rates[0])} to {_gbit(rates[-1])} Gbit/s in a stream of TCP (measured {len(good)} ways)"
     if rates[0] < middle / _UNEVEN:
         yield warning(
             "network",

@@ -80,7 +80,7 @@ def test_an_interface_of_the_job_that_a_node_lacks_is_an_error() -> None:
 def test_a_name_that_stands_for_loopback_is_an_error_where_nothing_names_the_interface() -> None:
     (finding,) = judge_interfaces(TRAPPED, names_interface=False)
     assert finding.severity == "error"
-    assert "node1, stands for 127.0.1.1" in finding.what
+    assert "stands for 127.0.1.1 there" in finding.what
     (finding,) = judge_interfaces(TRAPPED, names_interface=True)
     assert finding.severity == "note"
     named = replace(TRAPPED, variables={"GLOO_SOCKET_IFNAME": "eth0"})
@@ -172,7 +172,7 @@ def judged(*rates: float | None, num_pairs: int | None = None) -> list[Finding]:
 
 def test_even_bandwidths_are_ok() -> None:
     assert [(one.severity, one.what) for one in judged(1e9, 1.25e9)] == [
-        ("ok", "8 to 10 Gbit/s in a stream of TCP (2 pairs)")
+        ("ok", "8 to 10 Gbit/s in a stream of TCP (measured 2 ways)")
     ]
 
 

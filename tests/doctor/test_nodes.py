@@ -58,7 +58,7 @@ def test_two_nodes_are_examined_from_facts_to_a_collective(two: Group, tmp_path:
     assert "one of 2 nodes gets a lease" in said
     assert "2 nodes read what each wrote and renamed" in said
     assert "are written by 2 nodes at once" in said
-    assert "(2 pairs)" in said
+    assert "(measured 2 ways)" in said
     assert not list(tmp_path.iterdir())
 
 
