@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from clm_dist.doctor.bounded import Deadline
+from clm_dist.doctor.bounded import Deadline, begin
 from clm_dist.doctor.finding import Finding, error, on, unchecked
 from clm_dist.doctor.link import AskError, Here, Link, question, value_of
 from clm_dist.doctor.probe import Facts, Probe
 from clm_dist.doctor.slurm import Allocation, is_inside, read_allocation, start_probe
 from clm_dist.errors import ClmDistError
 
+_CLOSE_S = 3.0
 _GRACE_S = 1.0
 """How much longer an answer may take than the work behind it."""
 
@@ -80,7 +81,7 @@ class Group:
             passes=True,
         )
         self.findings += on(node, [found])
-        self.links.pop(node).close()
+        begin(self.links.pop(node).close)
 
     def amounts(self, facts: Mapping[str, Facts]) -> dict[str, dict[str, float]]:
         """CPUs and GPUs of each node, as a run counts them."""
@@ -89,8 +90,10 @@ class Group:
         return {node: {"CPU": one.machine.cpus, "GPU": one.gpus.usable} for node, one in facts.items()}
 
     def close(self) -> None:
-        for link in self.links.values():
-            link.close()
+        """End all probes, at once."""
+        for ending in [begin(link.close) for link in self.links.values()]:
+            with contextlib.suppress(TimeoutError):
+                ending.result(timeout=_CLOSE_S)
 
 
 @contextlib.contextmanager

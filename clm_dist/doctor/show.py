@@ -50,7 +50,7 @@ def folded(findings: Sequence[Finding]) -> list[Finding]:
             first = kept[places[likeness]]
             kept[places[likeness]] = replace(first, nodes=(*first.nodes, *finding.nodes))
     return [
-        replace(finding, nodes=(finding.nodes[0], f"{len(finding.nodes) - 1} others with other figures"))
+        replace(finding, nodes=(finding.nodes[0], f"{len(finding.nodes) - 1} more with other figures"))
         if finding.severity == "ok" and len(finding.nodes) > 1
         else finding
         for finding in kept

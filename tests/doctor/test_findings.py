@@ -50,7 +50,7 @@ def test_what_is_as_it_should_be_has_one_line_for_nodes_with_other_figures() -> 
     found = [*on("a", [ok("disk", "runs: 1.5 GiB free")]), *on("b", [ok("disk", "runs: 900.0 MiB free")])]
     found += on("c", [ok("disk", "store: 2.0 GiB free")])
     first, second = folded(found)
-    assert (first.what, first.nodes) == ("runs: 1.5 GiB free", ("a", "1 others with other figures"))
+    assert (first.what, first.nodes) == ("runs: 1.5 GiB free", ("a", "1 more with other figures"))
     assert second.nodes == ("c",)
     # What is wrong is told of each.
     wrong = [*on("a", [warning("disk", "1 GiB", "w", "m")]), *on("b", [warning("disk", "2 GiB", "w", "m")])]

@@ -38,27 +38,49 @@ def test_this_machine_is_read() -> None:
     assert found.open_files > 0
 
 
+VERSION_2 = "0::/slurm/job_7/step_0\n"
+VERSION_1 = "3:memory:/slurm/job_7\n2:cpu,cpuacct:/slurm/job_7\n0::/\n"
+
+
 @pytest.mark.parametrize(
-    "files",
+    ("own", "files"),
     [
-        {"memory.max": "4294967296", "memory.current": "1073741824", "cpu.max": "150000 100000"},
-        {
-            "memory/memory.limit_in_bytes": "4294967296",
-            "memory/memory.usage_in_bytes": "1073741824",
-            "cpu/cpu.cfs_quota_us": "150000",
-            "cpu/cpu.cfs_period_us": "100000",
-        },
+        # The limit of the job holds for its step.
+        (
+            VERSION_2,
+            {
+                "slurm/job_7/memory.max": "4294967296",
+                "slurm/job_7/memory.current": "1073741824",
+                "slurm/job_7/step_0/memory.max": "max",
+                "slurm/job_7/step_0/memory.current": "17",
+                "slurm/memory.max": "64424509440",
+                "slurm/memory.current": "1073741824",
+                "slurm/job_7/cpu.max": "150000 100000",
+                "slurm/cpu.max": "max 100000",
+            },
+        ),
+        (
+            VERSION_1,
+            {
+                "memory/slurm/job_7/memory.limit_in_bytes": "4294967296",
+                "memory/slurm/job_7/memory.usage_in_bytes": "1073741824",
+                "cpu,cpuacct/slurm/job_7/cpu.cfs_quota_us": "150000",
+                "cpu,cpuacct/slurm/job_7/cpu.cfs_period_us": "100000",
+            },
+        ),
+        # As a container shows its own.
+        ("0::/\n", {"memory.max": "4294967296", "memory.current": "1073741824", "cpu.max": "150000 100000"}),
     ],
-    ids=["version 2", "version 1"],
+    ids=["version 2", "version 1", "container"],
 )
-def test_limits_of_a_cgroup_are_read(tmp_path: Path, files: dict[str, str]) -> None:
+def test_limits_of_a_cgroup_are_read(tmp_path: Path, own: str, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
-    found = read_machine(tmp_path)
+    found = read_machine(tmp_path, own)
     assert (found.memory_limit, found.memory_used) == (4 * GIB, GIB)
     assert found.usable_cpus <= 1.5
-    assert found.cpus == 1
+    assert (found.cpus == 1) == ("cpu.max" in files)
 
 
 @pytest.mark.parametrize("text", ["max", "9223372036854771712"])
@@ -66,7 +88,9 @@ def test_a_cgroup_without_a_limit_has_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "memory.max").write_text(text)
     (tmp_path / "memory.current").write_text("1")
     (tmp_path / "cpu.max").write_text("max 100000")
-    assert read_machine(tmp_path).memory_limit is None
+    found = read_machine(tmp_path, "0::/\n")
+    assert found.memory_limit is None
+    assert found.memory == found.available_memory
 
 
 def test_little_memory_is_told_with_the_limit() -> None:

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from clm_dist.config.ray_address import check_ray_address, no_ray
 from clm_dist.errors import first_line
 from clm_dist.train.ray import private
+from clm_dist.train.ray.own import parting
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def on_every_node(address: str, kind: type[Any]) -> Iterator[list[RayNode]]:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ValueError, ConnectionError, RuntimeError) as error:
         raise no_ray(address, first_line(error)) from None
-    try:
+    with parting():
         actor = ray.remote(num_cpus=0, max_restarts=0)(kind)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         yield [
@@ -59,8 +60,6 @@ def on_every_node(address: str, kind: type[Any]) -> Iterator[list[RayNode]]:
             )
             for name, node in zip(_names_of(nodes), nodes, strict=True)
         ]
-    finally:
-        ray.shutdown()
 
 
 def _names_of(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
