@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -39,15 +40,35 @@ class Disk:
 
 def read_disk(path: str) -> Disk:
     """Look at a directory, which need not be there yet. It may take for ever where a server is away."""
-    existing = next(parent for parent in (Path(path), *Path(path).parents) if parent.is_dir())
-    status = os.statvfs(existing)
+    existing, problem = _nearest(Path(path))
+    try:
+        status = os.statvfs(existing)
+    except OSError as error:
+        return Disk(str(existing), "unknown", 0, None, error.strerror or str(error))
     return Disk(
         str(existing),
         _kind_of(existing),
         status.f_bavail * status.f_frsize,
         status.f_favail if status.f_files else None,
-        _problem_of(existing),
+        problem or _problem_of(existing),
     )
+
+
+def _nearest(path: Path) -> tuple[Path, str | None]:
+    """The directory, or the nearest above it that can be seen; and what keeps it from being made, as far as seen."""
+    problem = None
+    for one in (path, *path.parents):
+        try:
+            if stat.S_ISDIR(one.stat().st_mode):
+                return one, problem
+            problem = f"{one} is not a directory"
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            problem = error.strerror
+        except OSError:  # its server has lost it, for example
+            return one, problem
+    return Path("/"), problem
 
 
 def _kind_of(path: Path) -> str:

@@ -45,7 +45,7 @@ class Need:
         places = [
             Place("runs", str(runs), "--runs", is_shared=True),
             Place("store", str(stores), "--store", is_shared=True),
-            Place("temporary files", tempfile.gettempdir(), "TMPDIR", is_shared=False),
+            Place("temporary files", _temporary_directory(), "TMPDIR", is_shared=False),
         ]
         if stores.url:
             places.append(Place("copies of the store", str(stores.local), "XDG_CACHE_HOME", is_shared=False))
@@ -67,3 +67,10 @@ class Need:
             pushes=job.hub.push != "never",
             has_job=True,
         )
+
+
+def _temporary_directory() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # none can be written
+        return "/tmp"

@@ -1,5 +1,6 @@
 """The checks that take no time, which `run` and `train` make before they load anything."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,10 @@ from clm_dist.doctor.finding import Finding, merged
 from clm_dist.doctor.machine import judge_machine, read_machine
 from clm_dist.doctor.need import Need
 from clm_dist.doctor.versions import judge_versions, read_versions
+from clm_dist.errors import first_line
 from clm_dist.files.stores import Stores
+
+logger = logging.getLogger(__name__)
 
 _DISKS_S = 1.0
 
@@ -22,7 +26,11 @@ def examine_quickly(job: JobConfig, runs: Path, stores: Stores) -> list[Finding]
 
     The command goes on whatever they are: what is an error here fails it later.
     """
-    found = merged(_examine(job, Need.of(job, runs, stores)), 1)
+    try:
+        found = merged(_examine(job, Need.of(job, runs, stores)), 1)
+    except Exception as error:  # whatever this machine has that no other had: no run ends because it was looked at
+        logger.warning("this machine could not be examined: %s: %s", type(error).__name__, first_line(error))
+        return []
     return [finding for finding in found if finding.severity in ("error", "warning")]
 
 

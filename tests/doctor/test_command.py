@@ -104,6 +104,17 @@ def test_a_run_says_what_disturbs_it_and_goes_on(
     assert "warning: TMPDIR=/nowhere/at/all is not a directory" in said.err
 
 
+def test_a_machine_that_cannot_be_looked_at_keeps_no_run_from_its_work(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read() -> None:
+        raise ValueError("no such line in /proc/meminfo")
+
+    monkeypatch.setattr("clm_dist.doctor.quick.read_machine", read)
+    assert examine_quickly(make_job(), tmp_path / "runs", Stores(tmp_path / "stores")) == []
+    assert "this machine could not be examined: ValueError: no such line" in caplog.text
+
+
 def test_a_quiet_machine_is_not_spoken_of(make_job: MakeJob, tmp_path: Path) -> None:
     assert examine_quickly(make_job(), tmp_path / "runs", Stores(tmp_path / "stores")) == []
 

@@ -1,5 +1,6 @@
 """Space and speed of the directories that a run writes to."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -44,6 +45,41 @@ def test_a_disk_that_may_not_be_written_is_an_error(tmp_path: Path) -> None:
         (finding,) = judged(read_disk(str(disk / "runs")))
         assert finding.severity == "error"
         assert os.strerror(30) in finding.what
+
+
+def test_a_file_in_place_of_a_directory_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    (finding,) = judged(read_disk(str(tmp_path / "runs")))
+    assert (finding.severity, "runs is not a directory" in finding.what) == ("error", True)
+
+
+def test_a_directory_of_another_user_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may look everywhere, so the system's answer is made up."""
+    closed, stat = tmp_path / "closed", Path.stat
+
+    def answer(path: Path, **options: bool) -> os.stat_result:
+        if closed in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat(path, **options)
+
+    closed.mkdir()
+    monkeypatch.setattr(Path, "stat", answer)
+    found = read_disk(str(closed / "runs"))
+    assert found.existing == str(closed)
+    assert found.problem == os.strerror(errno.EACCES)
+
+
+def test_storage_whose_server_has_lost_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(path: Path, **options: bool) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def status(path: Path) -> os.statvfs_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "stat", answer)
+    monkeypatch.setattr(os, "statvfs", status)
+    (finding,) = judged(read_disk("/shared/runs"))
+    assert (finding.severity, os.strerror(errno.ESTALE) in finding.what) == ("error", True)
 
 
 def test_a_wide_disk_is_ok() -> None:
