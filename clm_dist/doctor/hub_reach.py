@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from clm_dist.config.job import JobConfig
 from clm_dist.doctor.environment import is_offline
 from clm_dist.doctor.finding import Finding, error, note, ok, unchecked, warning
-from clm_dist.doctor.need import Need
 from clm_dist.errors import ConfigError, HubError, first_line
 
 _TIMEOUT_S = 3.0
@@ -29,27 +29,29 @@ class Answer:
 
 
 def ask_hub(models: tuple[str, ...], dataset: str | None, offline: bool) -> list[Answer]:
-    """Ask the Hub for the names of a job, each within seconds. Loads no torch and downloads nothing."""
+    """Ask the Hub for the names of a job at once, within seconds. Loads no torch and downloads nothing."""
+    names = [*((model, "model") for model in models), *([(dataset, "dataset")] if dataset else [])]
+    with ThreadPoolExecutor(max(1, len(names))) as threads:
+        return list(threads.map(lambda one: _ask(one[0], one[1], offline), names))
+
+
+def _ask(name: str, kind: str, offline: bool) -> Answer:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
     from clm_dist.files.hub_errors import is_hub_away
 
-    answers = []
-    for name, kind in [*((model, "model") for model in models), *([(dataset, "dataset")] if dataset else [])]:
-        cached = kind == "model" and _is_cached(name)
-        if offline:
-            answers.append(Answer(name, kind, cached))
-            continue
-        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        try:
-            ask(name, timeout=_TIMEOUT_S)
-            answers.append(Answer(name, kind, cached, is_there=True))
-        except HFValidationError as problem:
-            answers.append(Answer(name, kind, cached, problem=f"not a name of the Hub: {first_line(problem)}"))
-        except Exception as problem:  # the transport's errors have no common base that is public
-            answers.append(Answer(name, kind, cached, problem=first_line(problem), is_away=is_hub_away(problem)))
-    return answers
+    is_cached = kind == "model" and _is_cached(name)
+    if offline:
+        return Answer(name, kind, is_cached)
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    try:
+        ask(name, timeout=_TIMEOUT_S)
+    except HFValidationError as problem:
+        return Answer(name, kind, is_cached, problem=f"not a name of the Hub: {first_line(problem)}")
+    except Exception as problem:  # the transport's errors have no common base that is public
+        return Answer(name, kind, is_cached, problem=first_line(problem), is_away=is_hub_away(problem))
+    return Answer(name, kind, is_cached, is_there=True)
 
 
 def _is_cached(model: str) -> bool:
@@ -119,7 +121,3 @@ def check_push(job: JobConfig, variables: Mapping[str, str]) -> Iterator[Finding
             "the run trains all the same, and its push stays pending",
             "`clm-dist push RUN` when the Hub answers",
         )
-
-
-def needs_hub(need: Need) -> bool:
-    return bool(need.models or need.dataset)
