@@ -23,8 +23,10 @@ _ROUNDS = 3
 
 def all_reduce(order: Order) -> Sum:
     """Sum a tensor over all ranks, some times; every rank must call it."""
-    use_gpu = order.use_gpu and torch.cuda.is_available()
-    backend = "nccl" if use_gpu else "gloo"
+    if order.use_gpu and not torch.cuda.is_available():
+        # With another backend than the other ranks it would wait for them.
+        raise RuntimeError("torch sees no GPU")
+    backend = "nccl" if order.use_gpu else "gloo"
     host = f"[{order.address}]" if ":" in order.address else order.address
     dist.init_process_group(
         backend,
@@ -33,7 +35,7 @@ def all_reduce(order: Order) -> Sum:
         world_size=order.world_size,
         timeout=_TIMEOUT,
     )
-    tensor = torch.ones(_ELEMENTS, device="cuda" if use_gpu else "cpu")
+    tensor = torch.ones(_ELEMENTS, device="cuda" if order.use_gpu else "cpu")
     best = float("inf")
     # The first makes the connections.
     for _ in range(1 + _ROUNDS):

@@ -25,7 +25,7 @@ class Between:
 
     def __init__(self, group: Group, need: Need, facts: Mapping[str, Facts], deadline: Deadline) -> None:
         self._group, self._need, self._facts, self._deadline = group, need, facts, deadline
-        self._interface = need.cluster.slurm.interface if group.names_interface else None
+        self._interface = None if group.is_ray else need.cluster.slurm.interface
         self._token = secrets.token_hex(16)
         self._peers: dict[str, Peer] = {}
         self._blocked: set[tuple[str, str]] = set()
@@ -37,8 +37,7 @@ class Between:
     def begin(self) -> None:
         """Start processes that import torch meanwhile."""
         arguments = {
-            node: {"address": address, "names_interface": self._group.names_interface}
-            for node, address in self._addresses.items()
+            node: {"address": address, "in_ray": self._group.is_ray} for node, address in self._addresses.items()
         }
         self._group.ask_all("begin_collective", type(None), _ASK_S, arguments)
 
@@ -47,9 +46,8 @@ class Between:
         # Two nodes of Ray may be on one host, where every address will do.
         is_one_host = len({tuple(one.network.reachable) for one in self._facts.values()}) == 1
         for node, one in self._facts.items():
-            names = self._group.names_interface
             judged = judge_interfaces(
-                one.network, names_interface=names, interface=self._interface, is_one_host=is_one_host
+                one.network, names_interface=not self._group.is_ray, interface=self._interface, is_one_host=is_one_host
             )
             yield from on(node, judged)
             if node not in self._addresses:
@@ -113,7 +111,7 @@ class Between:
         port = self._group.ask_all("free_port", int, _ASK_S, {nodes[0]: {}})
         if not port:
             return
-        use_gpu = all(self._facts[node].gpus.usable for node in nodes) and self._need.cluster.gpus_per_worker != 0
+        use_gpu = self._need.cluster.gpus_per_worker != 0 and all(map(self._has_gpu, nodes))
         timeout_s = min(_COLLECTIVE_S, max(2.0, self._deadline.left()))
         arguments = {
             node: {
@@ -123,3 +121,8 @@ class Between:
             for rank, node in enumerate(nodes)
         }
         yield from judge_sums(self._group.ask_all("collective", Sum, timeout_s, arguments))
+
+    def _has_gpu(self, node: str) -> bool:
+        """Whether torch can use a GPU there. (Ray hides them from the actor that has looked.)"""
+        found = self._facts[node].gpus
+        return bool(found.gpus if self._group.is_ray else found.usable) and found.torch_problem is None

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clm_dist.config.job import JobConfig
@@ -100,10 +100,12 @@ def _judge_nodes(facts: Mapping[str, Facts], need: Need, group: Group) -> list[F
     num_workers = -(-need.cluster.min_workers // max(1, len(amounts)))
     wants = None if need.cluster.gpus_per_worker == "auto" else need.cluster.gpus_per_worker > 0
     for node, one in facts.items():
+        # Ray hides all GPUs from the actor that has looked.
+        gpus = replace(one.gpus, visible=None) if group.is_ray else one.gpus
         surroundings = Surroundings(joins=group.joins, has_gpus=bool(one.gpus.gpus))
         found = [
             *judge_versions(one.versions),
-            *judge_gpus(one.gpus, wants_gpus=wants, granted=(group.known or {}).get(node, {}).get("GPU", 0)),
+            *judge_gpus(gpus, wants_gpus=wants, granted=(group.known or {}).get(node, {}).get("GPU", 0)),
             *judge_machine(one.machine, need.cluster.cpus_per_worker, num_workers=num_workers),
             *judge_environment(one.variables, need, surroundings),
         ]

@@ -98,7 +98,11 @@ def read_gpus() -> Gpus:
         apps = _query("compute-apps", ("gpu_uuid", "pid", "process_name", "used_memory"))
     except (OSError, ValueError) as problem:
         return Gpus(visible=visible, problem=str(problem))
-    return Gpus(gpus, parse_holders(apps), visible, torch_problem=find_problem() if gpus else None)
+    of_torch = find_problem() if gpus else None
+    if visible is not None:
+        # The question has removed it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return Gpus(gpus, parse_holders(apps), visible, torch_problem=of_torch)
 
 
 def _ask_gpus() -> str:

@@ -26,8 +26,8 @@ class Group:
     links: dict[str, Link]
     where: str
     """What they are, for people."""
-    names_interface: bool
-    """Whether what starts a run's workers there names the network interface for gloo and NCCL."""
+    is_ray: bool
+    """Whether they are those of a Ray that was started by others, who may name a network interface or not."""
     joins: bool
     """Whether a run uses a Ray that is not its own."""
     hints: dict[str, list[str]] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def find_group(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 
 def _of_this_machine() -> Group:
-    return Group({socket.gethostname(): Here()}, "this machine", names_interface=True, joins=False)
+    return Group({socket.gethostname(): Here()}, "this machine", is_ray=False, joins=False)
 
 
 def _of_ray(environment: Mapping[str, str], findings: list[Finding], stack: contextlib.ExitStack) -> Group | None:
@@ -133,7 +133,7 @@ def _of_ray(environment: Mapping[str, str], findings: list[Finding], stack: cont
     return Group(
         {node.name: node for node in nodes},
         f"the {len(nodes)} nodes of the Ray at {address}",
-        names_interface=False,
+        is_ray=True,
         joins=True,
         hints={node.name: [node.address] for node in nodes},
         known={node.name: node.resources for node in nodes},
@@ -162,7 +162,7 @@ def _of_allocation(found: Allocation, environment: Mapping[str, str]) -> Group:
     return Group(
         {node: start_probe(found, node, environment) for node in nodes},
         f"the {len(nodes)} nodes of Slurm's job {found.job_id}",
-        names_interface=True,
+        is_ray=False,
         joins=True,
         hints=dict(found.hints),
         known={node: {"CPU": found.cpus.get(node, 1.0), "GPU": found.gpus} for node in nodes},

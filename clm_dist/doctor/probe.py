@@ -121,10 +121,14 @@ class Probe:
         except TimeoutError:
             return None
 
-    def begin_collective(self, address: str, names_interface: bool) -> None:
+    def begin_collective(self, address: str, in_ray: bool) -> None:
         """Start the process of a collective, which imports torch meanwhile."""
         environment = dict(os.environ)
-        if names_interface and (interface := interface_of(address)):
+        if in_ray:
+            # Ray hides all GPUs from an actor that takes none.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+        elif interface := interface_of(address):
+            # As what starts a run's workers does it.
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 environment.setdefault(name, interface)
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

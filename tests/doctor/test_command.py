@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from clm_dist.doctor.examine import examine
 from clm_dist.doctor.quick import examine_quickly
 from clm_dist.files.stores import Stores
 from tests.conftest import MakeJob, WriteJob
+from tests.doctor.test_machine import LARGE
 from tests.support.command import clm_dist, modules_of
 from tests.support.disks import mounted
 
@@ -115,7 +117,8 @@ def test_a_machine_that_cannot_be_looked_at_keeps_no_run_from_its_work(
     assert "this machine could not be examined: ValueError: no such line" in caplog.text
 
 
-def test_a_quiet_machine_is_not_spoken_of(make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_quiet_machine_is_not_spoken_of(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clm_dist.doctor.quick.read_machine", lambda: LARGE)
     assert examine_quickly(make_job(), tmp_path / "runs", Stores(tmp_path / "stores")) == []
 
 
@@ -123,11 +126,9 @@ def test_what_workers_elsewhere_have_is_not_judged_by_this_machine(
     make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job("cluster.workers=2", "cluster.cpus_per_worker=64")
-    affinity = {0}
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: affinity)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("clm_dist.doctor.quick.read_machine", lambda: replace(LARGE, usable_cpus=1))
     (finding,) = examine_quickly(job, tmp_path / "runs", Stores(tmp_path / "stores"))
-    assert "may use 1 of 8 CPUs" in finding.what
+    assert "may use 1 of 16 CPUs" in finding.what
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert examine_quickly(job, tmp_path / "runs", Stores(tmp_path / "stores")) == []
 

@@ -58,8 +58,14 @@ def test_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ol
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.setattr("clm_dist.doctor.gpus.find_problem", lambda: "torch 2.13.0 has no CUDA")
+
+    def find_problem() -> str:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        return "torch 2.13.0 has no CUDA"
+
+    monkeypatch.setattr("clm_dist.doctor.gpus.find_problem", find_problem)
     found = read_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     assert (len(found.gpus), len(found.holders), found.usable, found.problem) == (3, 1, 1, None)
     assert found.torch_problem == "torch 2.13.0 has no CUDA"
 

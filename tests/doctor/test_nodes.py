@@ -27,7 +27,7 @@ PROBE = [sys.executable, "-m", "clm_dist.doctor.probe"]
 def two() -> Iterator[Group]:
     """Two nodes, which are both this machine."""
     links = {name: Started(PROBE) for name in ("a", "b")}
-    group = Group(dict(links), "two probes", names_interface=True, joins=False)
+    group = Group(dict(links), "two probes", is_ray=False, joins=False)
     yield group
     group.close()
 
@@ -86,7 +86,7 @@ def test_a_directory_that_is_not_shared_is_found(two: Group, tmp_path: Path, mon
 def test_a_node_whose_probe_ends_is_named_with_its_last_words_and_asked_no_more() -> None:
     dying = Started([sys.executable, "-c", "import sys; sys.exit('No module named clm_dist')"])
     silent = Started([sys.executable, "-c", "import time; time.sleep(60)"])
-    group = Group({"a": dying, "b": silent, "c": Started(PROBE)}, "three", names_interface=True, joins=False)
+    group = Group({"a": dying, "b": silent, "c": Started(PROBE)}, "three", is_ray=False, joins=False)
     assert list(group.ask_all("free_port", int, 20, {"a": {}, "c": {}})) == ["c"]
     assert list(group.ask_all("free_port", int, 0.1, {"b": {}})) == []
     first, second = group.findings
@@ -98,7 +98,7 @@ def test_a_node_whose_probe_ends_is_named_with_its_last_words_and_asked_no_more(
 
 
 def test_a_question_that_fails_on_a_node_is_not_checked_and_the_node_stays() -> None:
-    group = Group({"a": Started(PROBE)}, "one", names_interface=True, joins=False)
+    group = Group({"a": Started(PROBE)}, "one", is_ray=False, joins=False)
     assert group.ask_all("write_speed", float, 20, directory="/nowhere") == {}
     (finding,) = group.findings
     assert finding.severity == "unchecked"
