@@ -16,12 +16,13 @@ from clm_dist.progress import out
 
 
 def doctor(
-    job_file: Annotated[
-        Path | None, typer.Argument(metavar="[JOB]", help=JOB_HELP, autocompletion=complete_job)
-    ] = None,
+    job_file: Annotated[Path | None, typer.Argument(metavar="JOB", help=JOB_HELP, autocompletion=complete_job)] = None,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
     stores: StoreOption = DEFAULT_STORES,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=5, help="What takes longer is not checked, and said.")
+    ] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check in seconds whether a run would work: here, or on all nodes of this shell's Slurm job or Ray."""
@@ -32,11 +33,11 @@ def doctor(
         raise ConfigError("--set goes with a job file; name one")
     runs_dir, kept = local_dir(runs, "--runs"), open_stores(stores)
     if job_file is None:
-        report = examine(None, runs_dir, kept)
+        report = examine(None, runs_dir, kept, time_s=timeout_s)
     else:
         job = load_job(job_file, overrides or ())
         with located(job):
-            report = examine(job.config, runs_dir, kept)
+            report = examine(job.config, runs_dir, kept, time_s=timeout_s)
     with unfailing("stdout"):
         if as_json:
             typer.echo(report_json(report))

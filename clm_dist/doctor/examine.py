@@ -24,9 +24,12 @@ from clm_dist.doctor.versions import compare_versions, judge_versions
 from clm_dist.errors import first_line
 from clm_dist.files.stores import Stores
 
-TIME_S = 14.0
-"""An examination ends within 15 s."""
-_FACTS_S = 8.0
+TIME_S = 15.0
+"""An examination ends within this time, unless another is given."""
+_FACTS_SHARE = 0.55
+"""Of the time: the longest that nodes have to start and to tell of themselves."""
+_LAST_S = 1.0
+"""Kept to end what was started."""
 _ASK_S = 2.0
 _HUB_S = 4.0
 _END_S = 0.5
@@ -63,15 +66,16 @@ def examine(
 
     Args:
         disk_needs: what a run needs on disk.
+        time_s: what is not looked at within this time is said.
     """
-    deadline = Deadline(time_s)
+    deadline = Deadline(time_s - _LAST_S)
     need = Need.of(job, runs, stores)
-    size = begin(find_size, job, time_s - _ASK_S) if job else None
+    size = begin(find_size, job, time_s - _LAST_S - _ASK_S) if job else None
     push = begin(lambda: list(check_push(job, read_environment()))) if job and need.pushes else None
     with find_group() as group:
         nodes = tuple(group.names)
         directories = [place.where for place in need.places if not place.is_url]
-        facts = group.ask_all("facts", Facts, deadline.left(_FACTS_S), directories=directories)
+        facts = group.ask_all("facts", Facts, _FACTS_SHARE * time_s, directories=directories)
         disks = {node: one.disks for node, one in facts.items()}
         if need.models or need.dataset:
             group.ask_all("begin_hub", type(None), _ASK_S, models=need.models, dataset=need.dataset)

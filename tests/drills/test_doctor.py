@@ -20,6 +20,8 @@ from tests.drills.nodes import some_nodes
 from tests.drills.slurm_cluster import PROGRAM, Slurm, a_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+# With time for a machine on which other tests run.
+DOCTOR = [sys.executable, "-m", "clm_dist", "doctor", "--json", "--runs", "runs", "--store", "store", "--timeout=60"]
 _CLOCK = "import time\n_now = time.time\ntime.time = lambda: _now() + 3600\n"
 
 
@@ -52,15 +54,15 @@ def slurm() -> Iterator[Slurm]:
         yield cluster
 
 
-def examine(slurm: Slurm, *arguments: str, before: str = ":", **environment: str) -> Doctor:
-    """What is found in a job of two nodes.
+def examine(slurm: Slurm, *arguments: str, nodes: int = 2, before: str = ":", **environment: str) -> Doctor:
+    """What is found in a job of some nodes.
 
     Args:
         before: a command of the shell that runs first, in the job.
     """
-    doctor = [sys.executable, "-m", "clm_dist", "doctor", "--json", "--runs", "runs", "--store", "store", *arguments]
+    doctor = [*DOCTOR, *arguments]
     shell = ["bash", "-c", f'{before} >&2; exec "$@"', "doctor"]
-    command = ["salloc", "--quiet", "--immediate=30", "--nodes=2", "--cpus-per-task=2", *shell, *doctor]
+    command = ["salloc", "--quiet", "--immediate=30", f"--nodes={nodes}", "--cpus-per-task=2", *shell, *doctor]
     clean = {name: value for name, value in slurm.environment.items() if not name.startswith(("GLOO", "NCCL"))}
     ended = subprocess.run(
         command, env=clean | environment, cwd=slurm.directory, capture_output=True, text=True, timeout=120
@@ -104,6 +106,13 @@ def test_a_job_whose_nodes_are_as_they_should_be(slurm: Slurm) -> None:
     # On these nodes it stands for 127.0.1.1, and the script of a job names the interface.
     assert found.has("note", "the own name of the host stands for 127.0.1.1")
     assert not (slurm.directory / "runs").exists()
+
+
+def test_a_job_of_one_node_is_examined_there_and_not_on_the_login_node(slurm: Slurm) -> None:
+    found = examine(slurm, nodes=1)
+    assert (found.code, found.of("error")) == (0, [])
+    (facts,) = found.report["facts"].values()
+    assert facts["machine"]["host"] == "node1"
 
 
 def test_an_interface_that_no_node_has(slurm: Slurm) -> None:
@@ -215,9 +224,8 @@ def test_a_node_whose_network_is_away(slurm: Slurm) -> None:
 def test_the_nodes_of_a_ray(tmp_path: Path) -> None:
     with some_nodes() as nodes:
         nodes.add()
-        command = [sys.executable, "-m", "clm_dist", "doctor", "--json", "--runs", "runs", "--store", "store"]
         environment = os.environ | {"RAY_ADDRESS": nodes.address}
-        ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(DOCTOR, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     found = Doctor(ended.returncode, json.loads(ended.stdout))
     assert found.code == 0, ended.stdout
     assert len(found.report["nodes"]) == 2
