@@ -17,6 +17,9 @@ from tests.doctor.test_machine import LARGE
 from tests.support.command import clm_dist, modules_of
 from tests.support.disks import mounted
 
+# The size of a model takes seconds, and more where other tests run.
+PATIENTLY = ("--timeout", "120")
+
 
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -31,7 +34,7 @@ def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_job_that_would_work_here_is_found_so(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, write_job: WriteJob, tmp_path: Path
 ) -> None:
-    said = clm_dist(capsys, monkeypatch, "doctor", write_job(), "--json")
+    said = clm_dist(capsys, monkeypatch, "doctor", write_job(), "--json", *PATIENTLY)
     found = json.loads(said.out)
     assert said.code == found["exit_code"] == 0
     subjects = {finding["subject"] for finding in found["findings"] if finding["severity"] == "ok"}
@@ -64,14 +67,18 @@ def test_a_full_disk_is_an_error_that_may_pass(
 ) -> None:
     with mounted(tmp_path / "a disk", "size=1m") as disk:
         (disk / "filling").write_bytes(bytes(2**20 - 8192))
-        said = clm_dist(capsys, monkeypatch, "doctor", write_job(), "--runs", disk)
+        said = clm_dist(capsys, monkeypatch, "doctor", write_job(), "--runs", disk, *PATIENTLY)
     assert said.code == 75, said.out
     assert "the run takes about" in " ".join(said.out.split())
 
 
 def test_what_another_estimates_of_the_disk_is_taken(make_job: MakeJob, tmp_path: Path) -> None:
     report = examine(
-        make_job(), tmp_path / "runs", Stores(tmp_path / "stores"), disk_needs=lambda job, num: {"store": 2**60}
+        make_job(),
+        tmp_path / "runs",
+        Stores(tmp_path / "stores"),
+        time_s=120,
+        disk_needs=lambda job, num: {"store": 2**60},
     )
     assert [finding.what.split(" (")[0] for finding in report.findings if finding.severity == "error"] == ["store"]
 
