@@ -111,3 +111,9 @@ def test_a_ray_of_others_is_joined_when_the_job_is_right(start: Start, monkeypat
         assert not start.begun.is_set()
         assert started() == Cluster(0)
     assert start.said == ["started", "ended"]
+
+
+def test_many_workers_are_asked_less_often() -> None:
+    """Ray's controller asks each of them, and one process makes a few thousand calls a second."""
+    assert [cluster.poll_interval_s(number) for number in (1, 8, 200)] == [0.2, 0.2, 0.2]
+    assert 1024 / cluster.poll_interval_s(1024) == pytest.approx(1000)

@@ -29,6 +29,7 @@ _KILL_TIMEOUT_S = 15
 _NODES_TIMEOUT_S = 300
 """Within this time a Ray that is started beside the driver has its nodes."""
 _POLL_S = 0.5
+_POLL_WORKER_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class Cluster:
     num_gpus_per_worker: int
     is_own: bool = False
     """Whether it was started for this process alone, and so has all the nodes that it will have."""
+
+
+def poll_interval_s(num_workers: int) -> float:
+    """Seconds from one question of Ray's controller to all workers to the next.
+
+    It asks each of them, and a process makes some 3,500 such calls a second, on two cores: 1,024 workers could not be
+    asked every 0.2 s.
+    """
+    return max(0.2, num_workers * _POLL_WORKER_S)
 
 
 @contextlib.contextmanager
@@ -54,7 +64,7 @@ def start_ray(cluster: ClusterConfig, logs: Path | None = None) -> Iterator[Clus
     """
     for name, value in {
         # Reports reach the driver within this time; Ray's own 2 s would hold up short runs.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{poll_interval_s(cluster.max_workers):g}",
         # After a loss it asks for as many workers as before until Ray knows of the loss, and only then for fewer.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
         "RAY_TRAIN_METRICS_ENABLED": "0",
