@@ -17,12 +17,13 @@ from clm_dist.doctor.group import Group, find_group
 from clm_dist.doctor.hub_reach import Answer, check_push, judge_answers
 from clm_dist.doctor.machine import judge_amounts, judge_machine
 from clm_dist.doctor.meetings import Meetings
-from clm_dist.doctor.model_size import Size, checkpoint_bytes, estimate_disk_needs, find_size, judge_size
+from clm_dist.doctor.model_size import Size, estimate_disk_needs, find_size, judge_size
 from clm_dist.doctor.need import Need
 from clm_dist.doctor.probe import Facts
 from clm_dist.doctor.versions import compare_versions, judge_versions
 from clm_dist.errors import first_line
 from clm_dist.files.stores import Stores
+from clm_dist.plan.disk import estimate_disk
 
 TIME_S = 15.0
 """An examination ends within this time, unless another is given."""
@@ -154,7 +155,8 @@ def _of_size(
             else:
                 said = f"{place.name} ({place.where}), which did not answer in time; is its server away?"
                 yield from on(node, [unchecked("disk", said)])
-    yield from meetings.speed(checkpoint_bytes(num) if num else None, need.cluster.slurm.signal_s)
+    checkpoint = int(estimate_disk(job, num).checkpoint) if job and num else None
+    yield from meetings.speed(checkpoint, need.cluster.slurm.signal_s)
 
 
 def _of_push(pending: "Future[list[Finding]]", deadline: Deadline) -> Iterator[Finding]:

@@ -10,10 +10,7 @@ from dataclasses import asdict, dataclass
 from clm_dist.config.job import JobConfig
 from clm_dist.doctor.finding import Finding, error, ok, unchecked
 from clm_dist.errors import ClmDistError, TryAgainError
-
-_BYTES_OF_STATE = 12
-"""A checkpoint has a parameter and the two moments of AdamW in fp32."""
-_BYTES_OF_WEIGHT = 4
+from clm_dist.plan.disk import estimate_disk
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,12 @@ def measure_size(job: JobConfig) -> Size:
         return Size(sum(parameter.numel() for parameter in build_model(config).parameters()))
 
 
-def checkpoint_bytes(num_parameters: int) -> int:
-    """Size of a checkpoint, over the files of all ranks."""
-    return _BYTES_OF_STATE * num_parameters
-
-
 def estimate_disk_needs(job: JobConfig, num_parameters: int) -> dict[str, int]:
-    """Bytes that a run writes at most, by the name of the place: its checkpoints, with the best and the one that is
-    being written, and its model, twice where it replaces another. Blocks and logs are not in it.
+    """Bytes that a run writes at most, by the name of the place: its checkpoints and its model, twice where it replaces
+    another. Blocks and logs are not in it.
     """
-    checkpoints = (job.checkpoint.keep + 2) * checkpoint_bytes(num_parameters)
-    models = 2 * _BYTES_OF_WEIGHT * num_parameters
+    disk = estimate_disk(job, num_parameters)
+    checkpoints, models = int(disk.checkpoints), int(2 * disk.model)
     if job.checkpoint.path is None:
         return {"runs": checkpoints + models}
     return {"checkpoints": checkpoints, "runs": models}

@@ -9,6 +9,7 @@ from clm_dist.devices import Device
 from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.choices import Choice, advise, choices_of
 from clm_dist.plan.counts import Counts
+from clm_dist.plan.disk import Disk, estimate_disk
 from clm_dist.plan.duration import Network, assumed_mfu, step_time, tokens_per_second
 from clm_dist.plan.memory import Setting
 from clm_dist.plan.speed import Speed
@@ -21,7 +22,6 @@ _SMALL = 50 * 10**6
 """Parameters below which the share of the peak says nothing."""
 _FORWARD = 1 / 3
 """Work of a forward pass over that of a pass of training."""
-_MOST_UINT16 = 2**16
 _MUCH = 0.25
 """Share of a step for which workers wait that is worth a word."""
 
@@ -43,25 +43,6 @@ class Scale:
     """Of the whole run, from and to."""
     gpu_hours: tuple[float, float]
     cost: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes on disk."""
-
-    store: float
-    """The blocks."""
-    while_preparing: float
-    """Beside them until they are written."""
-    checkpoint: float
-    """One checkpoint."""
-    checkpoints: float
-    """As many as there are at once."""
-    model: float
-
-    @property
-    def total(self) -> float:
-        return self.store + self.while_preparing + self.checkpoints + self.model
 
 
 @dataclass(frozen=True)
@@ -142,7 +123,13 @@ def make_plan(
         speed=speed,
         scales=tuple(scales),
         too_many=tuple(n for n in target.nodes if n * target.gpus_per_node > job.batch.num_micros),
-        disk=_disk(job, architecture, setting, counts),
+        disk=estimate_disk(
+            job,
+            architecture.num_parameters,
+            num_blocks=counts.train.blocks + counts.eval.blocks,
+            vocabulary=counts.vocabulary,
+            is_prepared=counts.is_prepared,
+        ),
         notes=(*counts.notes, *notes),
     )
 
@@ -236,19 +223,3 @@ def _num_due(every: Every, order: BatchOrder) -> int:
 def _num_evaluations(job: JobConfig, order: BatchOrder) -> int:
     """Evaluations of a run: of the untouched model, where they are due, and of the written one."""
     return _num_due(job.eval.every, order) + 2
-
-
-def _disk(job: JobConfig, model: Architecture, setting: Setting, counts: Counts) -> Disk:
-    size = 2 if counts.vocabulary <= _MOST_UINT16 else 4
-    store = (counts.train.blocks + counts.eval.blocks) * job.data.block_size * size
-    checkpoint = 12.0 * model.num_parameters
-    # The newest, the best, the one that is written; and the one that keeps the best model.
-    at_once = job.checkpoint.keep + 2 + (job.train.keep == "best")
-    half = setting.arithmetic.is_half and not setting.arithmetic.is_autocast and setting.strategy != "fsdp2"
-    return Disk(
-        store=store,
-        while_preparing=0.0 if counts.is_prepared else store,
-        checkpoint=checkpoint,
-        checkpoints=at_once * checkpoint,
-        model=(2.0 if half else 4.0) * model.num_parameters,
-    )
