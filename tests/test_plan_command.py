@@ -143,6 +143,15 @@ def test_a_model_that_is_not_there_is_refused(plan: PlanCommand, write_job: Writ
     assert "has no config.json that can be read" in said.err.replace("\n", " ")
 
 
+def test_an_embedding_that_is_enlarged_has_the_rows_of_the_tokenizer(
+    plan: PlanCommand, write_job: WriteJob, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "vocab_size": 100}')
+    job = write_job("model.config=null", f"model.path={tmp_path}")
+    plain, enlarged = (_values(plan(job, "--json", "--set", f"model.resize={value}")) for value in ("false", "true"))
+    assert enlarged["num_parameters"] - plain["num_parameters"] == 200 * 32
+
+
 def test_a_gpu_of_ones_own_has_the_memory_and_the_peak_that_are_said(plan: PlanCommand, write_job: WriteJob) -> None:
     def planned(memory_gib: str, tflops: str) -> Any:
         said = ("--mfu", "0.5", "--gpus-per-node", "1", "--json", "--memory-gib", memory_gib, "--tflops", tflops)

@@ -47,6 +47,19 @@ def test_prepared_blocks_are_counted_in_their_store(make_job: MakeJob, prepared:
     assert counts.vocabulary == 300
 
 
+def test_large_files_are_not_read_to_see_whether_they_are_prepared(
+    make_job: MakeJob, prepared: Prepared, stores: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(make_job())
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    job = make_job(f"data.path={copy}")
+    monkeypatch.setattr(counting, "_MOST_HASHED", 0)
+    assert not _count(job, stores).is_prepared
+    monkeypatch.setattr(counting, "_MOST_HASHED", 2**20)
+    assert _count(job, stores).is_prepared
+
+
 def test_nothing_is_written_where_there_is_no_store(make_job: MakeJob, tmp_path: Path) -> None:
     assert _count(make_job(), tmp_path / "none").is_exact
     assert not (tmp_path / "none").exists()

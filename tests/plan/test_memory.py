@@ -242,3 +242,13 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     fits = [estimate_memory(model, Setting("ddp", 2, size, 64)).total <= 0.95 * limit for size in (most, most + 1)]
     assert fits == [True, False]
     assert largest_micro_size(model, setting, 2**20) == 0
+
+
+def test_the_arithmetic_is_that_of_the_strategy() -> None:
+    """Under ddp autocast casts; DeepSpeed and FSDP2 keep what they compute with in half precision."""
+    arithmetics = {
+        (name, p): Setting(name, 1, 1, 8, precision=p).arithmetic for name in STRATEGIES for p in ("fp32", "bf16")
+    }
+    for (name, precision), found in arithmetics.items():
+        assert found.size == (2 if precision == "bf16" else 4)
+        assert found.stream_size == (2 if precision == "bf16" and name != "ddp" else 4)

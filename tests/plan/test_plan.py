@@ -8,6 +8,7 @@ import pytest
 from clm_dist.config.job import JobConfig
 from clm_dist.devices import DEVICES, device_of
 from clm_dist.plan.architecture import Architecture
+from clm_dist.plan.choices import advise, choices_of
 from clm_dist.plan.counts import Count, Counts
 from clm_dist.plan.duration import Network, exchanged_bytes, step_time
 from clm_dist.plan.families import architecture_of
@@ -213,3 +214,11 @@ def test_every_device_is_found_by_the_name_of_its_driver() -> None:
     # TF32 has half of bf16's peak, and GPUs without it compute in fp32.
     assert (H100.peak_flops("bf16"), H100.peak_flops("tf32"), H100.peak_flops("fp32")) == (989e12, 494.5e12, 67e12)
     assert T4.peak_flops("tf32") == T4.peak_flops("fp32")
+
+
+def test_recomputing_comes_before_offloading() -> None:
+    """Memory of a GPU costs a third more time to save by recomputing, and many times more over PCIe."""
+    found = choices_of(_gpt2(), Setting("ddp", 8, 4, 128), H100)
+    fitting = [("ddp", "none", True), ("zero2", "optimizer", False)]
+    few = [replace(one, fits=(one.strategy, one.offload, one.gradient_checkpointing) in fitting) for one in found]
+    assert "take ddp with train.gradient_checkpointing" in advise(Setting("ddp", 8, 4, 128), few, H100)
