@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clm_dist.config.job import JobConfig
@@ -89,6 +91,30 @@ def test_the_speed_of_a_run_is_that_of_the_plan(plan: PlanCommand, finished_run:
     assert "says nothing of h100-80" in refused.err
 
 
+def test_the_loss_is_that_of_a_curve_through_runs(plan: PlanCommand, finished_run: RunDir, tmp_path: Path) -> None:
+    """Of a run, and of a copy of it on half the data with a loss that is higher."""
+    half = RunDir(Path(shutil.copytree(finished_run.root, tmp_path / "half")))
+    data, result = read_json(half.data), read_json(half.result)
+    data["splits"]["train"]["num_blocks"] //= 2
+    result["final"]["loss"] += 0.3
+    result["final"]["epoch"] *= 2
+    losses = np.load(half.eval_losses)
+    np.save(half.eval_losses, losses + 0.3 * losses[:, 1:] * [1, 0])
+    half.data.write_text(json.dumps(data))
+    half.result.write_text(json.dumps(result))
+    runs = ("--losses", half.root, "--losses", finished_run.root)
+    values = _values(plan(finished_run.job, *runs, "--json"))["loss"]
+    loss, last = values["expected"]["loss"], result["final"]["loss"] - 0.3
+    assert [point["loss"] for point in values["points"]] == pytest.approx([last + 0.3, last])
+    assert loss["low"] < last < loss["high"]
+    lines = plan(finished_run.job, *runs).out.splitlines()
+    (line,) = (number for number, line in enumerate(lines) if line.startswith("loss:"))
+    assert lines[line].startswith(f"loss:   {loss['value']:.3f} ({loss['low']:.3f} to {loss['high']:.3f}), perplexity ")
+    assert "95 % interval of a power law through 2 runs, at 1 times the tokens of the largest" in lines[line + 1]
+    assert lines[line + 2].endswith("like theirs, and if another seed changes the loss by 0.02 nats;")
+    assert _values(plan(finished_run.job, "--json"))["loss"] is None
+
+
 def test_a_probe_measures_here(plan: PlanCommand, write_job: WriteJob) -> None:
     values = _values(plan(write_job(), "--probe", "1", "--json"))
     assert "measured here in" in values["speed"]["how"]
@@ -124,6 +150,8 @@ def test_a_model_without_a_formula_is_built_without_weights(plan: PlanCommand, w
         (("--gpu", "h100-80", "--mfu", "40"), "--mfu 40 is not a share of the peak; write 0.4, or 0.3-0.5"),
         (("--gpu", "h100-80", "--mfu", "0.5-0.4"), "--mfu 0.5-0.4 is not a share"),
         (("--probe", "5", "--from", "runs/x"), "leave one of them out"),
+        (("--losses", "runs/nothing", "--losses", "runs/nothing"), "runs/nothing is no run directory"),
+        (("--losses", "runs/nothing"), "--losses takes two or more runs on parts of the data"),
         (("--from", "runs/nothing"), "--from runs/nothing is no run directory"),
         (("--probe", "2", "--gpu", "h100-80"), "measured on a CPU, which says nothing of h100-80"),
     ],

@@ -63,6 +63,15 @@ def plan(
             help="Take the speed from a run that is finished or trains, such as one on a subset.",
         ),
     ] = None,
+    losses: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--losses",
+            metavar="RUN",
+            autocompletion=complete_run,
+            help="Take the eval loss to expect from runs that are done on parts of the data; name two or more.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a job takes before it is run: memory, strategy, time, cost, disk."""
@@ -90,6 +99,12 @@ def plan(
             from clm_dist.plan.probing import probe_speed
 
             measured = probe_speed(config, architecture, counts, probe, device)
+        loss = None
+        if losses:
+            from clm_dist.plan.loss_of_runs import loss_of_runs
+
+            loss, said = loss_of_runs(losses, config, counts)
+            notes += said
         target = Target(
             device=device or (measured.device if measured else None),
             gpus_per_node=gpus_per_node or (measured.workers_per_node if measured else _gpus_of(config)),
@@ -104,6 +119,7 @@ def plan(
             target,
             speed=measured.speed if measured else None,
             mfu=share,
+            loss=loss,
             notes=[*notes, *(measured.notes if measured else ())],
         )
     with unfailing("stdout"):

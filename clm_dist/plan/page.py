@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clm_dist.plan.counts import Count
+from clm_dist.plan.loss import SEED_ERROR, Estimate
+from clm_dist.plan.loss_of_runs import LossOfRuns
 from clm_dist.plan.plan import Plan, Scale
 from clm_dist.plan.target import Target
 
@@ -22,6 +24,10 @@ _PARTS = {
     "buffers": "buffers",
     "context": "CUDA context",
 }
+
+
+_SEEDS = f""", and if another seed changes the loss by {SEED_ERROR} nats;
+        to see what it changes, run the smallest part again with another train.seed, and name it too"""
 
 
 def print_plan(plan: Plan, target: Target, console: Console) -> None:
@@ -84,8 +90,27 @@ def _ends(plan: Plan) -> Iterator[str]:
         f"disk:   {show_bytes(disk.total)}: blocks {show_bytes(disk.store + disk.while_preparing)}, checkpoints "
         f"{show_bytes(disk.checkpoints)} (each {show_bytes(disk.checkpoint)}), model {show_bytes(disk.model)}"
     )
+    if plan.loss is not None:
+        yield from _loss_lines(plan.loss)
     for note in plan.notes:
         yield f"note:   {note}"
+
+
+def _loss_lines(loss: LossOfRuns) -> Iterator[str]:
+    if (expected := loss.expected) is None:
+        return
+    epochs = "an epoch" if loss.epochs == 1 else f"{loss.epochs:.3g} epochs"
+    perplexity = _estimate(expected.perplexity, ",.4g")
+    trained = f"{epochs} of {loss.blocks:,.0f} blocks"
+    yield f"loss:   {_estimate(expected.loss, '.3f')}, perplexity {perplexity} after {trained};"
+    times = loss.tokens.value / loss.points[-1].tokens
+    runs = f"{len(loss.points)} runs"
+    yield f"        95 % interval of a power law through {runs}, at {times:.3g} times the tokens of the largest;"
+    yield f"        it holds if the rest of the data is like theirs{'' if loss.has_seeds else _SEEDS}"
+
+
+def _estimate(value: Estimate, spec: str) -> str:
+    return f"{value.value:{spec}} ({value.low:{spec}} to {value.high:{spec}})"
 
 
 def _own_memory(plan: Plan, target: Target) -> Table:

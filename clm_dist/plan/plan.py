@@ -11,6 +11,7 @@ from clm_dist.plan.choices import Choice, advise, choices_of
 from clm_dist.plan.counts import Counts
 from clm_dist.plan.disk import Disk, estimate_disk
 from clm_dist.plan.duration import Network, assumed_mfu, step_time, tokens_per_second
+from clm_dist.plan.loss_of_runs import LossOfRuns
 from clm_dist.plan.memory import Setting
 from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
@@ -68,6 +69,8 @@ class Plan:
     too_many: tuple[int, ...]
     """Numbers of hosts with more workers than a step has micro-batches."""
     disk: Disk
+    loss: LossOfRuns | None
+    """What runs on parts of the data say of the loss; None where none are named."""
     notes: tuple[str, ...]
 
 
@@ -79,6 +82,7 @@ def make_plan(
     *,
     speed: Speed | None = None,
     mfu: tuple[float, float] | None = None,
+    loss: LossOfRuns | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """The plan of a job.
@@ -130,6 +134,7 @@ def make_plan(
             vocabulary=counts.vocabulary,
             is_prepared=counts.is_prepared,
         ),
+        loss=loss,
         notes=(*counts.notes, *notes),
     )
 
