@@ -116,13 +116,13 @@ def test_the_loss_is_that_of_a_curve_through_runs(plan: PlanCommand, finished_ru
 
 
 def test_a_probe_measures_here(plan: PlanCommand, write_job: WriteJob) -> None:
-    values = _values(plan(write_job(), "--probe", "1", "--json"))
+    values = _values(plan(write_job("batch.global_size=16"), "--probe", "3", "--json"))
     assert "measured here in" in values["speed"]["how"]
     assert 0 < values["speed"]["low"] < values["speed"]["high"]
     assert values["speed"]["memory_bytes"] > 2**26
     assert values["speed"]["eval_tokens_per_s"] > 0
     (sizes,) = (note for note in values["notes"] if "by batch.micro_size" in note)
-    assert re.search(r"4: [\d,]+", sizes)
+    assert re.search(r"4: [\d,]+, 8: [\d,]+.*the fastest is \d", sizes)
 
 
 def test_a_model_without_a_formula_is_built_without_weights(plan: PlanCommand, write_job: WriteJob) -> None:

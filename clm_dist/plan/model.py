@@ -28,18 +28,10 @@ def model_architecture(job: JobConfig, vocabulary: int) -> tuple[Architecture, s
     return (found, None) if found else _of_built_model(job, vocabulary, str(values.get("model_type")))
 
 
-def with_vocabulary(job: JobConfig, vocabulary: int) -> JobConfig:
-    """The job with the rows of the embedding in its `model.config`, if it has one."""
-    if not job.model.config:
-        return job
-    config = {"vocab_size": vocabulary} | dict(job.model.config)
-    return job.model_copy(update={"model": job.model.model_copy(update={"config": config})})
-
-
 def _values_of(job: JobConfig, vocabulary: int) -> dict[str, Any]:
     """The values of the model's configuration."""
     if job.model.config:
-        return dict(with_vocabulary(job, vocabulary).model.config or {})
+        return {"vocab_size": vocabulary} | dict(job.model.config)
     values = read_config(str(job.model.path), job.model.revision)
     if job.model.resize and isinstance(values.get("vocab_size"), int):
         values["vocab_size"] = max(values["vocab_size"], vocabulary)
@@ -88,8 +80,9 @@ def _of_built_model(job: JobConfig, vocabulary: int, model_type: str) -> tuple[A
     import torch
 
     from clm_dist.train.model import build_model, load_config
+    from clm_dist.train.probe import Vocabulary
 
-    config = load_config(with_vocabulary(job, vocabulary))
+    config = load_config(job, Vocabulary(vocabulary))
     with torch.device("meta"):
         model: Any = build_model(config)
     number = sum(parameter.numel() for parameter in model.parameters())

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from clm_dist.config.job import JobConfig
-from clm_dist.errors import ClmDistError
+from clm_dist.errors import ClmDistError, first_line
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.compiling import reproducible, try_compiling
 from clm_dist.train.forward import WithLoss, block_losses
@@ -49,11 +51,23 @@ class Probed:
     compiled: bool
 
 
-def probe(job: JobConfig, num_blocks: int, seconds: float) -> Probed:
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model with random weights takes of a tokenizer that is not loaded."""
+
+    size: int
+    """One more than the highest id."""
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"": self.size - 1}
+
+
+def probe(job: JobConfig, vocabulary: Vocabulary, num_blocks: int, seconds: float) -> Probed:
     """Compute steps of a job for about some seconds, in as many processes as there are workers, or on one GPU.
 
     Args:
-        job: with the size of the vocabulary in `model.config`, if it has one.
         num_blocks: of the train split.
 
     Raises:
@@ -63,9 +77,12 @@ def probe(job: JobConfig, num_blocks: int, seconds: float) -> Probed:
     use_gpu = torch.cuda.is_available() and job.cluster.gpus_per_worker != 0
     workers = 1 if use_gpu else job.cluster.max_workers
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
-    found = run_ranks(
-        _measure, workers, job.model_dump(), num_blocks, seconds, use_gpu, preload=["transformers"], backend=backend
-    )
+    arguments = job.model_dump(), vocabulary, num_blocks, seconds, use_gpu
+    try:
+        found = run_ranks(_measure, workers, *arguments, preload=["transformers"], backend=backend)
+    except ProcessExitedException as error:
+        # The system ends a process that takes more memory than there is.
+        raise PassTooLargeError(first_line(error)) from None
     # An error that is raised in a process would reach the others as a traceback.
     if problem := next((each for each in found if isinstance(each, Exception)), None):
         raise problem
@@ -74,9 +91,17 @@ def probe(job: JobConfig, num_blocks: int, seconds: float) -> Probed:
 
 
 def _measure(
-    rank: int, world_size: int, values: dict[str, Any], num_blocks: int, seconds: float, use_gpu: bool
+    rank: int,
+    world_size: int,
+    values: dict[str, Any],
+    vocabulary: Vocabulary,
+    num_blocks: int,
+    seconds: float,
+    use_gpu: bool,
 ) -> Probed | PassTooLargeError | ClmDistError:
     job = JobConfig.model_validate(values)
+    # As Ray sets it in its workers; Accelerate warns where it is not set.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     set_up_worker(
         rank=rank,
         world_size=world_size,
@@ -86,7 +111,7 @@ def _measure(
     )
     set_matrix_products(job.train.precision)
     try:
-        return _Probe(job, rank, world_size, num_blocks, use_gpu).run(seconds)
+        return _Probe(job, vocabulary, rank, world_size, num_blocks, use_gpu).run(seconds)
     except (PassTooLargeError, ClmDistError) as error:
         return error
     finally:
@@ -96,10 +121,12 @@ def _measure(
 class _Probe:
     """A job's model under its strategy, and steps of it."""
 
-    def __init__(self, job: JobConfig, rank: int, world_size: int, num_blocks: int, use_gpu: bool) -> None:
+    def __init__(
+        self, job: JobConfig, vocabulary: Vocabulary, rank: int, world_size: int, num_blocks: int, use_gpu: bool
+    ) -> None:
         self.job = job
         self.strategy: Strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=use_gpu)
-        config = load_config(job)
+        config = load_config(job, vocabulary)
         config.use_cache = False
         torch.manual_seed(job.train.seed)
         with self.strategy.whole_models():
