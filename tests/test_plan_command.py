@@ -149,7 +149,16 @@ def test_a_model_without_a_formula_is_built_without_weights(plan: PlanCommand, w
         ((*GPU, "--nodes", "0"), "--nodes 0 is not a list of numbers"),
         (("--gpu", "h100-80", "--mfu", "40"), "--mfu 40 is not a share of the peak; write 0.4, or 0.3-0.5"),
         (("--gpu", "h100-80", "--mfu", "0.5-0.4"), "--mfu 0.5-0.4 is not a share"),
-        (("--probe", "5", "--from", "runs/x"), "leave one of them out"),
+        (("--probe", "5", "--from", "runs/x"), "--probe and --from say where the speed is from"),
+        (("--mfu", "0.5", "--from", "runs/x"), "--mfu and --from say where the speed is from"),
+        ((*GPU, "--price", "inf"), "--price inf is not a number"),
+        (("--memory-gib", "80", "--tflops", "inf"), "--tflops inf is not a number"),
+        (("--set", "model.config.n_head=0"), "model.config: n_head is 0, and should be a number from 1 on"),
+        (("--set", "model.config.n_layer=-3"), "model.config: n_layer is -3"),
+        (("--set", "model.config.n_embd=4096.5"), "model.config: n_embd is 4096.5"),
+        (("--set", "model.config.n_embd=abc"), "model.config: n_embd is 'abc'"),
+        (("--set", "model.config={model_type: reformer}"), "no reformer can be built"),
+        (("--set", "data.block_size=128"), "data.block_size is 128, above the model's context of 64"),
         (("--losses", "runs/nothing", "--losses", "runs/nothing"), "runs/nothing is no run directory"),
         (("--losses", "runs/nothing"), "--losses takes two or more runs on parts of the data"),
         (("--from", "runs/nothing"), "--from runs/nothing is no run directory"),
@@ -181,10 +190,11 @@ def test_an_embedding_that_is_enlarged_has_the_rows_of_the_tokenizer(
 
 
 def test_a_gpu_of_ones_own_has_the_memory_and_the_peak_that_are_said(plan: PlanCommand, write_job: WriteJob) -> None:
-    def planned(memory_gib: str, tflops: str) -> Any:
+    def planned(memory_gib: str, tflops: str, setting: str = "train.precision=bf16") -> Any:
         said = ("--mfu", "0.5", "--gpus-per-node", "1", "--json", "--memory-gib", memory_gib, "--tflops", tflops)
-        return _values(plan(write_job("train.precision=bf16"), *said))
+        return _values(plan(write_job(setting), *said))
 
+    assert planned("80", "100")["speed"] == planned("80", "100", "train.precision=tf32")["speed"]
     none, enough = planned("0.5", "100"), planned("24", "200")
     # CUDA alone takes more than half a GiB.
     assert none["advice"].startswith("nothing fits")

@@ -1,6 +1,7 @@
 """The command that says what a job takes: `plan`."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -80,8 +81,12 @@ def plan(
     from clm_dist.plan.page import plan_values, print_plan
     from clm_dist.plan.plan import make_plan
 
-    if probe is not None and run_dir is not None:
-        raise ConfigError("--probe and --from both say where the speed is from; leave one of them out")
+    speeds = [name for name, value in (("--mfu", mfu), ("--probe", probe), ("--from", run_dir)) if value is not None]
+    if len(speeds) > 1:
+        raise ConfigError(f"{' and '.join(speeds)} say where the speed is from; leave all but one of them out")
+    for name, value in (("--price", price), ("--memory-gib", memory_gib), ("--tflops", tflops), ("--network", network)):
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name} {value} is not a number that can be reckoned with")
     job = load_job(job_file, overrides or ())
     config = job.config
     device, share = _device(gpu, memory_gib, tflops), _share(mfu)
@@ -111,6 +116,7 @@ def plan(
             nodes=_numbers(nodes) if nodes else ((1,) if measured else _NODES),
             between_nodes=between_nodes,
             price=price,
+            is_other_gpu=measured is not None and measured.is_gpu,
         )
         made = make_plan(
             config,
@@ -124,7 +130,7 @@ def plan(
         )
     with unfailing("stdout"):
         if as_json:
-            typer.echo(json.dumps(plan_values(made), indent=2))
+            typer.echo(json.dumps(plan_values(made), indent=2, allow_nan=False))
         else:
             print_plan(made, target, out)
 
@@ -162,11 +168,12 @@ def _device(name: str | None, memory_gib: float | None, tflops: float | None) ->
             return None
         missing = "--tflops" if tflops is None else "--memory-gib"
         raise ConfigError(f"a GPU needs --memory-gib and --tflops, or --gpu with its name; {missing} is missing")
-    device = known[name.lower()] if name else Device("this GPU", (), 0, 0, 0, 0, 32e9)
+    device = known[name.lower()] if name else Device("this GPU", (), 0, 0, 0, 32e9)
     if memory_gib is not None:
         device = replace(device, memory_bytes=memory_gib * _GIB)
     if tflops is not None:
-        device = replace(device, half_flops=tflops * 1e12, single_flops=tflops * 1e12)
+        # Whatever the precision of the job is.
+        device = replace(device, half_flops=tflops * 1e12, single_flops=tflops * 1e12, tf32_flops=tflops * 1e12)
     return device
 
 

@@ -1,6 +1,7 @@
 """Ways to lay out the training state of a job, and which of them to take."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from clm_dist.devices import Device
@@ -8,6 +9,8 @@ from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.memory import Memory, Setting, estimate_memory, fits_device, host_bytes, largest_micro_size
 
 _STRATEGIES = (("ddp", "none"), ("zero1", "none"), ("zero2", "none"), ("zero3", "none"), ("fsdp2", "none"))
+_ABOUT_AS_FAST = 0.05
+"""Difference of times, as a share, that says nothing."""
 _OFFLOADS = (("zero2", "optimizer"), ("zero3", "all"), ("fsdp2", "all"))
 
 
@@ -44,7 +47,6 @@ def choices_of(model: Architecture, setting: Setting, device: Device | None) -> 
                 strategy=strategy,
                 offload=offload,
                 gradient_checkpointing=recomputes,
-                is_compiled=setting.is_compiled and strategy != "zero3",
             )
             memory = estimate_memory(model, one)
             most = fits = None
@@ -55,27 +57,34 @@ def choices_of(model: Architecture, setting: Setting, device: Device | None) -> 
     return found
 
 
-def advise(setting: Setting, choices: Sequence[Choice], device: Device | None) -> str:
-    """Which strategy to take, and why."""
+def advise(
+    setting: Setting, choices: Sequence[Choice], device: Device | None, seconds_of: Callable[[Choice], float]
+) -> str:
+    """Which strategy to take, and why.
+
+    Args:
+        seconds_of: the time of a step, without that of what is offloaded, which is not known.
+    """
     own = next(one for one in choices if one.is_of(setting))
     if device is None:
         return "name a GPU with --gpu to see what fits"
-    # From the least to the most work; the strategies that exchange least come first.
-    by_work = sorted(choices, key=lambda one: (one.offload != "none", one.gradient_checkpointing))
-    best = next((one for one in by_work if one.fits), None)
+
+    def work(choice: Choice) -> tuple[bool, float]:
+        # Of what is about as fast, the first.
+        return choice.offload != "none", round(math.log(seconds_of(choice)) / _ABOUT_AS_FAST)
+
+    best = min((one for one in choices if one.fits), key=work, default=None)
     if best is None:
-        smaller = next((one for one in by_work if one.most_blocks), None)
+        smaller = min((one for one in choices if one.most_blocks), key=work, default=None)
         if smaller is None:
-            return (
-                "nothing fits: take a GPU with more memory, more workers, a smaller model or a smaller data.block_size"
-            )
+            return "nothing fits: take a GPU with more memory, more workers, a smaller model or shorter blocks"
         size = f"batch.micro_size {setting.micro_size}"
         return f"{size} fits nowhere; take {describe(smaller)} and batch.micro_size {smaller.most_blocks}"
-    if own is best:
-        return f"{describe(own)} fits, and computes and exchanges least of what fits"
+    if own is best or (own.fits and work(own) == work(best)):
+        return f"{describe(own)} fits, and nothing that fits makes shorter steps"
     if own.fits:
-        return f"{describe(own)} fits; so does {describe(best)}, which computes or exchanges less"
-    return f"{describe(own)} does not fit; take {describe(best)}, which computes and exchanges least of what fits"
+        return f"{describe(own)} fits; so does {describe(best)}, which makes shorter steps"
+    return f"{describe(own)} does not fit; take {describe(best)}, which makes the shortest steps of what fits"
 
 
 def describe(choice: Choice) -> str:

@@ -15,10 +15,22 @@ from clm_dist.plan.architecture import Architecture
 
 _OTHER_FORMULA = ("per_layer_config", "add_cross_attention", "quantization_config")
 """Keys with which a model of a known family has other parameters."""
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_MAY_BE_NONE = ("intermediate_size", "max_position_embeddings")
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture of a configuration, as its `config.json` or `model.config` has it; None for other families.
+
+    Raises:
+        ValueError: a size is not a number from 1 on.
 
     Args:
         config: with `model_type`; what is missing has transformers' default.
@@ -60,7 +72,11 @@ class _Values:
         return self[name] if name in self._defaults else default
 
     def architecture(self, **options: Any) -> Architecture:
-        """The architecture with what all families have."""
+        """The architecture with what all families have. Raises ValueError where a size is none."""
+        for name in _SIZES:
+            value = self[name]
+            if not (name in _MAY_BE_NONE and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{self._names.get(name, name)} is {value!r}, and should be a number from 1 on")
         heads = self["num_attention_heads"]
         kv_heads = self.get("num_key_value_heads", None)
         head_size = self.get("head_dim", self._config.get("head_dim"))

@@ -88,7 +88,7 @@ def speed_of_run(
         start_s=measured.start_s,
         memory_bytes=measured.memory_bytes,
     )
-    return MeasuredSpeed(speed, own, -(-measured.workers // measured.num_hosts), tuple(notes))
+    return MeasuredSpeed(speed, own, measured.device != "CPU", -(-measured.workers // measured.num_hosts), tuple(notes))
 
 
 def _changed(old: JobConfig, new: JobConfig) -> Iterator[tuple[str, object, object]]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from clm_dist.config.job import JobConfig
 from clm_dist.plan.activations import Arithmetic, layer_bytes, loss_bytes
 from clm_dist.plan.architecture import Architecture
+from clm_dist.train.compile_cost import is_worth_it
 
 CONTEXT_BYTES = 2**30
 """Of a GPU that CUDA, its libraries and NCCL take before the first tensor; about 0.5 to 1.5 GiB on an H200."""
@@ -60,13 +61,22 @@ class Setting:
     precision: str = "fp32"
     offload: str = "none"
     gradient_checkpointing: bool = False
-    is_compiled: bool = False
+    wants_compiled: bool = False
     is_eager: bool = False
     is_gpu: bool = True
+    eval_micro_size: int = 0
+    """Blocks of a pass of an evaluation."""
 
     @classmethod
-    def of_job(cls, job: JobConfig, world_size: int, *, is_gpu: bool) -> "Setting":
-        """The setting of a job on a number of workers."""
+    def of_job(
+        cls, job: JobConfig, world_size: int, *, is_gpu: bool, seconds_at_peak: float | None = None
+    ) -> "Setting":
+        """The setting of a job on a number of workers.
+
+        Args:
+            seconds_at_peak: see `is_worth_it`, by which `train.compile: auto` goes.
+        """
+        wanted = job.train.compile
         return cls(
             strategy=job.cluster.strategy,
             world_size=world_size,
@@ -76,10 +86,16 @@ class Setting:
             precision=job.train.precision,
             offload=job.cluster.offload,
             gradient_checkpointing=job.train.gradient_checkpointing,
-            is_compiled=compiles(job, is_gpu=is_gpu),
+            wants_compiled=wanted is True or (wanted == "auto" and is_worth_it(seconds_at_peak)),
             is_eager=job.model.attention == "eager",
             is_gpu=is_gpu,
+            eval_micro_size=job.eval.micro_size,
         )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether passes are compiled: ZeRO-3 gathers weights inside of a pass, which cannot be."""
+        return self.wants_compiled and self.strategy != "zero3"
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -87,17 +103,11 @@ class Setting:
         return Arithmetic(is_half, is_autocast=self.strategy == "ddp" or not is_half, is_gpu=self.is_gpu)
 
 
-def compiles(job: JobConfig, *, is_gpu: bool) -> bool:
-    """Whether passes are taken to be compiled: `auto` decides it in the run, on a GPU and not under ZeRO-3."""
-    wanted = job.train.compile is True or (job.train.compile == "auto" and is_gpu)
-    return wanted and job.cluster.strategy != "zero3"
-
-
 def estimate_memory(model: Architecture, setting: Setting) -> Memory:
     """The memory of a worker's device at the moment of a step at which it takes most.
 
-    That is one of four: the loss is computed; the backward pass begins; it ends; the weights are updated. Activations
-    go while gradients come.
+    That is one of five: the loss is computed; the backward pass begins; it ends; the weights are updated; the loss of
+    an evaluation is computed. Activations go while gradients come.
     """
     full = _STATES[setting.strategy](model, setting)
     inputs, layer, loss = _of_pass(model, setting)
@@ -110,8 +120,19 @@ def estimate_memory(model: Architecture, setting: Setting) -> Memory:
         at_loss = replace(at_loss, buffers=0.0)
     at_begin = replace(before, activations=inputs + layer)
     at_end = replace(full, copies=0.0)
-    most = max(at_loss, at_begin, at_end, _in_update(full, model, setting), key=lambda memory: memory.total)
+    in_eval = replace(before, copies=full.copies, loss=_eval_loss(model, setting))
+    if setting.strategy in ("zero1", "zero2"):
+        in_eval = replace(in_eval, buffers=0.0)
+    in_update = _in_update(full, model, setting)
+    most = max(at_loss, at_begin, at_end, in_update, in_eval, key=lambda memory: memory.total)
     return replace(most, context=float(CONTEXT_BYTES) if setting.is_gpu else 0.0)
+
+
+def _eval_loss(model: Architecture, setting: Setting) -> float:
+    """Bytes of the logits of an evaluation's pass, and of their copy and their log-probabilities in fp32."""
+    size = setting.arithmetic.size
+    each = size + (8 if setting.arithmetic.is_half else 4)
+    return setting.eval_micro_size * setting.block_size * model.vocabulary * each
 
 
 def _in_update(full: Memory, model: Architecture, setting: Setting) -> Memory:

@@ -24,7 +24,11 @@ def model_architecture(job: JobConfig, vocabulary: int) -> tuple[Architecture, s
         HubError: the Hub is away.
     """
     values = _values_of(job, vocabulary)
-    found = architecture_of(values)
+    field = "model.path" if job.model.path else "model.config"
+    try:
+        found = architecture_of(values)
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}", field=field) from None
     return (found, None) if found else _of_built_model(job, vocabulary, str(values.get("model_type")))
 
 
@@ -83,8 +87,11 @@ def _of_built_model(job: JobConfig, vocabulary: int, model_type: str) -> tuple[A
     from clm_dist.train.probe import Vocabulary
 
     config = load_config(job, Vocabulary(vocabulary))
-    with torch.device("meta"):
-        model: Any = build_model(config)
+    try:
+        with torch.device("meta"):
+            model: Any = build_model(config)
+    except Exception as error:  # whatever a model's constructor raises, its configuration is at fault
+        raise ConfigError(f"{field}: no {model_type} can be built: {first_line(error)}", field=field) from error
     number = sum(parameter.numel() for parameter in model.parameters())
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1

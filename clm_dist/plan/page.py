@@ -35,7 +35,7 @@ def print_plan(plan: Plan, target: Target, console: Console) -> None:
     for line in _lines(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     setting, workers = plan.setting, f"{plan.workers} worker{'s' * (plan.workers > 1)}"
-    where = target.device.name if target.device else "a worker, on a CPU"
+    where = target.device.name if target.device else "a GPU" if target.is_gpu else "a worker, on a CPU"
     _print_table(
         f"memory of {where}: {setting.strategy} on {workers}, {setting.micro_size} blocks a pass, {setting.precision}",
         _own_memory(plan, target),
@@ -146,19 +146,21 @@ def _strategies(plan: Plan) -> Table:
 
 def _scales(plan: Plan, target: Target) -> Table:
     table = Table(box=box.SIMPLE_HEAVY)
-    hours = "GPU-hours" if target.device else "worker-hours"
+    hours = "GPU-hours" if target.is_gpu else "worker-hours"
     columns = ["nodes", "workers", "tokens/s", "waiting", "time", hours]
     columns += ["cost"] if target.price is not None else []
     for column in columns:
         table.add_column(column, justify="right")
     for scale in plan.scales:
         table.add_row(*_scale_cells(scale))
+    if any(scale.fits is False for scale in plan.scales):
+        table.caption, table.caption_justify = "!: does not fit", "left"
     return table
 
 
 def _scale_cells(scale: Scale) -> Iterator[str]:
     yield f"{scale.nodes}"
-    yield f"{scale.workers}"
+    yield f"{scale.workers}{' !' if scale.fits is False else ''}"
     yield _short(scale.tokens_per_s)
     yield f"{scale.waiting * 100:.0f} %"
     yield _range(*scale.seconds, show_time)
@@ -200,7 +202,7 @@ def show_bytes(value: float) -> str:
     """A size as people say it: `58 MiB`, `1.95 GiB`, `80 GiB`."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= unit:
-            return f"{value / unit:,.3g} {name}" if value < 1000 * unit else f"{value / unit:,.0f} {name}"
+            return f"{value / unit:,.3g} {name}" if value < 999.5 * unit else f"{value / unit:,.0f} {name}"
     return f"{value:.0f} B"
 
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 
 from clm_dist.config.job import Every, JobConfig
 from clm_dist.devices import Device
+from clm_dist.errors import ConfigError
+from clm_dist.metrics import flops_per_token
 from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.choices import Choice, advise, choices_of
 from clm_dist.plan.counts import Counts
 from clm_dist.plan.disk import Disk, estimate_disk
 from clm_dist.plan.duration import Network, assumed_mfu, step_time, tokens_per_second
 from clm_dist.plan.loss_of_runs import LossOfRuns
-from clm_dist.plan.memory import Setting
+from clm_dist.plan.memory import Memory, Setting, estimate_memory, fits_device
 from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
 from clm_dist.train.batches import BatchOrder
@@ -35,6 +37,10 @@ class Scale:
     workers: int
     passes: int
     """Passes of each worker in a step."""
+    memory: Memory
+    """Of a worker."""
+    fits: bool | None
+    """None where the memory of the device is not known."""
     tokens_per_s: float
     waiting: float
     """Share of a step in which workers wait for what they exchange."""
@@ -91,26 +97,45 @@ def make_plan(
         speed: that was measured; else it follows from the MFU.
         mfu: share of the peak, from and to; else the one that is assumed, where there is one.
     """
+    context = architecture.context
+    if context is not None and context < job.data.block_size:
+        raise ConfigError(
+            f"data.block_size is {job.data.block_size}, above the model's context of {context}; set data.block_size to "
+            f"{context} or less",
+            field="data.block_size",
+        )
     workers, device = job.cluster.max_workers, target.device
-    setting = Setting.of_job(job, workers, is_gpu=device is not None)
     order = BatchOrder.of_job(job, max(1, round(counts.train.blocks)))
+    tokens = float(order.num_tokens(job.data.block_size))
+    at_peak = None
+    if device is not None:
+        # As a run reckons it, whatever its precision.
+        at_peak = tokens * _flops(architecture, job) / (device.half_flops * workers)
+    setting = Setting.of_job(job, workers, is_gpu=target.is_gpu, seconds_at_peak=at_peak)
     notes = list(notes)
     if speed is None and device is not None:
         speed = _speed_of(architecture, setting, device, mfu, notes)
-    if device is not None and not device.has_bf16 and job.train.precision == "bf16":
-        notes.append(f"{device.name} has no bf16, so train.precision bf16 is slow there; take fp16")
     if job.train.optimizer != "adamw":
         notes.append(f"memory and checkpoints are those of AdamW; train.optimizer {job.train.optimizer} may take other")
     choices = tuple(choices_of(architecture, setting, device))
     evaluations = _num_evaluations(job, order)
-    tokens = float(order.num_tokens(job.data.block_size))
+    work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks)
     scales = []
     if speed is not None:
-        work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks)
         fitting = [n for n in target.nodes if n * target.gpus_per_node <= job.batch.num_micros]
         scales = [_scale(work, setting, speed, nodes) for nodes in fitting]
         if (slowest := max(scales, key=lambda scale: scale.waiting, default=None)) and slowest.waiting > _MUCH:
             notes.append(_advise_waiting(slowest, setting, choices))
+
+    def seconds_of(choice: Choice) -> float:
+        own = replace(
+            setting,
+            strategy=choice.strategy,
+            offload=choice.offload,
+            gradient_checkpointing=choice.gradient_checkpointing,
+        )
+        return step_time(architecture, own, _rate_of(work, own, setting, speed), _network(target)).total
+
     return Plan(
         name=job.name,
         architecture=architecture,
@@ -123,7 +148,7 @@ def make_plan(
         tokens=tokens,
         setting=setting,
         choices=choices,
-        advice=advise(setting, choices, device),
+        advice=advise(setting, choices, device, seconds_of),
         speed=speed,
         scales=tuple(scales),
         too_many=tuple(n for n in target.nodes if n * target.gpus_per_node > job.batch.num_micros),
@@ -144,6 +169,12 @@ def _speed_of(
 ) -> Speed | None:
     """The speed that follows from an MFU, or from none where none is known."""
     how = "of the peak, as given"
+    if mfu is None and setting.precision == "bf16" and not device.has_bf16:
+        notes.append(
+            f"no time is estimated: {device.name} has no bf16, and computes it in a slow way; set train.precision "
+            "to fp16, or say the share of the peak with --mfu"
+        )
+        return None
     if mfu is None and model.num_parameters < _SMALL:
         notes.append(
             f"no time is estimated: a GPU trains models below {_SMALL // 10**6} million parameters as fast as it is "
@@ -160,7 +191,7 @@ def _speed_of(
         mfu = assumed_mfu(setting)
         how = "of the peak, assumed from measurements on one H200; --probe or --from measures"
     low, high = (tokens_per_second(model, setting, device, share) for share in mfu)
-    share = f"{mfu[0] * 100:.0f} %" if mfu[0] == mfu[1] else f"{mfu[0] * 100:.0f} to {mfu[1] * 100:.0f} %"
+    share = " to ".join(f"{share * 100:.3g}" for share in dict.fromkeys(mfu)) + " %"
     return Speed(low, high, f"{share} {how}")
 
 
@@ -174,11 +205,30 @@ class _Work:
     """Of all evaluations together."""
 
 
+def _flops(model: Architecture, job: JobConfig) -> float:
+    return flops_per_token(model.num_parameters, model.num_layers, model.hidden, job.data.block_size)
+
+
+def _network(target: Target) -> Network:
+    link = target.device.link if target.device else math.inf
+    return Network(target.gpus_per_node, link, target.between_nodes)
+
+
+def _rate_of(work: _Work, setting: Setting, own: Setting, speed: Speed | None) -> float:
+    """Tokens a second of a worker in a setting, from those in the job's own, or at a middle MFU where none is known."""
+    assert work.target.device
+    shares = [sum(assumed_mfu(one)) / 2 for one in (setting, own)]
+    rates = [
+        tokens_per_second(work.model, one, work.target.device, share)
+        for one, share in zip((setting, own), shares, strict=True)
+    ]
+    return rates[0] if speed is None else speed.middle * rates[0] / rates[1]
+
+
 def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     job, target = work.job, work.target
     workers = nodes * target.gpus_per_node
-    link = target.device.link if target.device else math.inf
-    network = Network(target.gpus_per_node, link, target.between_nodes)
+    network = _network(target)
     at = replace(setting, world_size=workers, passes=job.batch.passes_per_step(workers))
     tokens = job.batch.global_size * job.data.block_size
 
@@ -188,6 +238,7 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
         evaluations = work.eval_blocks * job.data.block_size / (eval_rate * workers)
         return work.num_steps * step + evaluations + (speed.start_s or START_S)
 
+    memory = estimate_memory(work.model, at)
     middle = step_time(work.model, at, speed.middle, network)
     seconds = (seconds_at(speed.high), seconds_at(speed.low))
     gpu_hours = (seconds[0] * workers / 3600, seconds[1] * workers / 3600)
@@ -197,6 +248,8 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
         nodes=nodes,
         workers=workers,
         passes=at.passes,
+        memory=memory,
+        fits=None if target.device is None else fits_device(memory, target.device.memory_bytes),
         tokens_per_s=rate,
         waiting=middle.waiting / middle.total,
         efficiency=rate / (workers * speed.middle),
@@ -209,6 +262,9 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
 def _advise_waiting(scale: Scale, setting: Setting, choices: Sequence[Choice]) -> str:
     """What to do where workers wait for each other."""
     own = next(one for one in choices if one.is_of(setting))
+    if scale.nodes == 1:
+        what = "a larger batch.global_size, or GPUs with a faster link"
+        return f"on one node workers wait for each other in {scale.waiting * 100:.0f} % of a step; less with {what}"
     said = f"on {scale.nodes} nodes workers wait for each other in {scale.waiting * 100:.0f} % of a step; less with "
     if (
         scale.passes > 1

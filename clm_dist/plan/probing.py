@@ -26,8 +26,12 @@ def probe_speed(
             no GPU, and the plan is for one.
     """
     from clm_dist.train.memory import PassTooLargeError
-    from clm_dist.train.probe import Vocabulary, probe
+    from clm_dist.train.probe import Vocabulary, device_here, probe
 
+    here = device_here(job)
+    check_measured_on(here, device)
+    if device is not None and device != device_of(here):
+        raise ConfigError(f"--probe measures on the {here} of this machine, not on {device.name}; leave --gpu out")
     try:
         probed = probe(job, Vocabulary(counts.vocabulary), max(1, round(counts.train.blocks)), seconds)
     except PassTooLargeError as error:
@@ -36,7 +40,6 @@ def probe_speed(
             "train.gradient_checkpointing to true, or shard with cluster.strategy zero2, zero3 or fsdp2",
             field="batch.micro_size",
         ) from None
-    check_measured_on(probed.device, device)
     memory = probed.memory_bytes
     if memory is not None and probed.device == "CPU":
         # There it is that of the process, which has Ray's code and threads as well in a run.
@@ -59,4 +62,4 @@ def probe_speed(
             f"{size}: {f'{speed:,.0f}' if speed else 'does not fit'}" for size, speed in probed.sizes.items()
         )
         notes.append(f"tokens/s of a pass by batch.micro_size: {tried}; the fastest is {best}")
-    return MeasuredSpeed(speed, device_of(probed.device), probed.workers, tuple(notes))
+    return MeasuredSpeed(speed, device_of(here), here != "CPU", probed.workers, tuple(notes))

@@ -34,7 +34,7 @@ class Speed:
 
     @property
     def middle(self) -> float:
-        return math.sqrt(self.low * self.high)
+        return (self.low + self.high) / 2
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,11 @@ class Measured:
     num_steps: int
     """Steps that it is measured on."""
     micro_size: int | None
-    is_compiled: bool
 
 
 def measure(records: Iterable[Record]) -> Measured | None:
     """The speed of a run since its last start; None where it has not trained enough steps to tell."""
-    workers, device, hosts, start_s, micro_size, compiled = 1, "CPU", 1, None, None, False
+    workers, device, hosts, start_s, micro_size = 1, "CPU", 1, None, None
     steps: list[tuple[int, float]] = []
     seconds, tokens, memory = 0.0, 0, 0
     for record in records:
@@ -67,8 +66,8 @@ def measure(records: Iterable[Record]) -> Measured | None:
             workers, device = record["workers"], record["device"]
             hosts = len(set(record.get("hosts", ()))) or 1
             start_s = record.get("startup", start_s)
-            micro_size, compiled = record.get("micro_size"), record.get("compiled", False)
-            steps = []
+            micro_size = record.get("micro_size")
+            steps, seconds, tokens, memory = [], 0.0, 0, 0
         elif record["kind"] == "step":
             steps.append((record["tokens"], record["seconds"]))
             memory = max(memory, record.get("memory_bytes", 0))
@@ -89,7 +88,6 @@ def measure(records: Iterable[Record]) -> Measured | None:
         memory_bytes=memory or None,
         num_steps=len(steps),
         micro_size=micro_size,
-        is_compiled=compiled,
     )
 
 

@@ -11,7 +11,7 @@ class Target:
     """The GPUs that a plan is for."""
 
     device: Device | None
-    """None where it is not known: then there is neither a limit of memory nor a time."""
+    """None where it is not known: then there is neither a limit of memory nor, unless it is measured, a time."""
     gpus_per_node: int
     nodes: tuple[int, ...]
     """Numbers of hosts to compare."""
@@ -19,6 +19,12 @@ class Target:
     """Bandwidth of a host to others, bytes a second in one direction."""
     price: float | None = None
     """Of a GPU for an hour."""
+    is_other_gpu: bool = False
+    """Whether it is a GPU that is not known."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device is not None or self.is_other_gpu
 
 
 @dataclass(frozen=True)
@@ -28,5 +34,6 @@ class MeasuredSpeed:
     speed: Speed
     device: Device | None
     """None for a CPU, or a GPU that is not known."""
+    is_gpu: bool
     workers_per_node: int
     notes: tuple[str, ...]

@@ -21,16 +21,12 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import first_line
 from clm_dist.files.markers import TrainerState
 from clm_dist.train.batches import pass_seed
+from clm_dist.train.compile_cost import is_worth_it
 from clm_dist.train.forward import compile_function
 from clm_dist.train.strategies.base import Strategy, local_shard
 
 logger = logging.getLogger(__name__)
 
-# What compiling costs a GPU, and the share of a pass's time that it saves there: a third to a quarter is left.
-_COST_S = 30.0
-_SAVED = 0.7
-# Share of a GPU's peak that passes reach before.
-_USED = 0.12
 # Largest share by which losses and gradients of a compiled pass may differ by rounding.
 _ROUNDED = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 1e-2, "fp16": 1e-2}
 _OF_GRADIENT = 5
@@ -135,14 +131,6 @@ def try_compiling(
     if not is_exact:
         note += ". They are not the same to the last bit each time, so neither is a run that is resumed"
     return Compilation(compiled=True, note=note)
-
-
-def is_worth_it(seconds_at_peak: float | None) -> bool:
-    """Whether compiling saves more time than it costs, for what `try_compiling` is told of a run.
-
-    On a CPU it does not: 3 to 14 % are saved there, and 40 s lost.
-    """
-    return seconds_at_peak is not None and _SAVED * seconds_at_peak / _USED > _COST_S
 
 
 @contextlib.contextmanager

@@ -48,7 +48,6 @@ class Probed:
     """The most that a worker took."""
     sizes: dict[int, float | None]
     """The speed with other micro-batches, in blocks; None where a pass does not fit."""
-    compiled: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,12 @@ class Vocabulary:
         return {"": self.size - 1}
 
 
+def device_here(job: JobConfig) -> str:
+    """Name of the GPU that a worker of a job takes on this machine; `CPU` where it takes none."""
+    takes_one = torch.cuda.is_available() and job.cluster.gpus_per_worker != 0
+    return torch.cuda.get_device_name(0) if takes_one else "CPU"
+
+
 def probe(job: JobConfig, vocabulary: Vocabulary, num_blocks: int, seconds: float) -> Probed:
     """Compute steps of a job for about some seconds, in as many processes as there are workers, or on one GPU.
 
@@ -74,7 +79,7 @@ def probe(job: JobConfig, vocabulary: Vocabulary, num_blocks: int, seconds: floa
         ConfigError: the model cannot be built or computed.
         PassTooLargeError: a pass of the job's micro-batch does not fit.
     """
-    use_gpu = torch.cuda.is_available() and job.cluster.gpus_per_worker != 0
+    use_gpu = device_here(job) != "CPU"
     workers = 1 if use_gpu else job.cluster.max_workers
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     arguments = job.model_dump(), vocabulary, num_blocks, seconds, use_gpu
@@ -169,7 +174,6 @@ class _Probe:
             eval_speed=evaluated,
             memory_bytes=memory or None,
             sizes=sizes,
-            compiled=self.compilation.compiled,
         )
 
     def _step(self, size: int, passes: int) -> float:

@@ -70,13 +70,14 @@ GPT2 = _gpt2()
 
 
 def test_a_speed_is_that_of_the_steps_since_the_last_start() -> None:
-    slow = [_start(), *(_step(n, seconds=5.0) for n in range(1, 20))]
+    slow = [_start(workers=8), _eval(seconds=99.0), *(_step(n, seconds=5.0, memory_bytes=99) for n in range(1, 20))]
     found = measure([*slow, _start(startup=33.0), _step(20, seconds=9.0), *(_step(n) for n in range(21, 41)), _eval()])  # type: ignore[list-item]
     assert found is not None
     # The first twentieth is left out, and with it the step that is slow.
     assert (found.low + found.high) / 2 == pytest.approx(2048 / 0.5 / 2, rel=0.02)
     assert (found.num_steps, found.start_s, found.workers) == (19, 33.0, 2)
     assert found.eval_seconds == (2.0, 12_700)
+    assert found.memory_bytes is None
 
 
 def test_an_interval_is_two_standard_deviations_and_never_nothing() -> None:
@@ -129,6 +130,7 @@ def test_from_one_gpu_to_another_the_speed_goes_with_their_peaks(tmp_path: Path)
     found = speed_of_run(unknown, _job(), GPT2, H100, 12.5e9)
     assert found.speed.middle == pytest.approx(4096, rel=0.01)
     assert any("NVIDIA X1, which is not known here" in note for note in found.notes)
+    assert (found.device, found.is_gpu) == (None, True)
 
 
 def test_a_run_on_cpus_says_nothing_of_gpus(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_the_peak_that_was_measured_on_an_h200() -> None:
     model = architecture_of({"model_type": "gpt2", "n_layer": 6})
     assert model is not None
     for is_compiled, measured in ((False, 31.7), (True, 12.8)):
-        setting = Setting("ddp", 1, 256, 128, precision="bf16", is_compiled=is_compiled)
+        setting = Setting("ddp", 1, 256, 128, precision="bf16", wants_compiled=is_compiled)
         found = estimate_memory(model, setting)
         assert (found.total - found.context) / 2**30 == pytest.approx(measured, rel=0.035)
 

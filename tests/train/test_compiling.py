@@ -16,7 +16,7 @@ from clm_dist.files.blocks import Blocks
 from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import flops_per_token
 from clm_dist.train import compiling, forward
-from clm_dist.train.compiling import is_worth_it
+from clm_dist.train.compile_cost import is_worth_it
 from clm_dist.train.model import next_token_loss
 from tests.conftest import MakeJob
 from tests.support.architectures import ARCHITECTURES
