@@ -10,34 +10,21 @@ from torch import nn
 
 from clm_dist.config.job import TrainConfig
 from clm_dist.errors import ConfigError
-from clm_dist.train.optimizers import Group, build_other
+from clm_dist.train.optimizers import build_other, groups_of
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """The job's optimizer over the model's trainable parameters, decayed as the job says."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if train.decay_bias_and_norm:
-        groups: list[Group] = [{"params": parameters, "weight_decay": train.weight_decay}]
-    else:
-        kept = {True: train.weight_decay, False: 0.0}
-        groups = [
-            {"params": chosen, "weight_decay": decay}
-            for decayed, decay in kept.items()
-            if (chosen := [(name, p) for name, p in parameters if _is_matrix(name, p) is decayed])
-        ]
+    # ZeRO-3 leaves an empty vector in a parameter's place and keeps its shape beside it.
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
+    groups = groups_of(parameters, shapes, train)
     if train.optimizer != "adamw":
         return build_other(train, groups)
     groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
     return torch.optim.AdamW(
         groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon, fused=True
     )
-
-
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is neither a bias nor a normalisation weight: those are vectors."""
-    # ZeRO-3 leaves an empty vector in a parameter's place and keeps its shape beside it.
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) >= 2 and not name.endswith(".bias")
 
 
 def build_schedule(train: TrainConfig, num_steps: int) -> Callable[[int], float]:

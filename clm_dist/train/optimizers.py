@@ -23,6 +23,8 @@ _ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _SIZE = 4
 """Largest size of a dimension in the trial."""
 _LEARNING_RATE = 0.1
+_UPDATES = range(1, 13)
+"""Seeds of the gradients of the trial: as many updates as show most of what is done only every few of them."""
 
 
 def states_of(group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -38,6 +40,38 @@ def first_state(parameter: Tensor, states: Iterable[str]) -> dict[str, Tensor]:
         else torch.zeros_like(parameter)
         for name in states
     }
+
+
+def groups_of(
+    parameters: Sequence[tuple[str, nn.Parameter]], shapes: Mapping[str, tuple[int, ...]], train: TrainConfig
+) -> list[Group]:
+    """Named parameters in groups, each with the weight decay that the job has for it.
+
+    Args:
+        shapes: of the whole parameters, by their names.
+    """
+    if train.decay_bias_and_norm:
+        return [{"params": list(parameters), "weight_decay": train.weight_decay}]
+    return [
+        {"params": chosen, "weight_decay": decay}
+        for decayed, decay in ((True, train.weight_decay), (False, 0.0))
+        if (chosen := [(name, p) for name, p in parameters if _is_matrix(name, shapes[name]) is decayed])
+    ]
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is neither a bias nor a normalisation weight: those are vectors."""
+    return len(shape) >= 2 and not name.endswith(".bias")
+
+
+def why_not_saved(state: Mapping[str, Any], states: Sequence[str], parameter: Tensor) -> str | None:
+    """The problem of a parameter's state of which a checkpoint would not have all; None where it has."""
+    if others := sorted(state.keys() - set(states)):
+        return f"keeps {', '.join(others)} beside the tensors that its groups name in `states`; name all of them"
+    kept = {name: value for name, value in state.items() if name != "step"}
+    if wrong := next((name for name, value in kept.items() if tuple(value.shape) != tuple(parameter.shape)), None):
+        return f"keeps {wrong} in another shape than the parameter's, and pieces of a checkpoint have that"
+    return None
 
 
 class Several(torch.optim.Optimizer):
@@ -70,7 +104,7 @@ def build_other(train: TrainConfig, groups: list[Group]) -> torch.optim.Optimize
         ConfigError: no installed package has it, or it is not as docs/extend.md says.
     """
     make = load_extension(GROUP, train.optimizer, field=_FIELD)
-    expected = {id(parameter) for group in groups for _, parameter in group["params"]}
+    expected = {id(parameter): group["weight_decay"] for group in groups for _, parameter in group["params"]}
     try:
         made = make(groups, train.learning_rate, **train.optimizer_options)
     except Exception as error:  # whatever its package raises
@@ -82,9 +116,15 @@ def build_other(train: TrainConfig, groups: list[Group]) -> torch.optim.Optimize
     own = [group for optimizer in optimizers for group in optimizer.param_groups]
     if not all(isinstance(group.get("states"), list | tuple) for group in own):
         raise _wrong(train, "has a group of parameters without `states`, the names of its state tensors")
-    parameters = [id(parameter) for group in own for parameter in group["params"]]
-    if len(parameters) != len(expected) or set(parameters) != expected:
-        raise _wrong(train, f"takes {len(parameters)} parameters, not each of the {len(expected)} once")
+    decays = [(id(parameter), group.get("weight_decay", 0)) for group in own for parameter in group["params"]]
+    if len(decays) != len(expected) or dict(decays).keys() != expected.keys():
+        raise _wrong(train, f"takes {len(decays)} parameters, not each of the {len(expected)} once")
+    if others := {decay for parameter, decay in decays if decay != expected[parameter]}:
+        raise _wrong(
+            train,
+            f"decays weights by {min(others)}, and not as the job says; it must take the `weight_decay` of the "
+            "groups that it is given (where it has none, set train.weight_decay to 0)",
+        )
     return optimizers[0] if len(optimizers) == 1 else Several(optimizers)
 
 
@@ -105,16 +145,22 @@ def check_optimizer(train: TrainConfig, strategy: str, shapes: Mapping[str, tupl
             field=_FIELD,
         )
     small = {name: tuple(min(size, _SIZE) for size in shape) for name, shape in shapes.items()}
-    through = _Trial(train, small).updated(1, 2, 3)
-    before = _Trial(train, small).begun().updated(1)
-    resumed = _Trial(train, small).begun(before).updated(2, 3)
+    through = _Trial(train, small).updated(*_UPDATES)
+    before = _Trial(train, small).begun().updated(*_UPDATES[:3])
+    resumed = _Trial(train, small).begun(before).updated(*_UPDATES[3:])
     if not through.is_like(resumed):
         raise _wrong(
             train,
             "does not go on from the tensors that its groups name in `states` as it was: they are not all that it "
             "keeps, or do not begin as zeros",
         )
-    if element_wise and not through.is_like(_Trial(train, small, num_pieces=2).updated(1, 2, 3), rounding=1e-5):
+    through.check_state()
+    if strategy == "zero3" and len(through.all_states()) > 1:
+        raise _wrong(
+            train,
+            "has groups with other `states`, which cluster.strategy zero3 does not keep apart; take zero2 or fsdp2",
+        )
+    if element_wise and not through.is_like(_Trial(train, small, num_pieces=2).updated(*_UPDATES), rounding=1e-5):
         raise _wrong(train, "says that it is element-wise, and updates pieces of a tensor otherwise than the whole")
 
 
@@ -128,9 +174,8 @@ class _Trial:
     def __init__(self, train: TrainConfig, shapes: Mapping[str, tuple[int, ...]], *, num_pieces: int = 1) -> None:
         self._train, self._shapes, self._num_pieces = train, shapes, num_pieces
         self._parameters = {name: nn.Parameter(value) for name, value in self._values(0).items()}
-        self._optimizer = build_other(
-            train, [{"params": list(self._parameters.items()), "weight_decay": train.weight_decay}]
-        )
+        whole = {name: shapes[name if num_pieces == 1 else name.rpartition("#")[0]] for name in self._parameters}
+        self._optimizer = build_other(train, groups_of(list(self._parameters.items()), whole, train))
         self._groups = [(group, p) for group in self._optimizer.param_groups for p in group["params"]]
 
     def begun(self, before: "_Trial | None" = None) -> "_Trial":
@@ -159,6 +204,16 @@ class _Trial:
                 raise _wrong(self._train, problem) from error
         return self
 
+    def all_states(self) -> set[tuple[str, ...]]:
+        """The `states` that its groups have."""
+        return {states_of(group) for group, _ in self._groups}
+
+    def check_state(self) -> None:
+        """Raise ConfigError where it keeps what would not be saved."""
+        for group, parameter in self._groups:
+            if problem := why_not_saved(self._optimizer.state[parameter], states_of(group), parameter):
+                raise _wrong(self._train, problem)
+
     def is_like(self, other: "_Trial", *, rounding: float = 0.0) -> bool:
         """Whether the weights are the same."""
         own, others = (torch.cat([p.detach().flatten() for p in t._parameters.values()]) for t in (self, other))
@@ -170,7 +225,7 @@ class _Trial:
         if self._num_pieces == 1:
             return drawn
         return {
-            f"{name}.{place}": piece.clone()
+            f"{name}#{place}": piece.clone()
             for name, value in drawn.items()
             for place, piece in enumerate(value.flatten().tensor_split(self._num_pieces))
             if piece.numel()

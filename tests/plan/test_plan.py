@@ -77,7 +77,7 @@ def test_the_time_is_that_of_steps_evaluations_and_start() -> None:
     assert (one.passes, two.passes) == (8, 4)
     # Without a measured speed an evaluation is the third of a training pass that goes forward.
     (plain, _) = _plan(_job(), speed=SPEED, target=Target(None, 8, (1, 2), 1e15)).scales
-    assert plain.seconds[0] == pytest.approx(steps + 5 * 1000 * 128 / (8 * 30_000) + 60)
+    assert plain.seconds[0] == pytest.approx(steps + 5 * 1000 * 128 / (8 * 30_000) + 25)
 
 
 def test_an_interval_of_the_speed_is_one_of_the_time() -> None:

@@ -180,6 +180,48 @@ dampened = of(torch.optim.SGD, ["momentum_buffer"], momentum=0.9, dampening=0.5)
 nadam = of(torch.optim.NAdam, ["step", "exp_avg", "exp_avg_sq"])
 adafactor = of(torch.optim.Adafactor, ["step"])
 
+class Lookahead(torch.optim.SGD):
+    # Keeps slow weights, and looks at them beyond what is tried.
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("slow", p.detach().clone())
+                state["n"] = state.get("n", 0) + 1
+
+lookahead = of(Lookahead, [])
+
+class Compressed(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["mean"] = p.detach().mean()
+
+compressed = of(Compressed, ["mean"])
+
+def undecayed(groups, learning_rate):
+    plain = [{"params": group["params"], "states": ["momentum_buffer"]} for group in groups]
+    return torch.optim.SGD(plain, lr=learning_rate, momentum=0.9)
+
+def mixed(groups, learning_rate):
+    own = {**groups[0], "states": ["momentum_buffer"]}
+    name = own["params"][0][0].partition("#")[0]
+    chosen = [p for p in own["params"] if p[0].partition("#")[0] == name]
+    others = [p for p in own["params"] if p[0].partition("#")[0] != name]
+    adam = {**own, "params": others, "states": ["step", "exp_avg", "exp_avg_sq"]}
+    return [
+        torch.optim.SGD([{**own, "params": chosen}], lr=learning_rate, momentum=0.9),
+        torch.optim.Adam([adam], lr=learning_rate),
+    ]
+
+mixed.element_wise = True
+
+def single(groups, learning_rate):
+    (group,) = groups
+    return torch.optim.SGD([{**group, "states": []}], lr=learning_rate)
+
 class Unit(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:
@@ -199,7 +241,10 @@ def unnamed(groups, learning_rate):
 def none(groups, learning_rate):
     return None
 """
-NAMES = ("sgd", "adam", "forgetful", "dampened", "nadam", "adafactor", "unit", "some", "unnamed", "none")
+NAMES = (
+    *("sgd", "adam", "forgetful", "dampened", "nadam", "adafactor", "unit", "some", "unnamed", "none"),
+    *("lookahead", "compressed", "undecayed", "mixed", "single"),
+)
 
 
 @pytest.fixture
@@ -230,6 +275,10 @@ def test_an_optimizer_that_goes_on_from_its_states_passes(name: str, strategy: s
         ("some", "ddp", "some takes 2 parameters, not each of the 4 once"),
         ("unnamed", "ddp", "unnamed has a group of parameters without `states`"),
         ("none", "ddp", "none returns NoneType, not a torch.optim.Optimizer"),
+        ("lookahead", "ddp", "keeps n, slow beside the tensors that its groups name in `states`; name all of them"),
+        ("compressed", "ddp", "keeps mean in another shape than the parameter's"),
+        ("undecayed", "ddp", "decays weights by 0, and not as the job says; it must take the `weight_decay`"),
+        ("mixed", "zero3", "has groups with other `states`, which cluster.strategy zero3 does not keep apart"),
         ("sdg", "ddp", "train.optimizer sdg is offered by no installed package"),
     ],
 )
@@ -237,6 +286,14 @@ def test_an_optimizer_that_would_not_resume_exactly_is_refused(name: str, strate
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         check_optimizer(TrainConfig(optimizer=name), strategy, SHAPES)
     assert caught.value.field == "train.optimizer"
+
+
+@pytest.mark.usefixtures("others")
+def test_the_trial_has_the_groups_of_the_run() -> None:
+    check_optimizer(TrainConfig(optimizer="single"), "ddp", SHAPES)
+    with pytest.raises(ConfigError, match="single fails: ValueError: too many values to unpack"):
+        check_optimizer(TrainConfig(optimizer="single", decay_bias_and_norm=False), "ddp", SHAPES)
+    check_optimizer(TrainConfig(optimizer="mixed"), "fsdp2", SHAPES)
 
 
 @pytest.mark.usefixtures("others")

@@ -25,7 +25,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import RunError
 from clm_dist.train.checkpointing.fragments import Fragment
 from clm_dist.train.forward import WithLoss
-from clm_dist.train.optimizers import first_state, states_of
+from clm_dist.train.optimizers import first_state, states_of, why_not_saved
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,8 @@ class Strategy(ABC):
         state = self._plain_optimizer.state[parameter]
         if not state:
             state.update(first_state(parameter, states))
+        elif problem := why_not_saved(state, states, parameter):
+            raise RunError(f"train.optimizer {self._job.train.optimizer} {problem}: a checkpoint would lack it")
         tensors = {"weight": parameter, **{kind: state[kind] for kind in states if kind != "step"}}
         flat = {kind: local_shard(tensor.detach()).view(-1)[part] for kind, tensor in tensors.items()}
         return Fragment(name, start, flat, **options)
