@@ -21,7 +21,10 @@ def doctor(
     runs: Runs = DEFAULT_RUNS,
     stores: StoreOption = DEFAULT_STORES,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=5, help="What takes longer is not checked, and said.")
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=5, max=3600, help="What takes longer is not checked, and said."
+        ),
     ] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -40,7 +40,7 @@ def output_of(command: Sequence[str], timeout_s: float) -> str:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]} does not end within {timeout_s:g} s") from None
+        raise TimeoutError(f"{command[0]} does not end within {timeout_s:g} s") from None
     if ended.returncode:
         said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
         raise OSError(f"{command[0]} ends with {ended.returncode}: {said[-1] if said else 'it says nothing'}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from clm_dist.doctor.finding import Finding, error, ok, on, unchecked
+from clm_dist.doctor.finding import Finding, error, ok, on
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,3 @@ def judge_sums(sums: Mapping[str, Sum]) -> Iterator[Finding]:
         slowest = min(sums.values(), key=lambda one: one.bytes_per_s)
         rate = slowest.bytes_per_s * 8 / 1e9
         yield ok("network", f"{slowest.backend} sums over {len(sums)} nodes with {rate:.3g} Gbit/s each way")
-
-
-def unready(nodes: list[str]) -> Finding:
-    return unchecked("network", f"an all-reduce over all nodes, because torch was not imported in time on {nodes}")

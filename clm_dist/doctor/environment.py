@@ -27,6 +27,9 @@ _SLOWS = {
 }
 
 
+_WITH_PASSWORDS = ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint")
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """From where a process looks at its environment."""
@@ -39,15 +42,20 @@ class Surroundings:
 def read_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that are judged, without passwords in the addresses of proxies."""
     return {
-        name: re.sub(r"//[^/@]*@", "//", value)
+        name: re.sub(r"^(\w+://)?.*@", r"\1", value) if name.lower() in _WITH_PASSWORDS else value
         for name, value in environment.items()
         if name in _NAMES or name.startswith(_PREFIXES)
     }
 
 
-def is_offline(variables: Mapping[str, str]) -> bool:
-    """Whether the clients of the Hub use their copies alone, as they read the environment."""
-    value = variables.get("HF_HUB_OFFLINE") or variables.get("TRANSFORMERS_OFFLINE") or ""
+def is_offline(variables: Mapping[str, str], *, of_data: bool = False) -> bool:
+    """Whether the clients of the Hub use their copies alone, as they read the environment.
+
+    Args:
+        of_data: the one of data sets, which has a variable of its own.
+    """
+    own = variables.get("HF_DATASETS_OFFLINE") if of_data else None
+    value = own or variables.get("HF_HUB_OFFLINE") or variables.get("TRANSFORMERS_OFFLINE") or ""
     return value.lower() in _TRUE
 
 
@@ -65,7 +73,7 @@ def judge_environment(variables: Mapping[str, str], need: Need, where: Surroundi
 
 
 def _judge_ray(variables: Mapping[str, str], where: Surroundings) -> Iterator[Finding]:
-    if variables.get("RAY_TRAIN_V2_ENABLED", "1").lower() not in _TRUE:
+    if variables.get("RAY_TRAIN_V2_ENABLED", "1").lower() not in ("1", "true"):
         yield error(
             "environment",
             f"RAY_TRAIN_V2_ENABLED={variables['RAY_TRAIN_V2_ENABLED']} turns off the Ray Train that clm-dist uses",

@@ -109,6 +109,8 @@ def _ask_gpus() -> str:
     newer, older = _REASONS
     try:
         return _query("gpu", (*_FIELDS, newer))
+    except TimeoutError:
+        raise
     except OSError:
         return _query("gpu", (*_FIELDS, older))
 
@@ -120,6 +122,8 @@ def _query(what: str, fields: tuple[str, ...]) -> str:
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
     """The GPUs in what nvidia-smi prints of `_FIELDS` and the reasons of their clocks."""
+    if text.strip().startswith("No devices"):
+        return ()
     return tuple(
         Gpu(int(index), uuid, name, _amount(memory), _amount(used), driver, _number(ecc), _amount(slowed))
         for index, uuid, name, memory, used, driver, ecc, slowed in _rows(text)

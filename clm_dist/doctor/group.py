@@ -144,17 +144,17 @@ def _of_slurm(environment: Mapping[str, str], findings: list[Finding]) -> Group 
     if not is_inside(environment):
         return None
     try:
-        found = read_allocation(environment)
-    except OSError as problem:
+        return _of_allocation(read_allocation(environment), environment)
+    except (OSError, KeyError, ValueError) as problem:
+        said = f"{problem} is not set" if isinstance(problem, KeyError) else str(problem)
         findings.append(
             unchecked(
                 "nodes",
-                f"the nodes of Slurm's job {environment['SLURM_JOB_ID']}, which SLURM_JOB_ID names: {problem}; unset "
+                f"the nodes of Slurm's job {environment['SLURM_JOB_ID']}, which SLURM_JOB_ID names: {said}; unset "
                 "SLURM_JOB_ID if this shell is not that job's",
             )
         )
         return None
-    return _of_allocation(found, environment)
 
 
 def _of_allocation(found: Allocation, environment: Mapping[str, str]) -> Group:

@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from clm_dist.config.job import JobConfig
+from clm_dist.doctor.bounded import begin
 from clm_dist.doctor.environment import is_offline
 from clm_dist.doctor.finding import Finding, error, note, ok, unchecked, warning
 from clm_dist.errors import ConfigError, HubError, first_line
@@ -28,11 +28,12 @@ class Answer:
     """Whether the problem may pass."""
 
 
-def ask_hub(models: tuple[str, ...], dataset: str | None, offline: bool) -> list[Answer]:
+def ask_hub(models: tuple[str, ...], dataset: str | None, offline: bool, data_offline: bool) -> list[Answer]:
     """Ask the Hub for the names of a job at once, within seconds. Loads no torch and downloads nothing."""
-    names = [*((model, "model") for model in models), *([(dataset, "dataset")] if dataset else [])]
-    with ThreadPoolExecutor(max(1, len(names))) as threads:
-        return list(threads.map(lambda one: _ask(one[0], one[1], offline), names))
+    # In threads that nobody waits for: a server may send a byte now and then for ever.
+    answers = [begin(_ask, model, "model", offline) for model in models]
+    answers += [begin(_ask, dataset, "dataset", data_offline)] if dataset else []
+    return [answer.result() for answer in answers]
 
 
 def _ask(name: str, kind: str, offline: bool) -> Answer:

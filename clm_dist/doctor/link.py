@@ -35,7 +35,6 @@ class Here:
 
     def __init__(self) -> None:
         self._probe = Probe()
-        self._last: Future[str] | None = None
 
     def ask(self, line: str) -> "Future[str]":
         return begin(self._probe.answer, line)

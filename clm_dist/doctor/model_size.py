@@ -25,13 +25,18 @@ class Size:
 
 
 def find_size(job: JobConfig, timeout_s: float) -> Size | None:
-    """Check and measure a job's model in a process of its own; None where that takes too long, or fails by itself."""
-    command = [sys.executable, "-m", "clm_dist.doctor.model_size"]
+    """Check and measure a job's model in a process of its own; None where that takes too long."""
+    # Nothing is imported from the working directory.
+    command = [sys.executable, "-P", "-m", "clm_dist.doctor.model_size"]
     try:
         ended = subprocess.run(command, input=job.model_dump_json(), capture_output=True, text=True, timeout=timeout_s)
-        return Size(**json.loads(ended.stdout.splitlines()[-1]))
-    except (subprocess.TimeoutExpired, ValueError, IndexError, TypeError):
+    except subprocess.TimeoutExpired:
         return None
+    try:
+        return Size(**json.loads(ended.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        *_, last = ["it ends without a word", *filter(None, ended.stderr.splitlines())]
+        return Size(problem=f"the model cannot be looked at: {last}")
 
 
 def measure_size(job: JobConfig) -> Size:

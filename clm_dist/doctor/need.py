@@ -58,7 +58,10 @@ class Need:
         dataset = job.data.dataset if job.data.source == "hub" else None
         if models or dataset:
             home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-            places.append(Place("files of the Hub", str(Path(home).expanduser()), "HF_HOME", is_shared=False))
+            kept, name = os.environ.get("HF_HUB_CACHE"), "HF_HUB_CACHE"
+            if not kept:
+                kept, name = home, "HF_HOME"
+            places.append(Place("files of the Hub", str(Path(kept).expanduser()), name, is_shared=False))
         return cls(
             tuple(places),
             job.cluster,

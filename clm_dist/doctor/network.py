@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clm_dist.doctor.bounded import begin
 from clm_dist.doctor.finding import Finding, error, note, ok, on, unchecked, warning
 from clm_dist.doctor.peer import Reach, Speed
 
@@ -42,11 +43,13 @@ def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def read_network() -> Network:
+def read_network(timeout_s: float) -> Network:
+    """The networks of this node. A name that is not resolved in time counts as one that stands for nothing."""
     hostname = socket.gethostname()
     resolved: list[str] = []
-    with contextlib.suppress(OSError):
-        resolved = [str(found[4][0]) for found in socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)]
+    asked = begin(lambda: socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM))
+    with contextlib.suppress(OSError, TimeoutError):
+        resolved = [str(found[4][0]) for found in asked.result(timeout=timeout_s)]
     variables = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
     return Network(hostname, tuple(dict.fromkeys(resolved)), _addresses(), variables)
 

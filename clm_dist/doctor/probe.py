@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from pydantic import TypeAdapter
 
@@ -32,6 +32,7 @@ from clm_dist.submit.ray_settings import interface_of
 ANSWER = "clm-dist-doctor "
 """The begin of lines with answers; a node may print others."""
 _DISK_S = 3.0
+_GPUS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ class Probe:
     def facts(self, directories: list[str]) -> Facts:
         disks = {path: begin(read_disk, path) for path in directories}
         end = time.monotonic() + _DISK_S
-        facts = Facts(read_versions(), read_machine(), read_gpus(), read_network(), read_environment())
+        gpus = begin(read_gpus)
+        facts = Facts(read_versions(), read_machine(), Gpus(), read_network(_DISK_S), read_environment())
+        try:
+            found = gpus.result(timeout=_GPUS_S)
+        except TimeoutError:
+            found = Gpus(problem=f"nvidia-smi does not end within {_GPUS_S:g} s")
+        facts = replace(facts, gpus=found)
         for path, disk in disks.items():
             with contextlib.suppress(TimeoutError):
                 facts.disks[path] = disk.result(timeout=max(0.0, end - time.monotonic()))
@@ -111,7 +118,9 @@ class Probe:
 
     def begin_hub(self, models: list[str], dataset: str | None) -> None:
         """Ask the Hub meanwhile."""
-        self._hub = begin(ask_hub, tuple(models), dataset, is_offline(read_environment()))
+        variables = read_environment()
+        offline, data_offline = is_offline(variables), is_offline(variables, of_data=True)
+        self._hub = begin(ask_hub, tuple(models), dataset, offline, data_offline)
 
     def hub(self, timeout_s: float) -> list[Answer] | None:
         """What the Hub answered; None where it has not yet."""
@@ -135,7 +144,7 @@ class Probe:
             environment.pop(name, None)
         environment.setdefault("OMP_NUM_THREADS", "1")
         self._collective = subprocess.Popen(
-            [sys.executable, "-m", "clm_dist.doctor.all_reduce"],
+            [sys.executable, "-P", "-m", "clm_dist.doctor.all_reduce"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

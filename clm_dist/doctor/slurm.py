@@ -80,4 +80,4 @@ def start_probe(allocation: Allocation, node: str, environment: Mapping[str, str
     command += ["--cpu-bind=none", "--mem=0", "--unbuffered", "--export=ALL", f"--nodelist={node}"]
     # What sbatch sets for the job would be taken for the step.
     step = {name: value for name, value in environment.items() if not re.match(r"SLURM_(NTASKS|NPROCS|TRES)", name)}
-    return Started([*command, sys.executable, "-m", "clm_dist.doctor.probe"], step)
+    return Started([*command, sys.executable, "-P", "-m", "clm_dist.doctor.probe"], step)

@@ -20,8 +20,8 @@ from clm_dist.plan.target import Target
 from clm_dist.train.batches import BatchOrder
 
 START_S = 25.0
-"""Of a run before its first step and after its last: Ray, its workers, the model. Measured 20 s for one and two workers,
-53 s for eight on two cores."""
+"""Of a run before its first step and after its last: Ray, its workers, the model. Measured 20 s for one and two
+workers, 53 s for eight on two cores."""
 _SMALL = 50 * 10**6
 """Parameters below which the share of the peak says nothing."""
 _FORWARD = 1 / 3

@@ -74,6 +74,31 @@ def test_passwords_of_proxies_and_tokens_are_not_kept() -> None:
     assert read_environment(given) == {"https_proxy": "http://p:3128", "NCCL_DEBUG": "INFO"}
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("bob:secret@p:3128", "p:3128"),
+        ("http://bob:se/cret@p:3128", "http://p:3128"),
+        ("http://bob:se@cret@p:3128", "http://p:3128"),
+        ("http://p:3128", "http://p:3128"),
+    ],
+)
+def test_no_password_of_a_proxy_is_shown_however_it_is_written(value: str, shown: str) -> None:
+    for name in ("http_proxy", "HTTPS_PROXY", "all_proxy", "HF_ENDPOINT"):
+        assert read_environment({name: value}) == {name: shown}
+
+
+def test_data_sets_have_an_offline_switch_of_their_own() -> None:
+    assert is_offline({"HF_DATASETS_OFFLINE": "1"}, of_data=True)
+    assert not is_offline({"HF_DATASETS_OFFLINE": "1"})
+    assert not is_offline({"HF_DATASETS_OFFLINE": "0", "HF_HUB_OFFLINE": "1"}, of_data=True)
+
+
+def test_ray_takes_no_other_word_for_yes() -> None:
+    for value, severity in (("1", "ok"), ("true", "ok"), ("yes", "error"), ("0", "error")):
+        assert [one.severity for one in judged({"RAY_TRAIN_V2_ENABLED": value})] == [severity]
+
+
 @pytest.mark.parametrize(("value", "offline"), [("1", True), ("ON", True), ("0", False), ("", False)])
 def test_offline_is_what_the_clients_take_for_it(value: str, offline: bool) -> None:
     assert is_offline({"HF_HUB_OFFLINE": value}) is offline

@@ -42,6 +42,10 @@ def test_what_nvidia_smi_prints_is_read() -> None:
     assert (third.used, third.ecc_errors, third.slowed) == (0, None, 0)
 
 
+def test_a_driver_without_gpus_has_none() -> None:
+    assert parse_gpus("No devices were found\n") == ()
+
+
 def test_who_holds_memory_is_read() -> None:
     (holder,) = parse_holders(APPS)
     assert (holder.uuid, holder.pid, holder.memory) == ("GPU-2b", os.getpid(), 70900)

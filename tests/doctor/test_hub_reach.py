@@ -18,7 +18,7 @@ def test_a_model_that_is_there_is_found_and_one_that_is_not_is_an_error(fake_hub
     from huggingface_hub import HfApi
 
     HfApi().create_repo("alice/model")
-    there, missing = judged(*ask_hub(("alice/model", "alice/other"), None, offline=False))
+    there, missing = judged(*ask_hub(("alice/model", "alice/other"), None, offline=False, data_offline=False))
     assert (there.severity, there.what) == ("ok", "the model alice/model is there")
     assert (missing.severity, missing.passes) == ("error", False)
     assert "alice/other" in missing.what
@@ -26,20 +26,20 @@ def test_a_model_that_is_there_is_found_and_one_that_is_not_is_an_error(fake_hub
 
 def test_a_hub_that_fails_is_an_error_that_may_pass(fake_hub: FakeHub) -> None:
     fake_hub.fail("alice/model", 503, times=20)
-    (finding,) = judged(*ask_hub(("alice/model",), None, offline=False))
+    (finding,) = judged(*ask_hub(("alice/model",), None, offline=False, data_offline=False))
     assert (finding.severity, finding.passes) == ("error", True)
 
 
 def test_a_hub_that_is_not_reached_is_an_error_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    (finding,) = judged(*ask_hub((), "alice/data", offline=False))
+    (finding,) = judged(*ask_hub((), "alice/data", offline=False, data_offline=False))
     assert (finding.severity, finding.passes) == ("error", True)
     assert "the data set alice/data" in finding.what
 
 
 def test_a_name_that_the_hub_cannot_have_is_an_error(fake_hub: FakeHub) -> None:
-    (finding,) = judged(*ask_hub(("./no/such/directory",), None, offline=False))
+    (finding,) = judged(*ask_hub(("./no/such/directory",), None, offline=False, data_offline=False))
     assert (finding.severity, finding.passes) == ("error", False)
 
 
@@ -51,7 +51,9 @@ def test_what_is_in_the_cache_does_without_the_hub(tmp_path: Path, monkeypatch: 
     refs = tmp_path / "models--alice--model" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    cached, missing, data = judged(*ask_hub(("alice/model", "alice/other"), "alice/data", offline=True))
+    cached, missing, data = judged(
+        *ask_hub(("alice/model", "alice/other"), "alice/data", offline=True, data_offline=True)
+    )
     assert (cached.severity, missing.severity, data.severity) == ("note", "error", "unchecked")
     assert "hf download alice/other" in missing.mend
 

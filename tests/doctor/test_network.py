@@ -28,7 +28,7 @@ def with_variable(name: str, value: str) -> Network:
 
 
 def test_this_machine_has_a_loopback_interface() -> None:
-    found = read_network()
+    found = read_network(3.0)
     assert ("127.0.0.1",) in [addresses[:1] for addresses in found.addresses.values()]
     assert "127.0.0.1" not in found.reachable
 

@@ -218,6 +218,52 @@ def test_a_model_that_cannot_be_built_is_an_error(make_job: MakeJob) -> None:
     assert "no-such-model" in finding.what
 
 
+def test_nothing_is_imported_from_the_working_directory(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    (tmp_path / "transformers.py").write_text("raise SystemExit('not mine')")
+    monkeypatch.chdir(tmp_path)
+    size = find_size(job, 120)
+    assert size is not None
+    assert size.num_parameters
+
+
+def test_a_process_that_fails_is_told_with_its_last_words(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'libcuda is broken' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    (finding,) = judge_size(find_size(make_job(), 120))
+    assert finding.severity == "error"
+    assert "the model cannot be looked at: libcuda is broken" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({}, "'SLURM_JOB_NODELIST' is not set"),
+        ({"SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_ON_NODE": "gpu:2"}, "could not convert string to float"),
+        ({"SLURM_JOB_NODELIST": "n1"}, "srun"),
+    ],
+)
+def test_a_slurm_that_is_half_there_is_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], problem: str
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$2" = job ] && echo JobState=RUNNING || echo n1\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "PATH": str(tmp_path)} | variables
+    with find_group(environment) as group:
+        (finding,) = group.findings
+        assert finding.severity == "unchecked"
+        assert problem in finding.what
+        assert group.where == "this machine"
+
+
 def test_what_takes_too_long_is_not_checked(make_job: MakeJob) -> None:
     assert [finding.severity for finding in judge_size(find_size(make_job(), 0.01))] == ["unchecked"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any
 
-from clm_dist.config.prometheus import PORT, listen_address
+from clm_dist.config.prometheus import HOST, PORT, listen_address
 from clm_dist.errors import ConfigError
 from clm_dist.files.record_types import Record
 from clm_dist.train.trackers.prometheus_metrics import RunMetrics
@@ -52,6 +52,8 @@ class Prometheus:
                 allow_reuse_address = daemon_threads = True
 
             self._server = Server(address, Handler)  # type: ignore[arg-type]  # of the family
+        except socket.gaierror as error:
+            raise ConfigError(f"{HOST} {host!r} is no address: {error.strerror}; set it to one of this host") from error
         except OSError as error:
             raise ConfigError(
                 f"cannot listen at {host}:{port}: {error.strerror}; set {PORT} to another port, 0 for a free one"
