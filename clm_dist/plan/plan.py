@@ -22,6 +22,8 @@ from clm_dist.train.batches import BatchOrder
 START_S = 25.0
 """Of a run before its first step and after its last: Ray, its workers, the model. Measured 20 s for one and two
 workers, 53 s for eight on two cores."""
+_ENDS_S = 12.0
+"""Of a run before its driver begins and after its last step: 10 to 13 s in six runs of small models."""
 _SMALL = 50 * 10**6
 """Parameters below which the share of the peak says nothing."""
 _FORWARD = 1 / 3
@@ -232,12 +234,13 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     network = _network(target)
     at = replace(setting, world_size=workers, passes=job.batch.passes_per_step(workers))
     tokens = job.batch.global_size * job.data.block_size
+    start = START_S if speed.start_s is None else speed.start_s + _ENDS_S
 
     def seconds_at(rate: float) -> float:
         step = step_time(work.model, at, rate, network).total
         eval_rate = rate / speed.middle * (speed.eval_tokens_per_s or speed.middle / _FORWARD)
         evaluations = work.eval_blocks * job.data.block_size / (eval_rate * workers)
-        return work.num_steps * step + evaluations + (speed.start_s or START_S)
+        return work.num_steps * step + evaluations + start
 
     memory = estimate_memory(work.model, at)
     middle = step_time(work.model, at, speed.middle, network)
