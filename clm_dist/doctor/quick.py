@@ -46,6 +46,8 @@ def _examine(job: JobConfig, need: Need) -> Iterator[Finding]:
     for place, read in reads.items():
         try:
             disk = read.result(timeout=deadline.left())
-        except (TimeoutError, OSError):  # the stage that needs it says so
+        except (TimeoutError, OSError):
             continue
-        yield from judge_disk(place, disk, None)
+        # Of a directory that cannot be written the stage that needs it says so.
+        if not disk.problem:
+            yield from judge_disk(place, disk, None)
