@@ -192,7 +192,7 @@ def _some(case: tuple[str, str, bool, str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "cases", [[case for case in CASES if _some(case)], pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"]
+    "cases", [[case for case in CASES if _some(case)], pytest.param(CASES, marks=pytest.mark.long)], ids=["some", "all"]
 )
 def test_a_step_takes_what_torch_allocates(cases: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_BUCKET", _BUCKET)
