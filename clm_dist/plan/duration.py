@@ -55,10 +55,14 @@ def assumed_mfu(setting: Setting) -> tuple[float, float]:
     return COMPILED_MFU if setting.is_compiled else EAGER_MFU
 
 
+def token_flops(model: Architecture, block_size: int) -> float:
+    """Operations to train on one token."""
+    return flops_per_token(model.num_parameters, model.num_layers, model.hidden, block_size)
+
+
 def tokens_per_second(model: Architecture, setting: Setting, device: Device, mfu: float) -> float:
     """Tokens that one worker trains on in a second while it waits for no other."""
-    flops = flops_per_token(model.num_parameters, model.num_layers, model.hidden, setting.block_size)
-    rate = mfu * device.peak_flops(setting.precision) / flops
+    rate = mfu * device.peak_flops(setting.precision) / token_flops(model, setting.block_size)
     return rate / _RECOMPUTED if setting.gradient_checkpointing else rate
 
 
@@ -68,7 +72,7 @@ def step_time(model: Architecture, setting: Setting, rate: float, network: Netwo
     Args:
         rate: tokens a second of a worker that waits for no other.
     """
-    compute = setting.passes * setting.micro_size * setting.block_size / rate
+    compute = setting.blocks_of_step * setting.block_size / rate
     exchange = exchanged_bytes(model, setting) / network.bandwidth(setting.world_size)
     # DistributedDataParallel exchanges in the last backward pass; ZeRO 1 and 2 wait (`overlap_comm` is off); ZeRO-3 and
     # FSDP2 gather and reduce beside every pass.

@@ -96,47 +96,35 @@ class _Values:
         )
 
 
-def _gpt2(values: _Values) -> Architecture:
+def _plain(values: _Values, **options: Any) -> Architecture:
+    """An architecture with LayerNorm and an MLP without a gate."""
     return values.architecture(
-        num_positions=values["max_position_embeddings"],
-        norm="layer",
-        is_qkv_fused=True,
-        rotary="none",
         is_gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
         activation=values["hidden_act"],
         dropout=values["dropout"],
+        **{"norm": "layer", "mlp_bias": True} | options,
     )
+
+
+def _gpt2(values: _Values) -> Architecture:
+    positions = values["max_position_embeddings"]
+    return _plain(values, num_positions=positions, rotary="none", is_qkv_fused=True, qkv_bias=True, out_bias=True)
 
 
 def _gpt_neo(values: _Values) -> Architecture:
-    return values.architecture(
-        is_eager=True,
-        num_positions=values["max_position_embeddings"],
-        norm="layer",
-        rotary="none",
-        is_gated=False,
-        out_bias=True,
-        mlp_bias=True,
-        activation=values["hidden_act"],
-        dropout=values["dropout"],
-    )
+    positions = values["max_position_embeddings"]
+    return _plain(values, num_positions=positions, rotary="none", is_eager=True, out_bias=True)
 
 
 def _gpt_neox(values: _Values) -> Architecture:
-    return values.architecture(
-        norm="layer",
+    bias = values["attention_bias"]
+    return _plain(
+        values,
         rotary="part",
         is_parallel=values["use_parallel_residual"],
         is_qkv_fused=True,
-        is_gated=False,
-        qkv_bias=values["attention_bias"],
-        out_bias=values["attention_bias"],
-        mlp_bias=True,
-        activation=values["hidden_act"],
-        dropout=values["dropout"],
+        qkv_bias=bias,
+        out_bias=bias,
     )
 
 
@@ -145,36 +133,30 @@ def _opt(values: _Values) -> Architecture:
     width = values["word_embed_proj_dim"] or hidden
     # Embedding and head are narrower than the layers in some, with a matrix between.
     narrower = (1 if values["tie_word_embeddings"] else 2) * values["vocab_size"] * (width - hidden)
-    return values.architecture(
+    return _plain(
+        values,
         # The first two rows of the positions are never used.
         num_positions=values["max_position_embeddings"] + 2,
-        norm="layer" if values["layer_norm_elementwise_affine"] else "plain",
         has_last_norm=values["do_layer_norm_before"] and not values["_remove_final_layer_norm"],
         rotary="none",
-        is_gated=False,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        activation=values["hidden_act"],
-        dropout=values["dropout"],
         num_others=narrower + (2 * width * hidden if width != hidden else 0),
+        **({} if values["layer_norm_elementwise_affine"] else {"norm": "plain"}),
     )
 
 
 def _phi(values: _Values) -> Architecture:
-    return values.architecture(
-        norm="layer",
+    return _plain(
+        values,
         rotary="part",
         is_parallel=True,
         num_norms=1,
         head_norms="each" if values["qk_layernorm"] else "none",
         head_bias=True,
-        is_gated=False,
         qkv_bias=True,
         out_bias=True,
-        mlp_bias=True,
-        activation=values["hidden_act"],
-        dropout=values["dropout"],
     )
 
 

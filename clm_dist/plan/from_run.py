@@ -10,9 +10,8 @@ from clm_dist.devices import Device, device_of
 from clm_dist.errors import ConfigError
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
-from clm_dist.metrics import flops_per_token
 from clm_dist.plan.architecture import Architecture
-from clm_dist.plan.duration import Network, step_time
+from clm_dist.plan.duration import Network, step_time, token_flops
 from clm_dist.plan.families import architecture_of
 from clm_dist.plan.memory import Setting
 from clm_dist.plan.model import model_architecture, read_config
@@ -66,7 +65,7 @@ def speed_of_run(
         f"{field} is {was}, and {now} here: the speed is taken to be the same" for field, was, now in _changed(old, job)
     ]
     before = _architecture_of_run(path, old, job, model)
-    factor = _flops(before, old) / _flops(model, job)
+    factor = token_flops(before, old.data.block_size) / token_flops(model, job.data.block_size)
     if device is not None and own is not None and device != own:
         factor *= device.peak_flops(job.train.precision) / own.peak_flops(old.train.precision)
         notes.append(f"the run was on {own.name}: its speed is scaled by the peaks of the two")
@@ -108,10 +107,6 @@ def _architecture_of_run(path: Path, old: JobConfig, job: JobConfig, model: Arch
     return model_architecture(old, model.vocabulary)[0]
 
 
-def _flops(model: Architecture, job: JobConfig) -> float:
-    return flops_per_token(model.num_parameters, model.num_layers, model.hidden, job.data.block_size)
-
-
 def _without_waiting(
     measured: Measured, job: JobConfig, model: Architecture, device: Device | None, between_nodes: float
 ) -> float:
@@ -123,7 +118,7 @@ def _without_waiting(
         setting = replace(setting, micro_size=measured.micro_size)
     network = Network(-(-measured.workers // measured.num_hosts), device.link, between_nodes)
     # The time of a step is known, so what is computed is what is left of it without the waiting.
-    step = setting.passes * setting.micro_size * setting.block_size / ((measured.low + measured.high) / 2)
+    step = setting.blocks_of_step * setting.block_size / ((measured.low + measured.high) / 2)
     low, high = 1.0, 100.0
     for _ in range(50):
         factor = (low + high) / 2

@@ -66,6 +66,8 @@ class Setting:
     is_gpu: bool = True
     eval_micro_size: int = 0
     """Blocks of a pass of an evaluation."""
+    global_size: int | None = None
+    """Blocks of a step, over all workers; None where all passes are full."""
 
     @classmethod
     def of_job(
@@ -80,7 +82,7 @@ class Setting:
         return cls(
             strategy=job.cluster.strategy,
             world_size=world_size,
-            micro_size=job.batch.micro_size,
+            micro_size=min(job.batch.micro_size, job.batch.global_size),
             block_size=job.data.block_size,
             passes=job.batch.passes_per_step(world_size),
             precision=job.train.precision,
@@ -90,12 +92,22 @@ class Setting:
             is_eager=job.model.attention == "eager",
             is_gpu=is_gpu,
             eval_micro_size=job.eval.micro_size,
+            global_size=job.batch.global_size,
         )
 
     @property
     def is_compiled(self) -> bool:
         """Whether passes are compiled: ZeRO-3 gathers weights inside of a pass, which cannot be."""
         return self.wants_compiled and self.strategy != "zero3"
+
+    @property
+    def blocks_of_step(self) -> int:
+        """Blocks that the worker with most to do computes in a step.
+
+        A short last pass spares time to a single worker only: of several, others compute a full one meanwhile.
+        """
+        full = self.passes * self.micro_size
+        return full if self.world_size > 1 or self.global_size is None else min(full, self.global_size)
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -141,8 +153,9 @@ def _in_update(full: Memory, model: Architecture, setting: Setting) -> Memory:
         # The worker's own part of the gradient, in a flat tensor and in fp32 as well.
         return replace(full, copies=0.0, buffers=0.0, gradients=0.0 if setting.offload != "none" else 8 * own)
     if setting.strategy == "zero3" and setting.arithmetic.is_half:
-        size = setting.arithmetic.size
-        buffers = full.buffers - size * min(model.num_parameters, _BUCKET)
+        size, number = setting.arithmetic.size, model.num_parameters
+        # Nothing is gathered then, or exchanged.
+        buffers = full.buffers - size * (min(number, _LIVE) + min(number, _BUCKET))
         return replace(full, gradients=full.gradients + 6 * own, buffers=buffers)
     return replace(full, copies=0.0)
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from clm_dist.config.job import Every, JobConfig
 from clm_dist.devices import Device
 from clm_dist.errors import ConfigError
-from clm_dist.metrics import flops_per_token
 from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.choices import Choice, advise, choices_of
 from clm_dist.plan.counts import Counts
 from clm_dist.plan.disk import Disk, estimate_disk
-from clm_dist.plan.duration import Network, assumed_mfu, step_time, tokens_per_second
+from clm_dist.plan.duration import Network, assumed_mfu, step_time, token_flops, tokens_per_second
 from clm_dist.plan.loss_of_runs import LossOfRuns
 from clm_dist.plan.memory import Memory, Setting, estimate_memory, fits_device
 from clm_dist.plan.speed import Speed
@@ -113,7 +112,7 @@ def make_plan(
     at_peak = None
     if device is not None:
         # As a run reckons it, whatever its precision.
-        at_peak = tokens * _flops(architecture, job) / (device.half_flops * workers)
+        at_peak = tokens * token_flops(architecture, job.data.block_size) / (device.half_flops * workers)
     setting = Setting.of_job(job, workers, is_gpu=target.is_gpu, seconds_at_peak=at_peak)
     notes = list(notes)
     if speed is None and device is not None:
@@ -206,10 +205,6 @@ class _Work:
     num_steps: int
     eval_blocks: float
     """Of all evaluations together."""
-
-
-def _flops(model: Architecture, job: JobConfig) -> float:
-    return flops_per_token(model.num_parameters, model.num_layers, model.hidden, job.data.block_size)
 
 
 def _network(target: Target) -> Network:

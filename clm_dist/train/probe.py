@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,16 @@ class Vocabulary:
 
     def get_vocab(self) -> dict[str, int]:
         return {"": self.size - 1}
+
+
+def passes_of(job: JobConfig) -> list[int]:
+    """Blocks of each pass of a worker in a step of the job, however many workers are measured."""
+    workers, batch = job.cluster.max_workers, job.batch
+    sizes = [batch.micro_size] * batch.passes_per_step(workers)
+    if workers == 1:
+        # Of several, others compute a full pass beside a short one.
+        sizes[-1] = batch.global_size - sum(sizes[:-1])
+    return sizes
 
 
 def device_here(job: JobConfig) -> str:
@@ -146,7 +157,7 @@ class _Probe:
 
     def run(self, seconds: float) -> Probed:
         job, strategy = self.job, self.strategy
-        size, passes = job.batch.micro_size, job.batch.passes_per_step(strategy.world_size)
+        size, sizes_of_passes = job.batch.micro_size, passes_of(job)
         with of_a_pass():
             self.compilation = try_compiling(
                 job,
@@ -158,12 +169,12 @@ class _Probe:
         strategy.model.train()
         began = time.perf_counter()
         with of_a_pass():
-            self._step(size, passes)
-            first = self._agreed(self._step(size, passes))
+            self._step(sizes_of_passes)
+            first = self._agreed(self._step(sizes_of_passes))
         left = max(0.0, seconds * (1 - _SHARE_OF_SEARCH) - (time.perf_counter() - began))
         count = min(max(_LEAST_STEPS, int(self._agreed(left) / first)), _MOST_STEPS)
-        tokens = passes * size * job.data.block_size
-        steps = [(tokens * strategy.world_size, self._step(size, passes)) for _ in range(count)]
+        tokens = sum(sizes_of_passes) * job.data.block_size * strategy.world_size
+        steps = [(tokens, self._step(sizes_of_passes)) for _ in range(count)]
         evaluated = self._evaluate(job.eval.micro_size)
         memory = self.memory
         sizes = self._search(size, _SHARE_OF_SEARCH * seconds)
@@ -176,15 +187,15 @@ class _Probe:
             sizes=sizes,
         )
 
-    def _step(self, size: int, passes: int) -> float:
+    def _step(self, sizes: Sequence[int]) -> float:
         """One step on random blocks. Return its seconds. Collective."""
         strategy = self.strategy
         began = time.perf_counter()
         loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
-        for number in range(passes):
+        for number, size in enumerate(sizes, 1):
             ids_BT = strategy.to_device(self._blocks(size))
             compiled = reproducible(self.compilation.compiled)
-            with of_a_pass(), compiled, strategy.one_pass(last=number == passes - 1) as model:
+            with of_a_pass(), compiled, strategy.one_pass(last=number == len(sizes)) as model:
                 losses = block_losses(model, ids_BT, None)
                 strategy.backward(losses.sum() / losses.numel())
             loss_sum += losses.detach().double().sum()
@@ -240,8 +251,8 @@ class _Probe:
 
     def _try(self, size: int) -> float | None:
         try:
-            self._step(size, 1)
-            speed = size * self.job.data.block_size / self._agreed(self._step(size, 1))
+            self._step([size])
+            speed = size * self.job.data.block_size / self._agreed(self._step([size]))
             fits = True
         except PassTooLargeError:
             speed, fits = 0.0, False

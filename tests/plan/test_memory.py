@@ -1,6 +1,7 @@
 """The memory of a step that a plan says, against what autograd saves and what torch allocates."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -175,6 +176,8 @@ def _most_allocated(
 def _counted() -> Iterator[list[int]]:
     """Yields a list in which the most bytes that were allocated inside stand afterwards."""
     most: list[int] = []
+    # What an earlier case has left would be counted when it goes.
+    gc.collect()
     with profiler.profile(profile_memory=True, use_kineto=True) as profile:
         yield most
     events = profile.kineto_results.events()

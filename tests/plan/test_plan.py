@@ -17,6 +17,7 @@ from clm_dist.plan.memory import Setting
 from clm_dist.plan.plan import Plan, make_plan
 from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
+from clm_dist.train.probe import passes_of
 
 H100 = next(device for device in DEVICES if device.name == "h100-80")
 T4 = next(device for device in DEVICES if device.name == "t4")
@@ -91,6 +92,31 @@ def test_passes_that_do_not_divide_evenly_cost_a_whole_one() -> None:
     (scale,) = _plan(job, speed=SPEED, target=Target(None, 64, (1,), 1e15)).scales
     assert scale.passes == 2
     assert scale.efficiency == pytest.approx(65 / 128, rel=0.02)
+
+
+def test_a_short_last_pass_spares_time_to_a_single_worker_only() -> None:
+    """Ten blocks in passes of eight: a worker computes ten; and of two workers one computes eight."""
+    one, two = (Target(None, number, (1,), 1e15) for number in (1, 2))
+    job = _job(batch={"global_size": 10, "micro_size": 8}, cluster={"workers": 2})
+    assert _plan(job, speed=SPEED, target=one).scales[0].tokens_per_s == pytest.approx(10_000)
+    assert _plan(job, speed=SPEED, target=two).scales[0].tokens_per_s == pytest.approx(10_000 * 10 / 8)
+    # The default micro-batch is larger than this step.
+    small = _job(batch={"global_size": 4, "micro_size": 8}, cluster={"workers": 1})
+    assert _plan(small, speed=SPEED, target=one).scales[0].tokens_per_s == pytest.approx(10_000)
+    assert _plan(small).setting.micro_size == 4
+
+
+def test_a_probe_computes_the_passes_of_the_job() -> None:
+    def passes(global_size: int, micro_size: int, workers: int) -> list[int]:
+        return passes_of(
+            _job(batch={"global_size": global_size, "micro_size": micro_size}, cluster={"workers": workers})
+        )
+
+    assert passes(10, 8, 1) == [8, 2]
+    assert passes(4, 8, 1) == [4]
+    assert passes(10, 8, 2) == [8]
+    # As many as each of sixteen workers, where one GPU is measured.
+    assert passes(256, 4, 16) == [4] * 4
 
 
 def test_nodes_with_too_many_workers_are_named() -> None:
