@@ -11,7 +11,7 @@ from clm_dist.files.record_types import Record
 
 _GROUPS = 20
 _WARM_UP = 0.05
-"""Share of the steps, the first ones, that are left out: they also start what the others find started."""
+"""Share of the steps of a start, the first ones, that are left out: they also start what the others find started."""
 _FLOOR = 0.03
 """The least half-width of an interval, as a share: what one machine differs from itself on another day."""
 
@@ -57,23 +57,26 @@ class Measured:
 
 
 def measure(records: Iterable[Record]) -> Measured | None:
-    """The speed of a run since its last start; None where it has not trained enough steps to tell."""
+    """The speed of a run on what it was started on last; None where it has not trained enough steps there to tell."""
     workers, device, hosts, start_s, micro_size = 1, "CPU", 1, None, None
-    steps: list[tuple[int, float]] = []
+    starts: list[list[tuple[int, float]]] = [[]]
     seconds, tokens, memory = 0.0, 0, 0
     for record in records:
         if record["kind"] == "start":
+            before = workers, device, hosts, micro_size
             workers, device = record["workers"], record["device"]
             hosts = len(set(record.get("hosts", ()))) or 1
-            start_s = record.get("startup", start_s)
             micro_size = record.get("micro_size")
-            steps, seconds, tokens, memory = [], 0.0, 0, 0
+            start_s = record.get("startup", start_s)
+            if (workers, device, hosts, micro_size) != before:
+                starts, seconds, tokens, memory = [], 0.0, 0, 0
+            starts.append([])
         elif record["kind"] == "step":
-            steps.append((record["tokens"], record["seconds"]))
+            starts[-1].append((record["tokens"], record["seconds"]))
             memory = max(memory, record.get("memory_bytes", 0))
         elif record["kind"] == "eval" and "seconds" in record:
             seconds, tokens = seconds + record["seconds"], tokens + record["num_tokens"]
-    steps = steps[math.ceil(len(steps) * _WARM_UP) :]
+    steps = [step for each in starts for step in each[math.ceil(len(each) * _WARM_UP) :]]
     if len(steps) < 2:
         return None
     low, high = interval_of_steps(steps, workers)

@@ -69,7 +69,7 @@ def _gpt2(**values: Any) -> Architecture:
 GPT2 = _gpt2()
 
 
-def test_a_speed_is_that_of_the_steps_since_the_last_start() -> None:
+def test_a_speed_is_that_of_the_steps_on_the_last_workers() -> None:
     slow = [_start(workers=8), _eval(seconds=99.0), *(_step(n, seconds=5.0, memory_bytes=99) for n in range(1, 20))]
     found = measure([*slow, _start(startup=33.0), _step(20, seconds=9.0), *(_step(n) for n in range(21, 41)), _eval()])  # type: ignore[list-item]
     assert found is not None
@@ -78,6 +78,21 @@ def test_a_speed_is_that_of_the_steps_since_the_last_start() -> None:
     assert (found.num_steps, found.start_s, found.workers) == (19, 33.0, 2)
     assert found.eval_seconds == (2.0, 12_700)
     assert found.memory_bytes is None
+
+
+def test_starts_on_the_same_workers_are_measured_together() -> None:
+    records = [
+        _start(),
+        *(_step(n) for n in range(1, 41)),
+        _eval(),
+        _start(),
+        *(_step(n) for n in range(41, 45)),
+        _eval(),
+    ]
+    found = measure(records)  # type: ignore[arg-type]
+    assert found is not None
+    # Of each start the first twentieth is left out.
+    assert (found.num_steps, found.eval_seconds) == (38 + 3, (4.0, 25_400))
 
 
 def test_an_interval_is_two_standard_deviations_and_never_nothing() -> None:
