@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 LAYERS = [
     {"errors", "signals"},
     {"config", "progress", "pace", "timing"},
-    {"devices", "extensions", "figures", "files", "metrics"},
+    {"devices", "extensions", "figures", "files", "machine", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"doctor", "evaluation", "plan", "run", "samples"},

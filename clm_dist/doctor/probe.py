@@ -22,11 +22,11 @@ from clm_dist.doctor.disk import Disk, measure_write, read_disk
 from clm_dist.doctor.environment import is_offline, read_environment
 from clm_dist.doctor.gpus import Gpus, read_gpus
 from clm_dist.doctor.hub_reach import Answer, ask_hub
-from clm_dist.doctor.machine import Machine, read_machine
 from clm_dist.doctor.network import Network, read_network
 from clm_dist.doctor.peer import Listener, Peer, Reach, Speed, measure_speed, reach_all
 from clm_dist.doctor.shared import LeaseTrial, Locked, Meeting, Seen, read_object, remove_object, write_object
 from clm_dist.doctor.versions import Versions, read_versions
+from clm_dist.machine import Machine, read_machine
 from clm_dist.submit.ray_settings import interface_of
 
 ANSWER = "clm-dist-doctor "

@@ -10,11 +10,12 @@ from clm_dist.doctor.bounded import Deadline, begin
 from clm_dist.doctor.disk import judge_disk, read_disk
 from clm_dist.doctor.environment import Surroundings, judge_environment, read_environment
 from clm_dist.doctor.finding import Finding, merged
-from clm_dist.doctor.machine import judge_machine, read_machine
+from clm_dist.doctor.machine import judge_machine
 from clm_dist.doctor.need import Need
 from clm_dist.doctor.versions import judge_versions, read_versions
 from clm_dist.errors import first_line
 from clm_dist.files.stores import Stores
+from clm_dist.machine import read_machine
 
 logger = logging.getLogger(__name__)
 

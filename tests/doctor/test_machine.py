@@ -7,7 +7,8 @@ import pytest
 
 from clm_dist.config.job import ClusterConfig
 from clm_dist.doctor.finding import Finding
-from clm_dist.doctor.machine import Machine, judge_amounts, judge_machine, read_machine
+from clm_dist.doctor.machine import judge_amounts, judge_machine
+from clm_dist.machine import Machine, read_machine
 
 GIB = 2**30
 LARGE = Machine(
