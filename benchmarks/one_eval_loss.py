@@ -46,11 +46,10 @@ from clm_dist.metrics import MicroLoss, combine
 from clm_dist.progress import Silent
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.forward import WithLoss
-from clm_dist.train.local import forget_accelerate
 from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer
 from clm_dist.train.strategies.build import build_strategy
-from clm_dist.train.strategies.environment import set_up_worker
+from clm_dist.train.strategies.environment import forget_accelerate, set_up_worker
 from tests.support.stores import prepare
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"

@@ -17,7 +17,7 @@ USES = {
     r"__compatible_ops__|_hp_mapping|_partition_all_parameters|single_partition_of_fp32_groups": (
         "train/strategies/zero.py"
     ),
-    r"AcceleratorState": "train/local.py",
+    r"AcceleratorState": "train/strategies/environment.py",
     r"_attn_implementation": "train/attention.py",
     r"_no_split_modules": "train/strategies/fsdp2.py",
     r"torch\._subclasses": "train/unused.py",
@@ -158,4 +158,4 @@ def test_accelerate_forgets_its_state() -> None:
     from accelerate.state import AcceleratorState
 
     parameters = inspect.signature(AcceleratorState._reset_state).parameters
-    assert "reset_partial_state" in parameters, "see clm_dist/train/local.py"
+    assert "reset_partial_state" in parameters, "see clm_dist/train/strategies/environment.py"

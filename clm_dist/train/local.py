@@ -18,6 +18,7 @@ from clm_dist.train.loop import Outcome, train
 from clm_dist.train.messages import Message
 from clm_dist.train.recorder import Recorder
 from clm_dist.train.session import Session
+from clm_dist.train.strategies.environment import forget_accelerate
 
 
 def train_here(
@@ -68,13 +69,6 @@ def train_here(
         return train(job, session)
     finally:
         forget_accelerate()
-
-
-def forget_accelerate() -> None:
-    """Let the next strategy in this process start from no state: Accelerate keeps one a process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_ranks(

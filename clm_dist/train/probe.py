@@ -18,13 +18,13 @@ from clm_dist.errors import ClmDistError, first_line
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.compiling import reproducible, try_compiling
 from clm_dist.train.forward import WithLoss, block_losses
-from clm_dist.train.local import forget_accelerate, run_ranks
+from clm_dist.train.local import run_ranks
 from clm_dist.train.memory import Gauge, PassTooLargeError, of_a_pass
 from clm_dist.train.model import build_model, load_config, recompute_activations, set_matrix_products
 from clm_dist.train.optim import build_optimizer
 from clm_dist.train.strategies.base import Strategy
 from clm_dist.train.strategies.build import build_strategy
-from clm_dist.train.strategies.environment import set_up_worker
+from clm_dist.train.strategies.environment import forget_accelerate, set_up_worker
 from clm_dist.train.throughput import Throughput
 
 _LEAST_STEPS, _MOST_STEPS = 3, 200

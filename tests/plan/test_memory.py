@@ -17,10 +17,11 @@ from clm_dist.plan.activations import Arithmetic, layer_bytes
 from clm_dist.plan.families import architecture_of, family_values, known_families
 from clm_dist.plan.memory import Memory, Setting, estimate_memory, largest_micro_size
 from clm_dist.train.forward import WithLoss
-from clm_dist.train.local import forget_accelerate, run_ranks
+from clm_dist.train.local import run_ranks
 from clm_dist.train.model import autocast, build_model, recompute_activations
 from clm_dist.train.optim import build_optimizer
 from clm_dist.train.strategies.build import build_strategy
+from clm_dist.train.strategies.environment import forget_accelerate
 from tests.support.training import STRATEGIES
 
 _BLOCKS, _SIZE = 2, 32

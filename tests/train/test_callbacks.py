@@ -16,10 +16,10 @@ from clm_dist.errors import CheckpointError, ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.memory import PassTooLargeError
+from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.callbacks import Group
 from clm_dist.train.ray.failures import cause_of, reason_of
-from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.ray.own import RayEndedError
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of

@@ -25,9 +25,9 @@ from clm_dist.files.samples import read_samples, write_samples
 from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
 from clm_dist.train.memory import PassTooLargeError
+from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
-from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.ray.worker import train_worker
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted

@@ -15,11 +15,11 @@ from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.batches import BatchOrder, MicroBatch
 from clm_dist.train.heartbeat import Heart
-from clm_dist.train.local import forget_accelerate
 from clm_dist.train.loop import train
 from clm_dist.train.messages import Message
 from clm_dist.train.recorder import Recorder
 from clm_dist.train.session import Session
+from clm_dist.train.strategies.environment import forget_accelerate
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, saved_steps
 from tests.support.training import train_one, train_with_a_recorder_that_fails_once

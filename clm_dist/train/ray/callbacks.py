@@ -11,9 +11,9 @@ from clm_dist.errors import ConfigError, DataError, RunError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train.memory import PassTooLargeError
+from clm_dist.train.micro_size import halve_micro_size
 from clm_dist.train.ray import signals
 from clm_dist.train.ray.failures import causes_of, reason_of
-from clm_dist.train.ray.micro_size import halve_micro_size
 from clm_dist.train.ray.own import log_dir
 from clm_dist.train.ray.private import ControllerCallback, WorkerCallback, WorkerGroupCallback, tell_of_other_nodes
 from clm_dist.train.recorder import Recorder

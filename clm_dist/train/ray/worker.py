@@ -14,8 +14,8 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
 from clm_dist.train.loop import train
 from clm_dist.train.messages import Message
+from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.ray import signals
-from clm_dist.train.ray.micro_size import with_blocks_that_fit
 from clm_dist.train.session import Session
 
 

@@ -41,3 +41,10 @@ def set_up_worker(*, rank: int, world_size: int, use_gpu: bool, num_threads: int
             raise RunError(f"worker {rank} of {world_size} has no process group; the launcher must create one")
         store = dist.HashStore()  # type: ignore[attr-defined]  # public in the documentation
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=0, world_size=1)
+
+
+def forget_accelerate() -> None:
+    """Let the next strategy in this process start from no state: Accelerate keeps one a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
