@@ -204,7 +204,10 @@ def plain_curve(job: JobConfig, store: Path, *, naive: bool) -> Curve:
     losses = []
     for step in range(order.num_steps):
         batch = order.global_batch(step)
-        micros = [batch[start : start + job.batch.micro_size] for start in range(0, len(batch), job.batch.micro_size)]
+        micros = [
+            batch[start : start + job.batch.known_micro_size]
+            for start in range(0, len(batch), job.batch.known_micro_size)
+        ]
         total = 0.0
         for micro in micros:
             ids_BT = torch.from_numpy(blocks[micro])

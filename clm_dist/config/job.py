@@ -63,13 +63,24 @@ class BatchConfig(Section):
 
     global_size: Count = 8
     """Blocks in an optimizer step, over all workers."""
-    micro_size: Count = 8
-    """Blocks in one forward and backward pass on one device."""
+    micro_size: Literal["auto"] | Count = 8
+    """Blocks in one forward and backward pass on one device; `auto` tries, once a run, how many fit into memory, or on
+    CPUs how many are fastest."""
+
+    @property
+    def known_micro_size(self) -> int:
+        """`micro_size`; 1 where it is still to be found."""
+        return 1 if self.micro_size == "auto" else self.micro_size
 
     @property
     def num_micros(self) -> int:
         """Micro-batches of a step; the last may be short."""
-        return -(-self.global_size // self.micro_size)
+        return -(-self.global_size // self.known_micro_size)
+
+    def even_micro_size(self, most: int, world_size: int) -> int:
+        """The fewest blocks of a pass with which a step has no more passes than with `most` blocks."""
+        passes = -(-self.global_size // (most * world_size))
+        return -(-self.global_size // (passes * world_size))
 
     def passes_per_step(self, world_size: int) -> int:
         """Forward and backward passes of each worker in a step (gradient accumulation)."""
@@ -266,7 +277,7 @@ class JobConfig(Section):
             )
         workers, micros = self.cluster.max_workers, self.batch.num_micros
         if workers > micros:
-            size, micro = self.batch.global_size, self.batch.micro_size
+            size, micro = self.batch.global_size, self.batch.known_micro_size
             advice = f"set batch.global_size to {workers * micro}"
             if size >= workers:
                 advice += f", or batch.micro_size to {size // workers}"

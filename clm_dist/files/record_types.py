@@ -30,7 +30,7 @@ class StartRecord(TypedDict):
     compiled: NotRequired[bool]
     """Whether passes are compiled."""
     note: NotRequired[str | None]
-    """What is to be said of whether they are."""
+    """What is to be said of that, and of how the blocks of a pass were found."""
     hosts: NotRequired[list[str]]
     """Host of each rank."""
     startup: NotRequired[float]

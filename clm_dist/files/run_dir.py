@@ -17,7 +17,7 @@ class RunDir:
 
     @property
     def micro_size(self) -> Path:
-        """The blocks of a pass that fit into memory, where those of the job did not."""
+        """The blocks of a pass that fit into memory, where the job's did not, or are `auto`."""
         return self.root / "micro_size.json"
 
     @property

@@ -82,7 +82,7 @@ class Setting:
         return cls(
             strategy=job.cluster.strategy,
             world_size=world_size,
-            micro_size=min(job.batch.micro_size, job.batch.global_size),
+            micro_size=min(job.batch.known_micro_size, job.batch.global_size),
             block_size=job.data.block_size,
             passes=job.batch.passes_per_step(world_size),
             precision=job.train.precision,

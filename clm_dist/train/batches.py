@@ -47,7 +47,7 @@ class BatchOrder:
     @classmethod
     def of_job(cls, job: JobConfig, num_blocks: int) -> "BatchOrder":
         batch, train = job.batch, job.train
-        return cls(num_blocks, batch.global_size, batch.micro_size, train.epochs, train.max_steps, train.seed)
+        return cls(num_blocks, batch.global_size, batch.known_micro_size, train.epochs, train.max_steps, train.seed)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -107,6 +107,10 @@ class WithLoss(nn.Module):
             part.forward = self._where_compiled(compile_function(part.forward), part.forward)
         self._compiled, self._compiled_shape = partial(self._losses, loss=compile_function(self._loss)), shape
 
+    def compile_for(self, shape: tuple[int, ...]) -> None:
+        """Compile passes that are compiled already for another shape, (B, T), when the first comes."""
+        self._compiled_shape = shape
+
     def uncompile(self) -> None:
         """Compute every pass as it was before it was compiled."""
         self._compiled = None

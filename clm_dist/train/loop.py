@@ -34,6 +34,8 @@ from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
 from clm_dist.train.memory import Gauge, of_a_pass
+from clm_dist.train.micro_search import settle_micro_size
+from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.model import load_config, load_model, set_matrix_products
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
@@ -94,7 +96,10 @@ def train(job: JobConfig, session: Session) -> Outcome:
     set_matrix_products(job.train.precision)
     heart = Heart(session.run.beats, session.rank, session.node, job.train.hang_timeout_s)
     try:
-        loop = _Loop(job, session, heart)
+        job, note = with_blocks_that_fit(job, session.run), None
+        if job.batch.micro_size == "auto":
+            job, note = settle_micro_size(job, session)
+        loop = _Loop(job, session, heart, note)
         try:
             return loop.run()
         except (RunError, NotSavedError) as error:
@@ -109,9 +114,9 @@ def train(job: JobConfig, session: Session) -> Outcome:
 class _Loop:
     """The state of a run on one rank, and its story from the first step to the last."""
 
-    def __init__(self, job: JobConfig, session: Session, heart: Heart) -> None:
+    def __init__(self, job: JobConfig, session: Session, heart: Heart, note: str | None) -> None:
         self.job, self.session = job, session
-        self.heart = heart
+        self.heart, self.note = heart, note
         self.tokenizer = load_tokenizer(session.store / "tokenizer")
         # Before DeepSpeed is set up: then transformers shards the parts of a model while they are built.
         unused = find_unused(load_config(job, self.tokenizer), job.data.block_size)
@@ -155,7 +160,7 @@ class _Loop:
             self.compilation = try_compiling(
                 job,
                 strategy,
-                self.blocks[order.global_batch(0)[: job.batch.micro_size]],
+                self.blocks[order.global_batch(0)[: job.batch.known_micro_size]],
                 self.document_end,
                 seconds_at_peak=self.throughput.seconds_at_peak(order.num_tokens(self.blocks.block_size)),
             )
@@ -171,9 +176,9 @@ class _Loop:
                 "strategy": job.cluster.strategy,
                 "device": self.throughput.device_name,
                 "owes_evaluation": self.owes_evaluation,
-                "micro_size": job.batch.micro_size,
+                "micro_size": job.batch.known_micro_size,
                 "compiled": self.compilation.compiled,
-                "note": self.compilation.describe(before),
+                "note": ". ".join(filter(None, (self.note, self.compilation.describe(before)))) or None,
             }
         )
         # After the start, which is where those who follow the records begin.

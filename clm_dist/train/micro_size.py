@@ -1,4 +1,9 @@
-"""A pass that does not fit into memory: the next workers take half its blocks, which changes no global batch."""
+"""The blocks of a pass that a run has found: fewer where one did not fit into memory, or those of `auto`.
+
+They change no global batch. They are kept with the run, because what dropout draws depends on them.
+"""
+
+from typing import Any
 
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import fingerprint, read_saved_job
@@ -6,16 +11,34 @@ from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import read_json, write_json
 from clm_dist.files.run_dir import RunDir
 
+_TRAIN = ("precision", "gradient_checkpointing", "compile", "optimizer", "optimizer_options")
+
+
+def with_blocks(job: JobConfig, size: int) -> JobConfig:
+    """The job with so many blocks in a pass."""
+    return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_size": size})})
+
 
 def with_blocks_that_fit(job: JobConfig, run: RunDir) -> JobConfig:
-    """The job of a run, with the `batch.micro_size` that was found to be small enough, if there is one."""
-    if not run.micro_size.exists():
-        return job
-    found = read_json(run.micro_size)
-    if found["of"] != _of(job):
-        # A person has changed what a pass needs since.
-        return job
-    return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_size": found["fits"]})})
+    """The job of a run, with the `batch.micro_size` that was found for it, if there is one."""
+    fits = _read(job, run).get("fits")
+    return with_blocks(job, fits) if fits else job
+
+
+def blocks_that_did_not_fit(job: JobConfig, run: RunDir) -> int | None:
+    """The blocks that were tried when workers ended last, while `auto` was being found; None where none were."""
+    tried: int | None = _read(job, run).get("trying")
+    return tried
+
+
+def write_try(job: JobConfig, run: RunDir, size: int) -> None:
+    """Remember what is tried, in case that workers end by it."""
+    write_json(run.micro_size, {"of": _of(job), "trying": size})
+
+
+def write_blocks_that_fit(job: JobConfig, run: RunDir, size: int) -> None:
+    """Let the run have so many blocks in a pass."""
+    write_json(run.micro_size, {"of": _of(job), "fits": size})
 
 
 def halve_micro_size(run: RunDir) -> None:
@@ -25,7 +48,8 @@ def halve_micro_size(run: RunDir) -> None:
         ConfigError: a pass of one block does not fit.
     """
     job = read_saved_job(run.job)
-    blocks = min(with_blocks_that_fit(job, run).batch.micro_size, job.batch.global_size)
+    tried = blocks_that_did_not_fit(job, run)
+    blocks = tried or min(with_blocks_that_fit(job, run).batch.known_micro_size, job.batch.global_size)
     if blocks == 1:
         raise ConfigError(
             "batch.micro_size: a pass of one block does not fit into memory; set train.gradient_checkpointing: true or "
@@ -33,10 +57,19 @@ def halve_micro_size(run: RunDir) -> None:
             "or lower data.block_size",
             field="batch.micro_size",
         )
-    write_json(run.micro_size, {"of": _of(job), "fits": -(-blocks // 2)})
+    if not tried:
+        write_blocks_that_fit(job, run, -(-blocks // 2))
+
+
+def _read(job: JobConfig, run: RunDir) -> dict[str, Any]:
+    if not run.micro_size.exists():
+        return {}
+    found: dict[str, Any] = read_json(run.micro_size)
+    # A person may have changed what a pass needs since.
+    return found if found["of"] == _of(job) else {}
 
 
 def _of(job: JobConfig) -> str:
     """A fingerprint of what decides how much memory a pass takes."""
-    sections = ("batch", "train", "model", "cluster")
-    return fingerprint(job.model_dump(mode="json", include={"data": {"block_size"}, **dict.fromkeys(sections, True)}))
+    sections: Any = {"batch": True, "model": True, "cluster": True, "train": set(_TRAIN)}
+    return fingerprint(job.model_dump(mode="json", include=sections | {"data": {"block_size", "document_mask"}}))

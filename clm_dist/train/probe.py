@@ -1,39 +1,28 @@
 """Measures the speed and the memory of a job's passes on this machine, with blocks of random ids; trains nothing."""
 
-import gc
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, first_line
-from clm_dist.train.batches import BatchOrder
-from clm_dist.train.compiling import reproducible, try_compiling
-from clm_dist.train.forward import WithLoss, block_losses
 from clm_dist.train.local import run_ranks
-from clm_dist.train.memory import Gauge, PassTooLargeError, of_a_pass
-from clm_dist.train.model import build_model, load_config, recompute_activations, set_matrix_products
-from clm_dist.train.optim import build_optimizer
-from clm_dist.train.strategies.base import Strategy
-from clm_dist.train.strategies.build import build_strategy
+from clm_dist.train.memory import Gauge, PassTooLargeError
+from clm_dist.train.micro_search import Found, best_size, find_micro_size
+from clm_dist.train.micro_size import with_blocks
+from clm_dist.train.model import set_matrix_products
+from clm_dist.train.rehearsal import Rehearsal
 from clm_dist.train.strategies.environment import forget_accelerate, set_up_worker
-from clm_dist.train.throughput import Throughput
 
 _LEAST_STEPS, _MOST_STEPS = 3, 200
 _SHARE_OF_SEARCH = 0.4
 """Of the time, in which other sizes of a micro-batch are tried."""
-_BETTER = 1.03
-"""A larger micro-batch is kept on a CPU where it is faster by this factor."""
-_RATE = 1e-9
-"""Learning rate: the optimizer does all of its work, and no weight goes anywhere."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +31,8 @@ class Probed:
 
     workers: int
     device: str
+    micro_size: int
+    """Blocks of a pass: those of the job, or where they are `auto`, those that were found."""
     steps: tuple[tuple[int, float], ...]
     """Tokens, of all workers, and seconds of each step of the job."""
     eval_speed: float
@@ -67,7 +58,7 @@ class Vocabulary:
 def passes_of(job: JobConfig) -> list[int]:
     """Blocks of each pass of a worker in a step of the job, however many workers are measured."""
     workers, batch = job.cluster.max_workers, job.batch
-    sizes = [batch.micro_size] * batch.passes_per_step(workers)
+    sizes = [batch.known_micro_size] * batch.passes_per_step(workers)
     if workers == 1:
         # Of several, others compute a full pass beside a short one.
         sizes[-1] = batch.global_size - sum(sizes[:-1])
@@ -127,147 +118,63 @@ def _measure(
     )
     set_matrix_products(job.train.precision)
     try:
-        return _Probe(job, vocabulary, rank, world_size, num_blocks, use_gpu).run(seconds)
+        rehearsal = Rehearsal(
+            job,
+            vocabulary,
+            # Another computation would be that of all-equal ids: their embedding is read once.
+            lambda size: np.random.default_rng(0).integers(0, rehearsal.vocabulary, (size, job.data.block_size)),
+            num_blocks=num_blocks,
+            document_end=None,
+            rank=rank,
+            world_size=world_size,
+            use_gpu=use_gpu,
+        )
+        return _measure_steps(rehearsal, seconds)
     except (PassTooLargeError, ClmDistError) as error:
         return error
     finally:
         forget_accelerate()
 
 
-class _Probe:
-    """A job's model under its strategy, and steps of it."""
+def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
+    job, strategy = rehearsal.job, rehearsal.strategy
+    rehearsal.compile(job.batch.known_micro_size)
+    gauge, memory = Gauge(strategy.device), 0
+    most = job.batch.global_size // strategy.world_size
 
-    def __init__(
-        self, job: JobConfig, vocabulary: Vocabulary, rank: int, world_size: int, num_blocks: int, use_gpu: bool
-    ) -> None:
-        self.job = job
-        self.strategy: Strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=use_gpu)
-        config = load_config(job, vocabulary)
-        config.use_cache = False
-        torch.manual_seed(job.train.seed)
-        with self.strategy.whole_models():
-            model = build_model(config)
-        if job.train.gradient_checkpointing:
-            recompute_activations(model)
-        self.throughput = Throughput.of_model(model, job.data.block_size, self.strategy)
-        self.vocabulary = config.get_text_config().vocab_size
-        self.strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
-        self.order = BatchOrder.of_job(job, num_blocks)
-        self.memory = 0
+    def step() -> float:
+        nonlocal memory
+        taken = rehearsal.step(sizes)
+        memory = max(memory, gauge.read() or 0)
+        return taken
 
-    def run(self, seconds: float) -> Probed:
-        job, strategy = self.job, self.strategy
-        size, sizes_of_passes = job.batch.micro_size, passes_of(job)
-        with of_a_pass():
-            self.compilation = try_compiling(
-                job,
-                strategy,
-                self._blocks(size),
-                None,
-                seconds_at_peak=self.throughput.seconds_at_peak(self.order.num_tokens(job.data.block_size)),
-            )
-        strategy.model.train()
-        began = time.perf_counter()
-        with of_a_pass():
-            self._step(sizes_of_passes)
-            first = self._agreed(self._step(sizes_of_passes))
-        left = max(0.0, seconds * (1 - _SHARE_OF_SEARCH) - (time.perf_counter() - began))
-        count = min(max(_LEAST_STEPS, int(self._agreed(left) / first)), _MOST_STEPS)
-        tokens = sum(sizes_of_passes) * job.data.block_size * strategy.world_size
-        steps = [(tokens, self._step(sizes_of_passes)) for _ in range(count)]
-        evaluated = self._evaluate(job.eval.micro_size)
-        memory = self.memory
-        sizes = self._search(size, _SHARE_OF_SEARCH * seconds)
-        return Probed(
-            workers=strategy.world_size,
-            device=self.throughput.device_name,
-            steps=tuple(steps),
-            eval_speed=evaluated,
-            memory_bytes=memory or None,
-            sizes=sizes,
-        )
-
-    def _step(self, sizes: Sequence[int]) -> float:
-        """One step on random blocks. Return its seconds. Collective."""
-        strategy = self.strategy
-        began = time.perf_counter()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
-        for number, size in enumerate(sizes, 1):
-            ids_BT = strategy.to_device(self._blocks(size))
-            compiled = reproducible(self.compilation.compiled)
-            with of_a_pass(), compiled, strategy.one_pass(last=number == len(sizes)) as model:
-                losses = block_losses(model, ids_BT, None)
-                strategy.backward(losses.sum() / losses.numel())
-            loss_sum += losses.detach().double().sum()
-        _, *sums = strategy.all_reduce([], [loss_sum, *strategy.shared_figures()])
-        strategy.check_shared(sums)
-        strategy.step(_RATE)
-        if strategy.device.type == "cuda":
-            torch.cuda.synchronize(strategy.device)
-        self.memory = max(self.memory, Gauge(strategy.device).read() or 0)
-        return time.perf_counter() - began
-
-    def _evaluate(self, size: int) -> float:
-        """Tokens a second of forward passes. Collective."""
-        strategy = self.strategy
-        model = strategy.local_model
-        model.eval()
-        times = []
-        for _ in range(1 + _LEAST_STEPS):
-            began = time.perf_counter()
-            with torch.no_grad(), strategy.autocast():
-                float(block_losses(model, strategy.to_device(self._blocks(size)), None).double().sum())
-            times.append(time.perf_counter() - began)
-        model.train()
-        return size * self.job.data.block_size / (sum(times[1:]) / _LEAST_STEPS)
-
-    def _search(self, own: int, seconds: float) -> dict[int, float | None]:
-        """The speed of other micro-batches: doubled while that helps or fits, then halved between. Collective."""
-        found: dict[int, float | None] = {}
-        if self.compilation.compiled:
-            # Each shape would be compiled for itself.
-            return found
-        deadline = time.perf_counter() + seconds
-        most = self.order.global_size // self.strategy.world_size
-        size, best = own, 0.0
-        low, high = own, most + 1
-        while low < high - 1 or not found:
-            speed = self._try(size)
-            found[size] = speed
-            if speed is None:
-                high = size
-            else:
-                low = size
-                if self.strategy.device.type == "cpu" and speed < best * _BETTER:
-                    # Memory is not the limit there.
-                    break
-                best = max(best, speed)
-            if self.strategy.any_rank(time.perf_counter() > deadline):
-                break
-            size = min(2 * low, most) if high > most else (low + high) // 2
-            if size in found:
-                break
-        return dict(sorted(found.items()))
-
-    def _try(self, size: int) -> float | None:
-        try:
-            self._step([size])
-            speed = size * self.job.data.block_size / self._agreed(self._step([size]))
-            fits = True
-        except PassTooLargeError:
-            speed, fits = 0.0, False
-            self.strategy.optimizer.zero_grad()
-            gc.collect()
-            if self.strategy.device.type == "cuda":
-                torch.cuda.empty_cache()
-        # Where ranks wait for each other, one that has no memory ends the others as well.
-        return None if self.strategy.any_rank(not fits) else speed
-
-    def _agreed(self, value: float) -> float:
-        """The mean over the ranks of a value that they must have alike. Collective."""
-        return self.strategy.all_reduce([value])[0] / self.strategy.world_size
-
-    def _blocks(self, size: int) -> npt.NDArray[np.int64]:
-        # Another computation would be that of all-equal ids: their embedding is read once.
-        shape = (size, self.job.data.block_size)
-        return np.random.default_rng(0).integers(0, self.vocabulary, shape)
+    found: Found = {}
+    if job.batch.micro_size == "auto":
+        found = find_micro_size(rehearsal, first=1, most=job.batch.global_size // job.cluster.max_workers)
+        size = best_size(found, on_gpu=strategy.device.type == "cuda")
+        if size is None:
+            raise PassTooLargeError("of one block")
+        job = with_blocks(job, job.batch.even_micro_size(size, job.cluster.max_workers))
+    sizes = passes_of(job)
+    began = time.perf_counter()
+    step()
+    first = rehearsal.agreed(step())
+    left = max(0.0, seconds * (1 - _SHARE_OF_SEARCH) - (time.perf_counter() - began))
+    count = min(max(_LEAST_STEPS, int(rehearsal.agreed(left) / first)), _MOST_STEPS)
+    tokens = sum(sizes) * job.data.block_size * strategy.world_size
+    steps = tuple((tokens, step()) for _ in range(count))
+    evaluated = rehearsal.evaluate(job.eval.micro_size)
+    taken = memory or None
+    if not found and not rehearsal.compiled:
+        # Compiled, each would be compiled for itself.
+        until = time.perf_counter() + _SHARE_OF_SEARCH * seconds
+        found = find_micro_size(rehearsal, first=job.batch.known_micro_size, most=most, deadline=until)
+    return Probed(
+        workers=strategy.world_size,
+        device=rehearsal.throughput.device_name,
+        micro_size=job.batch.known_micro_size,
+        steps=steps,
+        eval_speed=evaluated,
+        memory_bytes=taken,
+        sizes={size: tried.tokens_per_s if tried else None for size, tried in sorted(found.items())},
+    )

@@ -74,7 +74,7 @@ def test_workers_whose_pass_does_not_fit_take_half_the_blocks(make_job: MakeJob,
     def fail_with(error: Exception) -> int:
         group.after_worker_group_poll_status(SimpleNamespace(errors={0: RuntimeError("Connection closed"), 1: error}))
         group.before_controller_execute_failure_decision("RETRY")
-        return with_blocks_that_fit(job, run).batch.micro_size
+        return with_blocks_that_fit(job, run).batch.known_micro_size
 
     too_large = PassTooLargeError("CUDA out of memory")
     assert fail_with(torch.OutOfMemoryError("of the optimizer")) == 32

@@ -24,11 +24,13 @@ from clm_dist.files.runs import find_run
 from clm_dist.files.samples import read_samples, write_samples
 from clm_dist.files.stores import Store
 from clm_dist.progress import Silent
+from clm_dist.train import micro_search
 from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.worker import train_worker
+from clm_dist.train.rehearsal import Rehearsal, Tried
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted
 from tests.support.fake_trackio import write_fake_trackio
@@ -156,7 +158,7 @@ def test_a_pass_that_does_not_fit_into_memory_is_halved_and_the_steps_stay(
     def train_where_two_blocks_fit(config: Any) -> Any:
         # Ray brings it to the workers as it is.
         run = RunDir(Path(config["run"]))
-        if with_blocks_that_fit(read_saved_job(run.job), run).batch.micro_size > 2:
+        if with_blocks_that_fit(read_saved_job(run.job), run).batch.known_micro_size > 2:
             raise PassTooLargeError("CUDA out of memory. Tried to allocate 1 GiB")
         return train_worker(config)
 
@@ -172,6 +174,34 @@ def test_a_pass_that_does_not_fit_into_memory_is_halved_and_the_steps_stay(
     small = make_job("batch.micro_size=2", "train.max_steps=2")
     assert train_one(small, RunDir(tmp_path / "small"), prepared(small)).status == "done"
     assert losses_of(tmp_path / "halved") == pytest.approx(losses_of(tmp_path / "small"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_where_others_would_wait_new_workers_try_half(
+    fit: Callable[..., dict[str, Any]], make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_where_two_blocks_fit(config: Any) -> Any:
+        # Ray brings it to the workers as it is.
+        try_step = Rehearsal.try_step
+
+        def fail(self: Rehearsal, size: int) -> Tried | None:
+            if size > 2 and self.strategy.rank == 1:
+                raise PassTooLargeError("CUDA out of memory. Tried to allocate 1 GiB")
+            return try_step(self, size)
+
+        Rehearsal.try_step = fail  # type: ignore[method-assign]
+        micro_search._BETTER = 0.0
+        return train_worker(config)
+
+    monkeypatch.setattr("clm_dist.train.ray.trainer.train_worker", train_where_two_blocks_fit)
+    progress = Notes()
+    job = make_job("batch.micro_size=auto", "batch.global_size=16", "cluster.workers=2", "train.max_steps=2")
+    assert fit(job, tmp_path / "run", progress=progress)["status"] == "done"
+    assert read_saved_job(tmp_path / "run" / "job.yaml").batch.micro_size == "auto"
+    records = metrics_of(tmp_path / "run" / "metrics.jsonl")
+    assert [r["micro_size"] for r in records if r["kind"] == "start"] == [2]
+    assert sum(r["kind"] == "failure" for r in records) == 1
+    assert any("a pass has 2 blocks, the fastest, after trying 1, 2" in note for note in progress.notes)
 
 
 def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_job: MakeJob) -> None:

@@ -93,10 +93,7 @@ class Saves:
         saved = self._reporter.conclude_save()
         if saved is None:
             return None
-        errors: list[str | None] = [saved.error]
-        if self._strategy.world_size > 1:
-            errors = [None] * self._strategy.world_size
-            dist.all_gather_object(errors, saved.error)
+        errors = self._strategy.gather(saved.error)
         error = next((f"worker {rank}: {error}" for rank, error in enumerate(errors) if error), None)
         if error is None:
             committed = [self._await_commit(saved.name) if self._strategy.rank == 0 else None]
@@ -202,11 +199,7 @@ class Saves:
                 files = stack.enter_context(fetched(self._checkpoints, name, marker, fragments))
             except DamagedError as error:
                 problem = str(error)
-            problems: list[str | None] = [problem]
-            if self._strategy.world_size > 1:
-                problems = [None] * self._strategy.world_size
-                dist.all_gather_object(problems, problem)
-            if problem := next((p for p in problems if p), None):
+            if problem := next((p for p in self._strategy.gather(problem) if p), None):
                 self.damages.append({"kind": "damaged", "step": marker.state.step, "error": problem})
                 return False
             load_fragments(files, marker, fragments)

@@ -36,6 +36,7 @@ from clm_dist.signals import STOPS, handling
 from clm_dist.train.accept import accept_export
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import num_eval_tokens
+from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.model import check_ids
 from clm_dist.train.optim import build_schedule, describe_change
 from clm_dist.train.ray.callbacks import Group, Receiver, Signals
@@ -118,11 +119,13 @@ def _train(
     ]
     trainer = build_trainer(job, run, store, cluster, callbacks)
     before = Counter(record["kind"] for record in read_records(run.metrics, last_steps=0))
-    follower = Follower(
-        run, progress, before["start"], on_export, micro_size=job.batch.micro_size, on_records=on_records
-    )
+    micro_size = job.batch.micro_size
+    named = None if micro_size == "auto" else micro_size
+    follower = Follower(run, progress, before["start"], on_export, micro_size=named, on_records=on_records)
     watch = WorkerWatch(job, run, cluster, progress)
-    progress.start(f"Starting {_count_workers(job)} (usually 10 to 40 s)", kind="start")
+    seeking = with_blocks_that_fit(job, run).batch.micro_size == "auto"
+    then = ", then trying how many blocks a pass may have" if seeking else ""
+    progress.start(f"Starting {_count_workers(job)} (usually 10 to 40 s){then}", kind="start")
     try:
         with _stop_on_signals(run, progress):
             outcome = fit(trainer, follower, watch)

@@ -14,7 +14,6 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import Store
 from clm_dist.train.loop import train
 from clm_dist.train.messages import Message
-from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.ray import signals
 from clm_dist.train.session import Session
 
@@ -51,8 +50,7 @@ def train_worker(config: WorkerConfig) -> dict[str, Any]:
         asked_to_stop=signals.asked_to_stop,
         node=ray.get_runtime_context().get_node_id(),
     )
-    job = with_blocks_that_fit(read_saved_job(run.job), run)
-    return dataclasses.asdict(train(job, session))
+    return dataclasses.asdict(train(read_saved_job(run.job), session))
 
 
 def quieten_libraries() -> None:

@@ -13,7 +13,7 @@ import gc
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from clm_dist.train.optimizers import first_state, states_of, why_not_saved
 
 logger = logging.getLogger(__name__)
 
+
+_Value = TypeVar("_Value")
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -241,6 +243,13 @@ class Strategy(ABC):
             dist.all_reduce(tensor)
         sums: list[float] = tensor.tolist()
         return sums
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What every rank has, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def any_rank(self, found: bool) -> bool:
         """Whether something is so on any rank; the same answer on every rank."""

@@ -50,7 +50,7 @@ class Zero(Strategy):
         if self._stage == 3:
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         return {
-            "train_micro_batch_size_per_gpu": job.batch.micro_size,
+            "train_micro_batch_size_per_gpu": job.batch.known_micro_size,
             "gradient_accumulation_steps": job.batch.passes_per_step(self.world_size),
             "gradient_clipping": job.train.max_grad_norm or 0.0,
             "zero_optimization": zero,

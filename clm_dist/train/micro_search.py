@@ -1,0 +1,155 @@
+"""The search for the micro-batch of a job's passes: doubled while it fits and helps, halved where it does not fit."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch.distributed as dist
+
+from clm_dist.config.job import JobConfig
+from clm_dist.files.blocks import Blocks
+from clm_dist.pretrained.tokenizer import load_tokenizer
+from clm_dist.train.batches import BatchOrder
+from clm_dist.train.documents import document_end_of
+from clm_dist.train.memory import PassTooLargeError, free_bytes
+from clm_dist.train.micro_size import blocks_that_did_not_fit, with_blocks, write_blocks_that_fit, write_try
+from clm_dist.train.rehearsal import Rehearsal, Tried
+from clm_dist.train.session import Session
+
+_BETTER = 1.03
+"""A larger micro-batch is taken on a CPU where it is faster by this factor: memory is not what limits its speed."""
+_MOST_GROWTH = 16
+"""A line through two short passes is not trusted beyond."""
+_CLOSE = 8
+"""The next is not tried where it is larger by an eighth or less."""
+_USED = 0.9
+"""Share of what is free that passes may take: some of it is in pieces, or needed for something else."""
+
+Found = dict[int, Tried | None]
+"""Steps of passes by their blocks; None where they do not fit."""
+
+
+def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str]:
+    """A job whose `batch.micro_size` is `auto` with the blocks that a pass has best here, and a line that says so.
+
+    They are written into the run, which keeps them. Collective.
+
+    Raises:
+        PassTooLargeError: a pass does not fit; the next workers try half of its blocks at most.
+    """
+    failed = [blocks_that_did_not_fit(job, session.run) if session.rank == 0 else None]
+    blocks = Blocks(session.store, "train", shuffled=True)
+    order = BatchOrder.of_job(job, len(blocks))
+    rehearsal = Rehearsal(
+        job,
+        load_tokenizer(session.store / "tokenizer"),
+        lambda size: blocks[order.global_batch(0)[:size]],
+        num_blocks=len(blocks),
+        document_end=document_end_of(session.store) if job.data.document_mask else None,
+        rank=session.rank,
+        world_size=session.world_size,
+        use_gpu=session.use_gpu,
+    )
+    if session.world_size > 1:
+        dist.broadcast_object_list(failed)
+    # Every worker has a pass in every step.
+    most = min(len(order.global_batch(0)), job.batch.global_size // job.cluster.max_workers)
+    if failed[0]:
+        most = min(most, failed[0] // 2)
+
+    def on_try(size: int) -> None:
+        if session.rank == 0:
+            write_try(job, session.run, size)
+
+    rehearsal.compile(1)
+    found = find_micro_size(rehearsal, first=1, most=most, on_try=on_try)
+    on_gpu = rehearsal.strategy.device.type == "cuda"
+    rehearsal.release()
+    size = best_size(found, on_gpu=on_gpu)
+    if size is None:
+        raise PassTooLargeError("of one block")
+    size = job.batch.even_micro_size(size, job.cluster.max_workers)
+    if session.rank == 0:
+        write_blocks_that_fit(job, session.run, size)
+    return with_blocks(job, size), describe_found(found, size, on_gpu=on_gpu)
+
+
+def describe_found(found: Found, size: int, *, on_gpu: bool) -> str:
+    """Why a pass has so many blocks."""
+    tried = ", ".join(f"{each}{'' if step else ' (does not fit)'}" for each, step in found.items())
+    why = "the most that fit into memory" if on_gpu else "the fastest"
+    return f"batch.micro_size: a pass has {size} block{'s' if size > 1 else ''}, {why}, after trying {tried}"
+
+
+def find_micro_size(
+    rehearsal: Rehearsal,
+    *,
+    first: int,
+    most: int,
+    deadline: float = float("inf"),
+    on_try: Callable[[int], None] = lambda size: None,
+) -> Found:
+    """Try passes of more blocks, and fewer. Collective.
+
+    Args:
+        deadline: of `time.perf_counter`, after which nothing more is tried.
+        on_try: called before each try.
+    """
+    strategy = rehearsal.strategy
+    on_gpu = strategy.device.type == "cuda"
+    known = [free for free in strategy.gather(free_bytes(strategy.device)) if free is not None]
+    limit = _USED * min(known) if known else None
+    found: Found = {}
+    size: int | None = min(first, most)
+    while size is not None:
+        on_try(size)
+        found[size] = rehearsal.try_step(size)
+        if strategy.any_rank(time.perf_counter() > deadline):
+            break
+        size = next_size(found, most, limit, on_gpu=on_gpu)
+    return found
+
+
+def next_size(found: Found, most: int, limit: float | None, *, on_gpu: bool) -> int | None:
+    """The blocks of the next pass to try; None where none is worth it.
+
+    Args:
+        limit: bytes that a worker may take; None where it is not known.
+    """
+    fits = fitting(found)
+    low = max(fits, default=0)
+    high = min((size for size, tried in found.items() if tried is None), default=most + 1)
+    if not low or high <= most:
+        size = (low + high) // 2
+    elif on_gpu:
+        size = min(most, _MOST_GROWTH * low, _most_within(fits, limit))
+    else:
+        size = min(most, 2 * low)
+        slower = [tried.tokens_per_s for each, tried in fits.items() if each < low]
+        # What does not fit there is killed: a pass of twice the blocks takes less than twice the memory.
+        is_risky = limit is not None and 2 * (fits[low].memory_bytes or 0) > limit
+        if is_risky or (slower and fits[low].tokens_per_s < _BETTER * max(slower)):
+            return None
+    return size if size > low + low // _CLOSE else None
+
+
+def best_size(found: Found, *, on_gpu: bool) -> int | None:
+    """The blocks that a pass should have: the most that fit, or on a CPU the fastest; None where one does not fit."""
+    fits = fitting(found)
+    if not fits:
+        return None
+    return max(fits) if on_gpu else max(fits, key=lambda size: fits[size].tokens_per_s)
+
+
+def fitting(found: Mapping[int, Tried | None]) -> dict[int, Tried]:
+    """Those that fit."""
+    return {size: tried for size, tried in found.items() if tried is not None}
+
+
+def _most_within(fits: Mapping[int, Tried], limit: float | None) -> int:
+    """The most blocks that should stay within a limit, by a line through the two largest that fit."""
+    *_, before, last = 0, *sorted(fits)
+    if limit is None or not before:
+        return 2 * last
+    last_bytes, before_bytes = fits[last].memory_bytes or 0, fits[before].memory_bytes or 0
+    each = (last_bytes - before_bytes) / (last - before)
+    return last + int((limit - last_bytes) / each) if each > 0 else _MOST_GROWTH * last

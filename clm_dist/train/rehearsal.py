@@ -1,0 +1,171 @@
+"""Steps of a job that are measured on this machine and train nothing."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clm_dist.config.job import JobConfig
+from clm_dist.pretrained.tokenizer import num_ids
+from clm_dist.train.batches import BatchOrder
+from clm_dist.train.compiling import reproducible, try_compiling
+from clm_dist.train.forward import WithLoss, block_losses
+from clm_dist.train.memory import PassTooLargeError, Peak, of_a_pass
+from clm_dist.train.model import build_model, load_config, recompute_activations
+from clm_dist.train.optim import build_optimizer
+from clm_dist.train.strategies.base import Strategy
+from clm_dist.train.strategies.build import build_strategy
+from clm_dist.train.strategies.environment import forget_accelerate
+from clm_dist.train.throughput import Throughput
+from clm_dist.train.unused import find_unused, freeze
+
+_RATE = 1e-9
+"""Learning rate: the optimizer does all of its work, and no weight goes anywhere."""
+_NUM_EVALUATIONS = 3
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A step of one pass of each worker."""
+
+    tokens_per_s: float
+    """Of each worker."""
+    memory_bytes: int | None
+    """The most that a worker took until its gradients were there, once the optimizer has its state; None where the
+    system does not say. It grows in a line with the blocks."""
+
+
+class Rehearsal:
+    """A model of a job's configuration with random weights, under the job's strategy, and steps of it.
+
+    Every method is collective unless it says otherwise.
+
+    Args:
+        tokenizer: of whose size a model without weights is.
+        num_blocks: of the train split.
+        take_blocks: gives so many blocks, (B, T), the same on every rank.
+        document_end: the id that ends a document; None without `data.document_mask`.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        tokenizer: Any,
+        take_blocks: Callable[[int], npt.NDArray[np.int64]],
+        *,
+        num_blocks: int,
+        document_end: int | None,
+        rank: int,
+        world_size: int,
+        use_gpu: bool,
+    ) -> None:
+        self.job = job
+        self._take_blocks, self._document_end = take_blocks, document_end
+        config = load_config(job, tokenizer)
+        config.use_cache = False
+        text = config.get_text_config()
+        if job.model.resize:
+            text.vocab_size = max(text.vocab_size, num_ids(tokenizer))
+        unused = find_unused(config, job.data.block_size)
+        self.strategy: Strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=use_gpu)
+        torch.manual_seed(job.train.seed)
+        with self.strategy.whole_models():
+            model = build_model(config)
+        freeze(model, unused)
+        if job.train.gradient_checkpointing:
+            recompute_activations(model)
+        self.throughput = Throughput.of_model(model, job.data.block_size, self.strategy)
+        self.vocabulary: int = text.vocab_size
+        self.strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
+        self.strategy.model.train()
+        self.order = BatchOrder.of_job(job, num_blocks)
+        self.compiled = False
+        self._peak = Peak(self.strategy.device)
+        self._pass_bytes: int | None = None
+
+    def compile(self, size: int) -> None:
+        """Compile passes of so many blocks, if the job's are."""
+        seconds = self.throughput.seconds_at_peak(self.order.num_tokens(self.job.data.block_size))
+        with of_a_pass():
+            compilation = try_compiling(
+                self.job, self.strategy, self._take_blocks(size), self._document_end, seconds_at_peak=seconds
+            )
+        self.compiled = compilation.compiled
+        self.strategy.model.train()
+
+    def step(self, sizes: Sequence[int]) -> float:
+        """A step of a pass of each size. Return its seconds."""
+        strategy = self.strategy
+        began = time.perf_counter()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
+        for number, size in enumerate(sizes, 1):
+            ids_BT = strategy.to_device(self._take_blocks(size))
+            with of_a_pass(), reproducible(self.compiled), strategy.one_pass(last=number == len(sizes)) as model:
+                losses = block_losses(model, ids_BT, self._document_end)
+                strategy.backward(losses.sum() / losses.numel())
+            loss_sum += losses.detach().double().sum()
+        self._pass_bytes = self._peak.read()
+        _, *sums = strategy.all_reduce([], [loss_sum, *strategy.shared_figures()])
+        strategy.check_shared(sums)
+        with of_a_pass():
+            # The optimizer makes its state in the first.
+            strategy.step(_RATE)
+        if strategy.device.type == "cuda":
+            torch.cuda.synchronize(strategy.device)
+        return time.perf_counter() - began
+
+    def try_step(self, size: int) -> Tried | None:
+        """Measure a step of one pass of so many blocks; None where it does not fit.
+
+        Raises:
+            PassTooLargeError: it does not fit on this rank, where others may now wait for it.
+        """
+        strategy = self.strategy
+        try:
+            if self.compiled:
+                strategy.with_loss.compile_for((size, self.job.data.block_size))
+            # In the first much is allocated, and may be compiled.
+            self.step([size])
+            self._peak.reset()
+            seconds = self.agreed(self.step([size]))
+        except PassTooLargeError:
+            if strategy.world_size > 1:
+                raise
+            strategy.optimizer.zero_grad()
+            gc.collect()
+            if strategy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return None
+        memory = max((each for each in strategy.gather(self._pass_bytes) if each is not None), default=None)
+        return Tried(size * self.job.data.block_size / seconds, memory)
+
+    def evaluate(self, size: int) -> float:
+        """Tokens a second of forward passes."""
+        strategy = self.strategy
+        model = strategy.local_model
+        model.eval()
+        times = []
+        for _ in range(1 + _NUM_EVALUATIONS):
+            began = time.perf_counter()
+            with torch.no_grad(), strategy.autocast():
+                float(block_losses(model, strategy.to_device(self._take_blocks(size)), None).double().sum())
+            times.append(time.perf_counter() - began)
+        model.train()
+        return size * self.job.data.block_size / (sum(times[1:]) / _NUM_EVALUATIONS)
+
+    def agreed(self, value: float) -> float:
+        """The mean over the ranks of a value that they must have alike."""
+        return self.strategy.all_reduce([value])[0] / self.strategy.world_size
+
+    def release(self) -> None:
+        """Give its memory back, and let another strategy be built in this process."""
+        self.strategy.release()
+        forget_accelerate()
+        if self.compiled:
+            torch.compiler.reset()
+        self._peak.reset()
