@@ -18,7 +18,7 @@ CONTEXT_BYTES = 2**30
 USABLE = 0.95
 """Share of a device that tensors can take; the rest is lost between them."""
 _BUCKET = 5 * 10**8
-"""Elements of DeepSpeed's buffer for gradients, `reduce_bucket_size`, whatever the model's size."""
+"""The most elements of DeepSpeed's buffer for gradients, `reduce_bucket_size`."""
 _MOST_BLOCKS = 2**20
 _LIVE = 10**9
 """Elements that ZeRO-3 keeps gathered, `stage3_max_live_parameters`."""
@@ -211,8 +211,7 @@ def _ddp(model: Architecture, setting: Setting) -> Memory:
 def _zero(model: Architecture, setting: Setting) -> Memory:
     number, world, size = model.num_parameters, setting.world_size, setting.arithmetic.size
     stage, offloads = int(setting.strategy[-1]), setting.offload != "none"
-    # Memory of a CPU that nothing was written to is not taken.
-    buffers = float(size * (_BUCKET if setting.is_gpu else min(number, _BUCKET)))
+    buffers = float(size * min(number, _BUCKET))
     if stage == 3:
         weights = 0.0 if setting.offload == "all" else size * number / world
         gradients = size * number / world

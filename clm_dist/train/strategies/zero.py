@@ -11,6 +11,9 @@ from clm_dist.train.checkpointing.fragments import Fragment
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.strategies.base import MIXED_PRECISION, MakeOptimizer, Strategy
 
+_MOST_IN_BUCKET = 5 * 10**8
+"""Gradients that are exchanged at once, DeepSpeed's own number."""
+
 
 class Zero(Strategy):
     """DeepSpeed ZeRO 1, 2 and 3, through Accelerate (Rajbhandari et al. 2020)."""
@@ -73,6 +76,10 @@ class Zero(Strategy):
 
         # The engine forgets a gradient in its own step only, and calls the optimizer's there.
         self.optimizer.step = step  # type: ignore[method-assign, assignment]
+        # A buffer of that size lies on each device.
+        number = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["reduce_bucket_size"] = min(number, _MOST_IN_BUCKET)
         # DeepSpeed's engine is the model and steps the optimizer.
         self.model, _ = self.accelerator.prepare(model, self.optimizer)
 
