@@ -1,6 +1,5 @@
 """Steps of a job that are measured on this machine and train nothing."""
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from clm_dist.train.unused import find_unused, freeze
 _RATE = 1e-9
 """Learning rate: the optimizer does all of its work, and no weight goes anywhere."""
 _NUM_EVALUATIONS = 3
+_MOST_REPEATS, _ENOUGH_S = 5, 1.0
+"""Steps of a try, and seconds after which there are no more."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,34 @@ class Rehearsal:
     ) -> None:
         self.job = job
         self._take_blocks, self._document_end = take_blocks, document_end
-        config = load_config(job, tokenizer)
-        config.use_cache = False
-        text = config.get_text_config()
+        self._rank, self._world_size, self._use_gpu = rank, world_size, use_gpu
+        self._config = load_config(job, tokenizer)
+        self._config.use_cache = False
+        text = self._config.get_text_config()
         if job.model.resize:
             text.vocab_size = max(text.vocab_size, num_ids(tokenizer))
-        unused = find_unused(config, job.data.block_size)
-        self.strategy: Strategy = build_strategy(job, rank=rank, world_size=world_size, use_gpu=use_gpu)
+        self.vocabulary: int = text.vocab_size
+        self._unused = find_unused(self._config, job.data.block_size)
+        self.order = BatchOrder.of_job(job, num_blocks)
+        self.compiled = False
+        self._build()
+        self._peak = Peak(self.strategy.device)
+        self._pass_bytes: int | None = None
+
+    def _build(self) -> None:
+        job = self.job
+        self.strategy: Strategy = build_strategy(
+            job, rank=self._rank, world_size=self._world_size, use_gpu=self._use_gpu
+        )
         torch.manual_seed(job.train.seed)
         with self.strategy.whole_models():
-            model = build_model(config)
-        freeze(model, unused)
+            model = build_model(self._config)
+        freeze(model, self._unused)
         if job.train.gradient_checkpointing:
             recompute_activations(model)
         self.throughput = Throughput.of_model(model, job.data.block_size, self.strategy)
-        self.vocabulary: int = text.vocab_size
         self.strategy.prepare(WithLoss(model), lambda prepared: build_optimizer(prepared, job.train))
         self.strategy.model.train()
-        self.order = BatchOrder.of_job(job, num_blocks)
-        self.compiled = False
-        self._peak = Peak(self.strategy.device)
-        self._pass_bytes: int | None = None
 
     def compile(self, size: int) -> None:
         """Compile passes of so many blocks, if the job's are."""
@@ -125,24 +133,36 @@ class Rehearsal:
         Raises:
             PassTooLargeError: it does not fit on this rank, where others may now wait for it.
         """
-        strategy = self.strategy
+        strategy, shape = self.strategy, (size, self.job.data.block_size)
+        fits = True
         try:
             if self.compiled:
-                strategy.with_loss.compile_for((size, self.job.data.block_size))
+                strategy.with_loss.compile_for(shape)
             # In the first much is allocated, and may be compiled.
             self.step([size])
             self._peak.reset()
-            seconds = self.agreed(self.step([size]))
+            times: list[float] = []
+            while len(times) < _MOST_REPEATS and sum(times) < _ENOUGH_S:
+                times.append(self.agreed(self.step([size])))
         except PassTooLargeError:
             if strategy.world_size > 1:
                 raise
-            strategy.optimizer.zero_grad()
-            gc.collect()
-            if strategy.device.type == "cuda":
-                torch.cuda.empty_cache()
+            fits = False
+        if not fits:
+            # A strategy is not whole after half a pass; outside, so that the error holds none of its tensors.
+            del strategy
+            self._start_again()
             return None
         memory = max((each for each in strategy.gather(self._pass_bytes) if each is not None), default=None)
-        return Tried(size * self.job.data.block_size / seconds, memory)
+        # Others on the machine make some slower.
+        return Tried(size * self.job.data.block_size / min(times), memory)
+
+    def _start_again(self) -> None:
+        self.strategy.release()
+        forget_accelerate()
+        self._build()
+        if self.compiled:
+            self.strategy.compile_when_called((1, self.job.data.block_size))
 
     def evaluate(self, size: int) -> float:
         """Tokens a second of forward passes."""
@@ -158,9 +178,11 @@ class Rehearsal:
         model.train()
         return size * self.job.data.block_size / (sum(times[1:]) / _NUM_EVALUATIONS)
 
-    def agreed(self, value: float) -> float:
-        """The mean over the ranks of a value that they must have alike."""
-        return self.strategy.all_reduce([value])[0] / self.strategy.world_size
+    def agreed(self, seconds: float) -> float:
+        """The mean over the ranks, the same on each."""
+        # Whole numbers, so that their sum is the same in whatever order a backend adds.
+        microseconds = float(round(1e6 * seconds))
+        return self.strategy.all_reduce([microseconds])[0] / (1e6 * self.strategy.world_size)
 
     def release(self) -> None:
         """Give its memory back, and let another strategy be built in this process."""

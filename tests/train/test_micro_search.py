@@ -12,6 +12,7 @@ from clm_dist.config.job import BatchConfig, JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
+from clm_dist.train import micro_search
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.micro_search import Found, best_size, next_size
@@ -143,6 +144,44 @@ def test_a_pass_that_does_not_fit_is_tried_smaller_in_the_same_worker(
     (start,) = [record for record in metrics_of(run.metrics) if record["kind"] == "start"]
     assert "after trying 1, 2, 4 (does not fit), 3" in start["note"]
     assert start["micro_size"] <= 3
+
+
+def fit_three(rank: int, world_size: int, job: JobConfig, run: RunDir, store: Path) -> None:
+    """Train where a pass of more than three blocks ends in the middle of its backward pass."""
+    forward = WithLoss.forward
+
+    def fail(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    def fail_in_backward(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        if len(output) > 3 and output.requires_grad:
+            # All layers have their gradients by then.
+            output.register_hook(fail)  # type: ignore[no-untyped-call]
+
+    def with_memory_for_three(self: WithLoss, *args: Any, **kwargs: Any) -> Any:
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]  # of transformers
+        hook = embedding.register_forward_hook(fail_in_backward)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    # In a process of its own.
+    WithLoss.forward = with_memory_for_three  # type: ignore[method-assign]
+    micro_search._BETTER = 0.0
+    train_one(job, run, store)
+
+
+@pytest.mark.parametrize("strategy", SOME_SLOW)
+def test_a_pass_that_breaks_off_leaves_nothing_behind(
+    strategy: str, make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path
+) -> None:
+    job = make_job(*AUTO, f"cluster.strategy={strategy}", "eval.micro_size=2")
+    run = RunDir(tmp_path / "run")
+    run_workers(fit_three, 1, job, run, prepared(job))
+    (start,) = [record for record in metrics_of(run.metrics) if record["kind"] == "start"]
+    assert "after trying 1, 2, 4 (does not fit), 3" in start["note"]
+    assert len(losses_of(run.root)) == 6
 
 
 def test_a_model_that_does_not_fit_at_all_says_so(
