@@ -11,7 +11,16 @@ from tests.conftest import ROOT
 
 @pytest.mark.slow
 def test_rays_workers_and_torchruns_are_measured() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "workers.py"), "--workers", "2", "--rounds", "1", "--steps", "4"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "workers.py"),
+        "--workers",
+        "2",
+        "--rounds",
+        "1",
+        "--steps",
+        "4",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     row = ended.stdout.splitlines()[-1].strip("| ").split(" | ")
     assert row[0] == "2"

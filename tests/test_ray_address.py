@@ -1,10 +1,15 @@
 """A RAY_ADDRESS at which no Ray is."""
 
+import contextlib
 import socket
+import socketserver
+import threading
+from collections.abc import Iterator
 
 import pytest
 import ray
 
+from clm_dist.config import ray_address
 from clm_dist.config.job import ClusterConfig
 from clm_dist.config.ray_address import check_ray_address, host_and_port
 from clm_dist.errors import ConfigError, NotReadyError
@@ -39,13 +44,53 @@ def test_an_address_has_a_host_and_a_port(address: str, parts: tuple[str, int] |
     assert host_and_port(address) == parts
 
 
+@contextlib.contextmanager
+def answering(answer: bytes | None, family: socket.AddressFamily = socket.AF_INET) -> Iterator[int]:
+    """The port of a server that answers the first bytes of each caller, and hangs up; None says nothing."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(64)
+            if answer is None:
+                over.wait()
+            else:
+                self.request.sendall(answer)
+
+    class Server(socketserver.ThreadingTCPServer):
+        address_family = family
+
+    over = threading.Event()
+    with Server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server.server_address[1]
+        finally:
+            over.set()
+            server.shutdown()
+
+
+# What a server of gRPC sends first: settings, and that it has seen the caller's.
+GRPC = bytes.fromhex("00000c040000000000 000300000064 000400010000 000000040100000000")
+
+
 def test_an_ipv6_address_is_asked_too() -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
-        port = server.getsockname()[1]
+    with answering(GRPC, socket.AF_INET6) as port:
         check_ray_address(f"[::1]:{port}")
         check_ray_address(f"ray://[::1]:{port}")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS \[::1\]:\d+: Connection refused; start that Ray"):
         check_ray_address(f"[::1]:{port}")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", None])
+def test_another_server_is_no_ray(answer: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_address, "_ANSWER_S", 0.5)
+    with answering(answer) as port:
+        said = rf"RAY_ADDRESS 127\.0\.0\.1:{port}: what listens there is no Ray; start that Ray, or unset RAY_ADDRESS"
+        with pytest.raises(ConfigError, match=said):
+            check_ray_address(f"127.0.0.1:{port}")
+        # Of an encrypted one nothing can be seen.
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        check_ray_address(f"127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,11 @@ import socket
 from clm_dist.errors import ConfigError
 
 _CONNECT_S = 10
+_ANSWER_S = 5
+# The head of a frame of HTTP/2: length (3 bytes), type, flags, stream (4).
+_SETTINGS = b"\x04"
+_EMPTY_SETTINGS = b"\0\0\0" + _SETTINGS + b"\0" + b"\0\0\0\0"
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _EMPTY_SETTINGS
 
 
 def expected_nodes() -> int | None:
@@ -21,7 +26,10 @@ def host_and_port(address: str) -> tuple[str, int] | None:
 
 
 def check_ray_address(address: str) -> None:
-    """Raise ConfigError if no program listens at an address of Ray. Ray itself would wait for minutes."""
+    """Raise ConfigError if no program listens at an address of Ray, or one that is no Ray.
+
+    Ray itself would wait for minutes, or twenty seconds.
+    """
     plain = address.removeprefix("ray://")
     found = host_and_port(plain)
     if found is None:
@@ -29,11 +37,32 @@ def check_ray_address(address: str) -> None:
             raise no_ray(address, "an IPv6 address is in brackets, as in [fd00::1]:6379")
         return
     try:
-        socket.create_connection(found, timeout=_CONNECT_S).close()
+        with socket.create_connection(found, timeout=_CONNECT_S) as connection:
+            connection.settimeout(_ANSWER_S)
+            is_ray = _is_tls() or _speaks_grpc(connection)
     except OSError as error:
         raise no_ray(address, error.strerror or str(error)) from None
     except UnicodeError as error:  # a part of the name is too long
         raise no_ray(address, str(error)) from None
+    if not is_ray:
+        raise no_ray(address, "what listens there is no Ray")
+
+
+def _is_tls() -> bool:
+    """Whether Ray's connections are encrypted, so that nothing is said in the clear."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether the other side greets as a server of gRPC does, which is HTTP/2 (RFC 9113, section 3.4)."""
+    try:
+        connection.sendall(_GREETING)
+        answer = b""
+        while len(answer) < len(_EMPTY_SETTINGS) and (more := connection.recv(len(_EMPTY_SETTINGS) - len(answer))):
+            answer += more
+    except OSError:
+        return False
+    return answer[3:4] == _SETTINGS and answer[5:] == _EMPTY_SETTINGS[5:]
 
 
 def no_ray(address: str, problem: str) -> ConfigError:
