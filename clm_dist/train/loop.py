@@ -35,7 +35,6 @@ from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
 from clm_dist.train.memory import Gauge, of_a_pass
 from clm_dist.train.micro_search import settle_micro_size
-from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.model import load_config, load_model, set_matrix_products
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
@@ -96,9 +95,7 @@ def train(job: JobConfig, session: Session) -> Outcome:
     set_matrix_products(job.train.precision)
     heart = Heart(session.run.beats, session.rank, session.node, job.train.hang_timeout_s)
     try:
-        job, note = with_blocks_that_fit(job, session.run), None
-        if job.batch.micro_size == "auto":
-            job, note = settle_micro_size(job, session)
+        job, note = settle_micro_size(job, session)
         loop = _Loop(job, session, heart, note)
         try:
             return loop.run()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.distributed as dist
 
@@ -11,7 +12,13 @@ from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.documents import document_end_of
 from clm_dist.train.memory import PassTooLargeError, free_bytes
-from clm_dist.train.micro_size import blocks_that_did_not_fit, with_blocks, write_blocks_that_fit, write_try
+from clm_dist.train.micro_size import (
+    blocks_that_did_not_fit,
+    with_blocks,
+    with_blocks_that_fit,
+    write_blocks_that_fit,
+    write_try,
+)
 from clm_dist.train.rehearsal import Rehearsal, Tried
 from clm_dist.train.session import Session
 
@@ -28,15 +35,35 @@ Found = dict[int, Tried | None]
 """Steps of passes by their blocks; None where they do not fit."""
 
 
-def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str]:
-    """A job whose `batch.micro_size` is `auto` with the blocks that a pass has best here, and a line that says so.
+def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str | None]:
+    """The job with the blocks of a pass that its run has found, and a line that says so where they are found now.
 
-    They are written into the run, which keeps them. Collective.
+    Those of `auto` are searched for, and written into the run, which keeps them. Collective.
 
     Raises:
         PassTooLargeError: a pass does not fit; the next workers try half of its blocks at most.
     """
-    failed = [blocks_that_did_not_fit(job, session.run) if session.rank == 0 else None]
+    known: list[Any] = [job, None]
+    if session.rank == 0:
+        # Alone: on other nodes a file that is new may not be seen yet.
+        known = [with_blocks_that_fit(job, session.run), blocks_that_did_not_fit(job, session.run)]
+    if session.world_size > 1:
+        dist.broadcast_object_list(known)
+    job, failed = known
+    if job.batch.micro_size != "auto":
+        return job, None
+    size, note = _search(job, session, failed)
+    if session.rank == 0:
+        write_blocks_that_fit(job, session.run, size)
+    return with_blocks(job, size), note
+
+
+def _search(job: JobConfig, session: Session, failed: int | None) -> tuple[int, str]:
+    """The blocks that a pass has best here, and a line that says so. Collective.
+
+    Args:
+        failed: blocks of a pass that workers ended by; None where none did.
+    """
     blocks = Blocks(session.store, "train", shuffled=True)
     order = BatchOrder.of_job(job, len(blocks))
     rehearsal = Rehearsal(
@@ -49,12 +76,10 @@ def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str]
         world_size=session.world_size,
         use_gpu=session.use_gpu,
     )
-    if session.world_size > 1:
-        dist.broadcast_object_list(failed)
     # Every worker has a pass in every step.
     most = min(len(order.global_batch(0)), job.batch.global_size // job.cluster.max_workers)
-    if failed[0]:
-        most = min(most, failed[0] // 2)
+    if failed:
+        most = min(most, failed // 2)
 
     def on_try(size: int) -> None:
         if session.rank == 0:
@@ -68,9 +93,7 @@ def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str]
     if size is None:
         raise PassTooLargeError("of one block")
     size = job.batch.even_micro_size(size, job.cluster.max_workers)
-    if session.rank == 0:
-        write_blocks_that_fit(job, session.run, size)
-    return with_blocks(job, size), describe_found(found, size, on_gpu=on_gpu)
+    return size, describe_found(found, size, on_gpu=on_gpu)
 
 
 def describe_found(found: Found, size: int, *, on_gpu: bool) -> str:
@@ -94,16 +117,16 @@ def find_micro_size(
         deadline: of `time.perf_counter`, after which nothing more is tried.
         on_try: called before each try.
     """
-    strategy = rehearsal.strategy
-    on_gpu = strategy.device.type == "cuda"
-    known = [free for free in strategy.gather(free_bytes(strategy.device)) if free is not None]
+    device = rehearsal.strategy.device
+    on_gpu = device.type == "cuda"
+    known = [free for free in rehearsal.strategy.gather(free_bytes(device)) if free is not None]
     limit = _USED * min(known) if known else None
     found: Found = {}
     size: int | None = min(first, most)
     while size is not None:
         on_try(size)
         found[size] = rehearsal.try_step(size)
-        if strategy.any_rank(time.perf_counter() > deadline):
+        if rehearsal.strategy.any_rank(time.perf_counter() > deadline):
             break
         size = next_size(found, most, limit, on_gpu=on_gpu)
     return found
