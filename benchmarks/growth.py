@@ -110,8 +110,9 @@ def metrics_call(name: str, num_steps: int, directory: Path) -> tuple[Callable[[
     from clm_dist.files.records import read_records, replace_records
     from clm_dist.files.result import build_result
     from clm_dist.files.run_dir import RunDir
+    from clm_dist.files.standing import RECENT_STEPS
     from clm_dist.report.page import write_page
-    from clm_dist.submit.training import RECENT_STEPS, Training
+    from clm_dist.submit.training import Training
     from clm_dist.train.recorder import outlives_start
 
     run = RunDir(directory / "run")

@@ -179,6 +179,23 @@ def last_start(run: RunDir) -> int:
     return steps[-1]
 
 
+def test_a_run_takes_the_directory_of_its_plan_and_ends_with_both(
+    start: Start, write_job: WriteJob, tmp_path: Path, stores: Path
+) -> None:
+    """A run that is planned with the speed of a probe."""
+    job = write_job()
+    places = ("--runs", tmp_path / "the runs", "--store", stores)
+    run = RunDir(tmp_path / "the runs" / "tiny")
+    code, _, err = finish(start("plan", job, "--probe", "2", "--save", *places))
+    assert code == 0, err
+    code, out, err = finish(start("run", job, *places))
+    assert code == 0, err
+    for figure in ("time", "tokens/s", "memory of a worker", "worker-hours"):
+        assert re.search(rf"^  {figure}  .* (in|out)side the interval", out, re.MULTILINE), figure
+    assert re.search(r"^  steps +6 +6 +as planned", out, re.MULTILINE)
+    assert "Beside the plan" in run.report.read_text()
+
+
 def test_a_run_that_is_done_is_not_trained_again(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

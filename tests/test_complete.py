@@ -45,7 +45,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
         ("clm-dist evaluate runs/t", ["runs/two"]),
         # The shell proposes directories then.
         ("clm-dist generate models/", []),
-        ("clm-dist status ", ["a"]),
+        ("clm-dist status ", ["a", "q 1", "two"]),
         ("clm-dist logs ", ["a"]),
         ("clm-dist cancel --runs else ", ["b"]),
     ],
@@ -65,7 +65,7 @@ def test_runs_elsewhere_are_those_of_the_environment(
     ask(monkeypatch, "clm-dist report ")
     assert clm_dist(capsys, monkeypatch).out == f"{here / 'else' / 'other'}\n"
     ask(monkeypatch, "clm-dist status ")
-    assert clm_dist(capsys, monkeypatch).out == "b\n"
+    assert clm_dist(capsys, monkeypatch).out == "b\nother\n"
 
 
 def test_it_answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

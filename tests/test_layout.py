@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "clm_dist"
 # A module may import from its own layer's package and from what stands below it.
 LAYERS = [
     {"errors", "signals"},
-    {"config", "progress", "pace", "timing"},
-    {"devices", "extensions", "figures", "files", "machine", "metrics"},
+    {"config", "progress", "pace", "quantities", "timing"},
+    {"against_plan", "devices", "extensions", "figures", "files", "machine", "metrics"},
     {"pretrained"},
     {"prepare", "train", "report", "hub", "generate", "perplexity", "submit"},
     {"doctor", "evaluation", "plan", "run", "samples"},

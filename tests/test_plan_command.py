@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 
 from clm_dist.config.job import JobConfig
 from clm_dist.files.atomic import read_json
+from clm_dist.files.plan_file import read_plan
 from clm_dist.files.run_dir import RunDir
+from clm_dist.quantities import show_bytes
 from tests.conftest import MakeJob, WriteJob
-from tests.support.command import Said, clm_dist, modules_of
+from tests.support.command import Said, cells, clm_dist, modules_of
+from tests.support.runs import metrics_of
 
 PlanCommand = Callable[..., Said]
 GPU = ("--gpu", "h100-80", "--mfu", "0.1-0.2")
@@ -224,3 +228,72 @@ def test_a_submission_prints_its_plan_first(
     refused = clm_dist(capsys, monkeypatch, "submit", cluster, job, *options, "--plan", "a1000")
     assert refused.code == 2
     assert "the GPU a1000 is not known" in refused.err
+
+
+def test_a_saved_plan_stands_in_the_report_of_its_run(
+    plan: PlanCommand, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that is made before its run, with the speed of another one."""
+    runs = run.root.parent.rename(run.root.parent.with_name("it's the 'runs'"))
+    measured, planned = RunDir(runs / "tiny"), RunDir(runs / "again")
+    options = ("--set", "name=again", "--from", measured.root, "--runs", runs, "--save")
+    said = plan(measured.job, *options, "--json")
+    values = _values(said)
+    saved = read_plan(planned)
+    assert isinstance(saved, dict)
+    assert saved["plan"] == values
+    assert said.err == (
+        f"the plan is in {planned.plan}; `clm-dist report {shlex.quote(str(planned.root))}` shows it beside what came\n"
+    )
+    # There is no run yet.
+    refused = clm_dist(capsys, monkeypatch, "report", planned.root)
+    assert (refused.code, "has a plan, and its run has not begun; start it with `clm-dist run" in refused.err) == (
+        2,
+        True,
+    )
+    status = clm_dist(capsys, monkeypatch, "status", "again", "--runs", runs)
+    assert cells(status.out, "again") == ["again", "not begun", "", "", ""]
+    assert re.search(r"^again: planned \S+ s \(", status.out, re.MULTILINE)
+    # It is the run itself.
+    shutil.copytree(measured.root, planned.root, dirs_exist_ok=True)
+    said = clm_dist(capsys, monkeypatch, "report", planned.root)
+    lines = [re.split(r"  +", line.strip()) for line in said.out.splitlines()]
+    found = {line[0]: line[1:] for line in lines if line[-1].endswith(("the interval", "as planned"))}
+    assert list(found) == ["time", "tokens/s", "memory of a worker", "worker-hours", "steps"]
+    assert found["steps"] == ["24", "24", "as planned"]
+    assert found["tokens/s"][2].endswith("inside the interval")
+    assert found["memory of a worker"][2] == "inside the interval"
+    page = planned.report.read_text()
+    assert "Beside the plan" in page
+    assert f'<td class="text">{found["time"][0]}</td>' in page
+    status = clm_dist(capsys, monkeypatch, "status", "again", "--runs", runs)
+    assert re.search(r"^again: planned .*; took \S+ s, (in|out)side the interval$", status.out, re.MULTILINE)
+
+
+def test_saving_over_the_run_of_another_job_is_said(plan: PlanCommand, run: RunDir) -> None:
+    said = plan(run.job, "--save", "--runs", run.root.parent, "--set", "train.max_steps=3")
+    assert said.code == 0
+    assert said.err.splitlines()[1] == (
+        "note: for the run that is there now the plan is of another job, and is not compared: train.max_steps differs"
+    )
+    assert len(plan(run.job, "--save", "--runs", run.root.parent).err.splitlines()) == 1
+
+
+def test_a_plan_that_cannot_be_kept_says_so(plan: PlanCommand, run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = plan(run.job, "--save", "--runs", tmp_path / "file")
+    assert (said.code, str(tmp_path / "file") in said.err) == (2, True)
+    assert plan(run.job, "--runs", tmp_path / "file").code == 0
+
+
+def test_the_memory_of_a_run_stands_in_the_text(plan: PlanCommand, run: RunDir) -> None:
+    most = max(record.get("memory_bytes", 0) for record in metrics_of(run.metrics))
+    line = f"note:   the worker of rank 0 took {show_bytes(most)} in that run"
+    assert line in plan(run.job, "--from", run.root).out
+    assert line in plan(run.job, "--from", run.root, "--set", "batch.micro_size=8").out
+    # Of a pass of another size it is not the memory of the job.
+    memory = [_values(plan(run.job, "--from", run.root, "--json", *o))["speed"]["memory_bytes"] for o in _PASSES]
+    assert memory == [most, None]
+
+
+_PASSES = ((), ("--set", "batch.micro_size=8"))

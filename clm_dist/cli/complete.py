@@ -28,5 +28,12 @@ def complete_submission(context: typer.Context, incomplete: str) -> list[str]:
     return _beginning(incomplete, [file.parent.name for file in submitted_dir(runs, "").glob("*/submission.json")])
 
 
+def complete_submission_or_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of submissions and of runs with the directory of runs of the command line."""
+    runs = Path(context.params.get("runs") or DEFAULT_RUNS).expanduser()
+    names = [job.parent.name for job in runs.glob("*/job.yaml")]
+    return sorted({*complete_submission(context, incomplete), *_beginning(incomplete, names)})
+
+
 def _beginning(incomplete: str, names: list[str]) -> list[str]:
     return sorted(name for name in names if name.startswith(incomplete))

@@ -2,19 +2,25 @@
 
 import json
 import math
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clm_dist.against_plan import ANY_GPU, why_of_another_job
 from clm_dist.cli.complete import complete_run
-from clm_dist.cli.options import JobFile, Overrides, StoreOption, open_stores
+from clm_dist.cli.options import DEFAULT_RUNS, JobFile, Overrides, Runs, StoreOption, open_stores
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job, located
+from clm_dist.config.paths import local_dir
 from clm_dist.devices import DEVICES, Device
 from clm_dist.errors import ConfigError
+from clm_dist.files.plan_file import PlanFile, write_plan
+from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import DEFAULT_STORES, Stores
 from clm_dist.plan.target import Target
 from clm_dist.progress import err, out
@@ -23,6 +29,8 @@ _GIB = 2**30
 _NODES = (1, 2, 4, 8)
 _NETWORK_GBIT = 100.0
 _BYTES_PER_GBIT = 1e9 / 8
+_OF_BASIS = ("data", "tokenizer", "model")
+"""Sections on which the blocks and the architecture of a job depend."""
 
 
 def plan(
@@ -73,13 +81,17 @@ def plan(
             help="Take the eval loss to expect from runs that are done on parts of the data; name two or more.",
         ),
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the plan in the directory of its run, for `report` and `status`.")
+    ] = False,
+    runs: Runs = DEFAULT_RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a job takes before it is run: memory, strategy, time, cost, disk."""
-    from clm_dist.plan.counts import count_blocks
-    from clm_dist.plan.model import model_architecture
+    from clm_dist.plan.basis import basis_of
     from clm_dist.plan.page import plan_values, print_plan
     from clm_dist.plan.plan import make_plan
+    from clm_dist.plan.saved import plan_file
 
     speeds = [name for name, value in (("--mfu", mfu), ("--probe", probe), ("--from", run_dir)) if value is not None]
     if len(speeds) > 1:
@@ -89,12 +101,12 @@ def plan(
             raise ConfigError(f"{name} {value} is not a number that can be reckoned with")
     job = load_job(job_file, overrides or ())
     config = job.config
+    run = RunDir(local_dir(runs, "--runs") / config.name) if save else None
     device, share = _device(gpu, memory_gib, tflops), _share(mfu)
     between_nodes = network * _BYTES_PER_GBIT
     with located(job):
-        counts = count_blocks(config, open_stores(stores))
-        architecture, note = model_architecture(config, counts.vocabulary)
-        notes = [note] if note else []
+        basis = basis_of(config, open_stores(stores))
+        counts, architecture, notes = basis.counts, basis.architecture, list(basis.notes)
         measured = None
         if run_dir is not None:
             from clm_dist.plan.from_run import speed_of_run
@@ -133,26 +145,48 @@ def plan(
             typer.echo(json.dumps(plan_values(made), indent=2, allow_nan=False))
         else:
             print_plan(made, target, out)
+    if run is not None:
+        write_plan(run, plan_file(config, made, target, measured))
+        _say_saved(run)
 
 
-def print_job_plan(job: JobConfig, stores: Stores, gpu: str, *, nodes: int, gpus_per_node: int) -> None:
-    """Print on standard error what a job takes on the hosts that it asks for.
+def _say_saved(run: RunDir) -> None:
+    said = f"the plan is in {run.plan}; `clm-dist report {shlex.quote(str(run.root))}` shows it beside what came"
+    if run.exists() and (why := why_of_another_job(run)):
+        said += f"\nnote: for the run that is there now {why}"
+    err.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def plan_for_hosts(
+    jobs: Sequence[JobConfig], stores: Stores, gpu: str, *, nodes: int, gpus_per_node: int
+) -> list[PlanFile]:
+    """The plan of each job of a submission on the hosts that it asks for; the first is printed on standard error.
 
     Args:
         gpu: name of a GPU that is known.
         gpus_per_node: 0 where that is not known.
     """
-    from clm_dist.plan.counts import count_blocks
-    from clm_dist.plan.model import model_architecture
+    from clm_dist.plan.basis import Basis, basis_of
     from clm_dist.plan.page import print_plan
     from clm_dist.plan.plan import make_plan
+    from clm_dist.plan.saved import plan_file
 
     device = _device(gpu, None, None)
-    counts = count_blocks(job, stores)
-    architecture, note = model_architecture(job, counts.vocabulary)
-    each = gpus_per_node or -(-job.cluster.max_workers // nodes)
-    target = Target(device, each, (nodes,), _NETWORK_GBIT * _BYTES_PER_GBIT)
-    print_plan(make_plan(job, architecture, counts, target, notes=[note] if note else []), target, err)
+    bases: list[tuple[JobConfig, Basis]] = []
+    plans: list[PlanFile] = []
+    for job in jobs:
+        # Most sweeps change neither the blocks nor the model.
+        same = (basis for other, basis in bases if all(getattr(other, n) == getattr(job, n) for n in _OF_BASIS))
+        if (basis := next(same, None)) is None:
+            basis = basis_of(job, stores)
+            bases.append((job, basis))
+        each = gpus_per_node or -(-job.cluster.max_workers // nodes)
+        target = Target(device, each, (nodes,), _NETWORK_GBIT * _BYTES_PER_GBIT)
+        made = make_plan(job, basis.architecture, basis.counts, target, notes=basis.notes)
+        if not plans:
+            print_plan(made, target, err)
+        plans.append(plan_file(job, made, target))
+    return plans
 
 
 def _device(name: str | None, memory_gib: float | None, tflops: float | None) -> Device | None:
@@ -168,7 +202,7 @@ def _device(name: str | None, memory_gib: float | None, tflops: float | None) ->
             return None
         missing = "--tflops" if tflops is None else "--memory-gib"
         raise ConfigError(f"a GPU needs --memory-gib and --tflops, or --gpu with its name; {missing} is missing")
-    device = known[name.lower()] if name else Device("this GPU", (), 0, 0, 0, 32e9)
+    device = known[name.lower()] if name else Device(ANY_GPU, (), 0, 0, 0, 32e9)
     if memory_gib is not None:
         device = replace(device, memory_bytes=memory_gib * _GIB)
     if tflops is not None:

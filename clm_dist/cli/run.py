@@ -9,6 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from clm_dist.against_plan import compare_with_plan, describe_time
 from clm_dist.cli.complete import complete_run
 from clm_dist.cli.options import (
     DEFAULT_RUNS,
@@ -26,8 +27,10 @@ from clm_dist.config.paths import local_dir, local_path
 from clm_dist.errors import ClmDistError, ConfigError, TryAgainError
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.final import check_final
+from clm_dist.files.records import read_records
 from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
+from clm_dist.files.standing import Standing
 from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.progress import err, out
 from clm_dist.signals import STOPS, handling
@@ -145,11 +148,14 @@ def report(
         _compare(run_dirs, results, output)
         return
     from clm_dist.report.page import write_page
+    from clm_dist.report.planned import plan_table
     from clm_dist.report.table import checkpoint_table, result_table
 
     directory = RunDir(run_dirs[0])
     page = output or directory.report
     out.print(result_table(results[0]))
+    if (beside_plan := compare_with_plan(directory, Standing.of(read_records(directory.metrics)))) is not None:
+        out.print(plan_table(beside_plan))
     try:
         checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
         with checkpoints.reaching():
@@ -170,7 +176,8 @@ def _compare(run_dirs: list[Path], results: list[Result], output: Path | None) -
     labels = labels_of(run_dirs, results)
     page = output or run_dirs[0].absolute().parent / "comparison.html"
     runs = [RunDir(path) for path in run_dirs]
-    said = verdicts(runs, labels, results)
+    planned = [f"{label}: {line}" for label, run in zip(labels, runs, strict=True) if (line := describe_time(run))]
+    said = [*verdicts(runs, labels, results), *planned]
     out.print(comparison_table(labels, results, out.width))
     if warning := comparability(results):
         out.print(warning, style="yellow", soft_wrap=True)

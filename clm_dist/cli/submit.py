@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from clm_dist.cli.options import (
     StoreOption,
     open_stores,
 )
-from clm_dist.cli.plan import print_job_plan
+from clm_dist.cli.plan import plan_for_hosts
 from clm_dist.cli.submit_k8s import k8s
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import load_job, located
@@ -93,7 +94,8 @@ def slurm(
     if plan is not None:
         hosts = job.config.cluster.slurm
         with located(job):
-            print_job_plan(job.config, open_stores(stores), plan, nodes=hosts.nodes, gpus_per_node=hosts.num_gpus)
+            plans = plan_for_hosts(jobs, open_stores(stores), plan, nodes=hosts.nodes, gpus_per_node=hosts.num_gpus)
+        launch = replace(launch, plans=plans)
     submit_to(SlurmBackend(), launch, job, dry_run=dry_run)
 
 

@@ -1,6 +1,7 @@
 """The command `submit k8s`."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from clm_dist.cli.cluster import DryRun, PlanOn, settings_of, submit_to
 from clm_dist.cli.options import DEFAULT_RUNS, JobFile, Overrides, Overwrite, Resume, open_stores
-from clm_dist.cli.plan import print_job_plan
+from clm_dist.cli.plan import plan_for_hosts
 from clm_dist.config.load import load_job, located
 from clm_dist.config.paths import local_dir
 from clm_dist.errors import ConfigError
@@ -93,9 +94,11 @@ def k8s(
         plain=plain,
         code=pack(Path.cwd()) if sync else None,
     )
+    launch = Launch(job.config, request, local_dir(runs, "--runs"))
     if plan is not None:
         pods_of = job.config.cluster.k8s
         with located(job):
             stores = open_stores(DEFAULT_STORES)
-            print_job_plan(job.config, stores, plan, nodes=pods_of.pods, gpus_per_node=pods_of.gpus_per_pod)
-    submit_to(K8sBackend(), Launch(job.config, request, local_dir(runs, "--runs")), job, dry_run=dry_run)
+            (made,) = plan_for_hosts([job.config], stores, plan, nodes=pods_of.pods, gpus_per_node=pods_of.gpus_per_pod)
+        launch = replace(launch, plan=made)
+    submit_to(K8sBackend(), launch, job, dry_run=dry_run)

@@ -1,19 +1,29 @@
-"""The commands for what was submitted: `status`, `logs`, `cancel`."""
+"""The commands for what was submitted: `status`, which also shows runs that were not, `logs`, `cancel`."""
 
+import contextlib
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from clm_dist.cli.complete import complete_submission
+from clm_dist.against_plan import describe_time
+from clm_dist.cli.complete import complete_submission, complete_submission_or_run
 from clm_dist.cli.options import DEFAULT_RUNS, Runs
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.paths import local_dir
+from clm_dist.files.atomic import read_json
+from clm_dist.files.lease import holder_of
+from clm_dist.files.records import read_records
+from clm_dist.files.run_dir import RunDir
+from clm_dist.files.standing import RECENT_STEPS
 from clm_dist.progress import out
 from clm_dist.submit.launch import backend_of
 from clm_dist.submit.logs import follow as follow_lines
 from clm_dist.submit.states import describe
-from clm_dist.submit.submission import find_submission
+from clm_dist.submit.submission import find_submission, seek_submission, submissions
+from clm_dist.submit.training import Training
 from clm_dist.timing import clock
 
 Which = Annotated[
@@ -26,9 +36,24 @@ Which = Annotated[
 ]
 
 
-def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
-    """Show the progress of a submission, in the queue and in training steps."""
-    submission, _ = find_submission(local_dir(runs, "--runs"), which)
+def status(
+    which: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            autocompletion=complete_submission_or_run,
+            help="Name of a run or a submission, or number of a job; default: the last submission, or the last run.",
+        ),
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    """Show how far a run or a submission is: in the queue, in training steps, and beside its plan."""
+    directory = local_dir(runs, "--runs")
+    is_submitted = seek_submission(submissions(directory), which) is not None
+    if not is_submitted and (local := _find_run(directory, which)):
+        _print_run(local)
+        return
+    submission, _ = find_submission(directory, which)
     status = backend_of(submission).status(submission)
     if status.note:
         out.print(status.note, soft_wrap=True, markup=False)
@@ -51,12 +76,55 @@ def status(which: Which = None, runs: Runs = DEFAULT_RUNS) -> None:
     for run in status.runs:
         if run.job and run.job.reason:
             out.print(f"{run.name}: {run.job.reason}", soft_wrap=True, markup=False)
+        if run.planned:
+            out.print(f"{run.name}: {run.planned}", soft_wrap=True, markup=False, highlight=False)
     ended = [run for run in status.runs if run.job and not run.job.active and run.job.state != "DELETED"]
     if any(not (run.result and run.result["status"] == "done") for run in ended):
         out.print(f"why: clm-dist logs {submission.name} -n 40", soft_wrap=True)
     done = [str(submission.runs / run.name) for run in status.runs if run.result and run.result["status"] == "done"]
     if len(done) > 1:
         out.print(f"compare them: clm-dist report {' '.join(done)}", soft_wrap=True)
+
+
+def _find_run(runs: Path, which: str | None) -> RunDir | None:
+    """The run or plan of a name or a path, or the run that has trained last for None; None where there is none."""
+    if which is None:
+        begun = [run for run in map(RunDir, runs.glob("*")) if run.exists() and run.metrics.is_file()]
+        return max(begun, key=lambda run: run.metrics.stat().st_mtime, default=None)
+    with contextlib.suppress(OSError, ValueError):  # no name of a file
+        named = (RunDir(runs / which), RunDir(Path(which)))
+        return next((run for run in named if run.exists() or run.plan.is_file()), None)
+    return None
+
+
+def _print_run(run: RunDir) -> None:
+    """Show how far a run is that was not submitted."""
+    training = Training.of_records(read_records(run.metrics, last_steps=RECENT_STEPS))
+    table = Table("run", "state", "step", "loss", "training left")
+    state = _state_of(run)
+    left = training.seconds_left if training and not run.result.is_file() else None
+    table.add_row(
+        Text(run.root.name),
+        state,
+        "" if training is None else f"{training.step}/{training.num_steps}",
+        "" if training is None or training.loss is None else f"{training.loss:.4f}",
+        "" if left is None else clock(left),
+    )
+    out.print(table)
+    if planned := describe_time(run):
+        out.print(f"{run.root.name}: {planned}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _state_of(run: RunDir) -> str:
+    """The state of a run that was not submitted, in words."""
+    if run.result.is_file():
+        return str(read_json(run.result).get("status"))
+    if not run.exists():
+        return "not begun"
+    holder = holder_of(run.root)
+    if holder is None or holder.runs() is False:
+        return "stopped"
+    return f"running ({holder})"
 
 
 def logs(

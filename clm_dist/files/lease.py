@@ -229,6 +229,15 @@ class Lease:
         logger.warning("waiting for %s, which holds %s", holder, self.file)
 
 
+def holder_of(path: Path) -> Holder | None:
+    """Who holds the lease of a directory, which may have ended since; None where nobody does, or it cannot be read."""
+    try:
+        read = _read(Lease(path).file)
+    except OSError:
+        return None
+    return read[0] if read else None
+
+
 def _read(file: Path) -> tuple[Holder, int] | None:
     """The holder of a lease, and when it was touched; None if the lease is not there."""
     try:

@@ -80,6 +80,8 @@ def read_result(path: Path) -> Result:
         raise ConfigError(f"{run.job} is missing; restore it, or train again with --overwrite")
     if not run.result.is_file():
         reason = "has no result yet" if run.exists() else "is no run directory"
+        if not run.exists() and run.plan.is_file():
+            raise ConfigError(f"{path} has a plan, and its run has not begun; start it with `clm-dist run JOB`")
         raise ConfigError(f"{path} {reason}; name a directory that `clm-dist run` wrote, for example runs/quickstart")
     result: Result = read_json(run.result)
     try:

@@ -16,6 +16,11 @@ class RunDir:
         return self.root / "job.yaml"
 
     @property
+    def plan(self) -> Path:
+        """What was planned for the run; see `files/plan_file.py`."""
+        return self.root / "plan.json"
+
+    @property
     def micro_size(self) -> Path:
         """The blocks of a pass that fit into memory, where the job's did not, or are `auto`."""
         return self.root / "micro_size.json"

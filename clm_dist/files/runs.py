@@ -75,8 +75,15 @@ def _committed(job: JobConfig, run: RunDir) -> list[str]:
 
 
 def remove_run(job: JobConfig, run: RunDir) -> None:
-    """Remove a run and its checkpoints."""
+    """Remove a run and its checkpoints. A plan stays: it is made before the run that comes."""
     checkpoints = Checkpoints.of_run(job, run)
     with checkpoints.reaching():
         checkpoints.remove_all()
-    shutil.rmtree(run.root, ignore_errors=True)
+    if not run.plan.exists():
+        shutil.rmtree(run.root, ignore_errors=True)
+        return
+    for path in run.root.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != run.plan:
+            path.unlink(missing_ok=True)

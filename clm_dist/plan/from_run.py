@@ -17,6 +17,7 @@ from clm_dist.plan.memory import Setting
 from clm_dist.plan.model import model_architecture, read_config
 from clm_dist.plan.speed import Measured, Speed, check_measured_on, measure
 from clm_dist.plan.target import MeasuredSpeed
+from clm_dist.quantities import show_bytes
 
 _SAME_SPEED = (
     ("train", ("precision", "compile", "gradient_checkpointing")),
@@ -61,9 +62,8 @@ def speed_of_run(
     old, measured = measured_run(path)
     own = device_of(measured.device)
     check_measured_on(measured.device, device)
-    notes = [
-        f"{field} is {was}, and {now} here: the speed is taken to be the same" for field, was, now in _changed(old, job)
-    ]
+    changed = list(_changed(old, job))
+    notes = [f"{field} is {was}, and {now} here: the speed is taken to be the same" for field, was, now in changed]
     before = _architecture_of_run(path, old, job, model)
     factor = token_flops(before, old.data.block_size) / token_flops(model, job.data.block_size)
     if device is not None and own is not None and device != own:
@@ -73,6 +73,8 @@ def speed_of_run(
         notes.append(
             f"the run was on {measured.device}, which is not known here: its speed is not scaled to {device.name}"
         )
+    if measured.memory_bytes is not None:
+        notes.append(f"the worker of rank 0 took {show_bytes(measured.memory_bytes)} in that run")
     alone = _without_waiting(measured, old, before, own, between_nodes)
     evaluated = None
     if measured.eval_seconds is not None:
@@ -85,9 +87,18 @@ def speed_of_run(
         how=f"measured in {measured.num_steps:,} steps of {path}, on {measured.workers} x {measured.device}",
         eval_tokens_per_s=evaluated,
         start_s=measured.start_s,
-        memory_bytes=measured.memory_bytes,
+        # Of another model or another pass it says nothing.
+        memory_bytes=measured.memory_bytes if before == model and not changed else None,
     )
-    return MeasuredSpeed(speed, own, measured.device != "CPU", -(-measured.workers // measured.num_hosts), tuple(notes))
+    return MeasuredSpeed(
+        speed=speed,
+        device=own,
+        is_gpu=measured.device != "CPU",
+        name=measured.device,
+        workers=measured.workers,
+        workers_per_node=-(-measured.workers // measured.num_hosts),
+        notes=tuple(notes),
+    )
 
 
 def _changed(old: JobConfig, new: JobConfig) -> Iterator[tuple[str, object, object]]:

@@ -1,6 +1,6 @@
 """A plan as text for a terminal, and as values for JSON."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from clm_dist.plan.loss import SEED_ERROR, Estimate
 from clm_dist.plan.loss_of_runs import LossOfRuns
 from clm_dist.plan.plan import Plan, Scale
 from clm_dist.plan.target import Target
+from clm_dist.quantities import show_bytes, show_number, show_range, show_time
 
 _PARTS = {
     "weights": "weights",
@@ -74,7 +75,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"{plan.setting.block_size} tokens, {counts.how}"
     )
     yield (
-        f"steps:  {plan.steps:,} ({plan.steps_per_epoch:,} an epoch), {_short(plan.tokens)} tokens, "
+        f"steps:  {plan.steps:,} ({plan.steps_per_epoch:,} an epoch), {show_number(plan.tokens)} tokens, "
         f"{plan.evaluations:,} evaluations"
     )
 
@@ -82,7 +83,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 def _ends(plan: Plan) -> Iterator[str]:
     disk = plan.disk
     if plan.speed is not None:
-        yield f"speed:  {_range(plan.speed.low, plan.speed.high, _short)} tokens/s a worker: {plan.speed.how}"
+        yield f"speed:  {show_range(plan.speed.low, plan.speed.high, show_number)} tokens/s a worker: {plan.speed.how}"
     if plan.too_many:
         hosts = ", ".join(map(str, plan.too_many))
         yield f"        {hosts} nodes have more workers than a step has micro-batches; raise batch.global_size"
@@ -161,53 +162,15 @@ def _scales(plan: Plan, target: Target) -> Table:
 def _scale_cells(scale: Scale) -> Iterator[str]:
     yield f"{scale.nodes}"
     yield f"{scale.workers}{' !' if scale.fits is False else ''}"
-    yield _short(scale.tokens_per_s)
+    yield show_number(scale.tokens_per_s)
     yield f"{scale.waiting * 100:.0f} %"
-    yield _range(*scale.seconds, show_time)
-    yield _range(*scale.gpu_hours, lambda hours: f"{hours:,.1f}")
+    yield show_range(*scale.seconds, show_time)
+    yield show_range(*scale.gpu_hours, lambda hours: f"{hours:,.1f}")
     if scale.cost is not None:
-        yield _range(*scale.cost, lambda cost: f"{cost:,.2f}")
+        yield show_range(*scale.cost, lambda cost: f"{cost:,.2f}")
 
 
 def _blocks(count: Count) -> str:
     if count.low == count.high:
         return f"{count.blocks:,.0f}"
     return f"{count.blocks:,.0f} ({count.low:,.0f} to {count.high:,.0f})"
-
-
-def show_time(seconds: float) -> str:
-    """A length of time as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"
-
-
-def _range(low: float, high: float, show: Callable[[float], str]) -> str:
-    first, last = show(low), show(high)
-    if first == last:
-        return last
-    number, _, unit = first.partition(" ")
-    # The unit once: `2 to 3 min`.
-    return f"{number if last.endswith(f' {unit}') and last.count(' ') == 1 else first} to {last}"
-
-
-def show_bytes(value: float) -> str:
-    """A size as people say it: `58 MiB`, `1.95 GiB`, `80 GiB`."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= unit:
-            return f"{value / unit:,.3g} {name}" if value < 999.5 * unit else f"{value / unit:,.0f} {name}"
-    return f"{value:.0f} B"
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):,.4g} {unit}"
-    return f"{value:,.0f}"

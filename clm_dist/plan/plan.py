@@ -23,6 +23,8 @@ START_S = 25.0
 workers, 53 s for eight on two cores."""
 _ENDS_S = 12.0
 """Of a run before its driver begins and after its last step: 10 to 13 s in six runs of small models."""
+OUTSIDE_S = 10.0
+"""Of a run that its records do not have: before its driver begins, and after its model is evaluated."""
 _SMALL = 50 * 10**6
 """Parameters below which the share of the peak says nothing."""
 _FORWARD = 1 / 3
@@ -44,12 +46,16 @@ class Scale:
     fits: bool | None
     """None where the memory of the device is not known."""
     tokens_per_s: float
+    speeds: tuple[float, float]
+    """Tokens a second at the ends of the interval of the speed."""
     waiting: float
     """Share of a step in which workers wait for what they exchange."""
     efficiency: float
     """Speed over that of as many single workers."""
     seconds: tuple[float, float]
     """Of the whole run, from and to."""
+    middle_s: float
+    """Of the whole run at `tokens_per_s`."""
     gpu_hours: tuple[float, float]
     cost: tuple[float, float] | None
 
@@ -231,11 +237,13 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     tokens = job.batch.global_size * job.data.block_size
     start = START_S if speed.start_s is None else speed.start_s + _ENDS_S
 
+    def step_at(rate: float) -> float:
+        return step_time(work.model, at, rate, network).total
+
     def seconds_at(rate: float) -> float:
-        step = step_time(work.model, at, rate, network).total
         eval_rate = rate / speed.middle * (speed.eval_tokens_per_s or speed.middle / _FORWARD)
         evaluations = work.eval_blocks * job.data.block_size / (eval_rate * workers)
-        return work.num_steps * step + evaluations + start
+        return work.num_steps * step_at(rate) + evaluations + start
 
     memory = estimate_memory(work.model, at)
     middle = step_time(work.model, at, speed.middle, network)
@@ -250,9 +258,11 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
         memory=memory,
         fits=None if target.device is None else fits_device(memory, target.device.memory_bytes),
         tokens_per_s=rate,
+        speeds=(tokens / step_at(speed.low), tokens / step_at(speed.high)),
         waiting=middle.waiting / middle.total,
         efficiency=rate / (workers * speed.middle),
         seconds=seconds,
+        middle_s=seconds_at(speed.middle),
         gpu_hours=gpu_hours,
         cost=None if price is None else (gpu_hours[0] * price, gpu_hours[1] * price),
     )

@@ -5,9 +5,9 @@ from clm_dist.devices import Device, device_of
 from clm_dist.errors import ConfigError
 from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.counts import Counts
-from clm_dist.plan.page import show_bytes
 from clm_dist.plan.speed import Speed, check_measured_on, interval_of_steps
 from clm_dist.plan.target import MeasuredSpeed
+from clm_dist.quantities import show_bytes
 
 _RAY_BYTES = 230 * 2**20
 """Memory of a worker's process that is Ray's: runs of two models took 226 and 240 MiB more than their probes."""
@@ -62,4 +62,4 @@ def probe_speed(
             f"{size}: {f'{speed:,.0f}' if speed else 'does not fit'}" for size, speed in probed.sizes.items()
         )
         notes.append(f"tokens/s of a pass by batch.micro_size: {tried}; the fastest is {best}")
-    return MeasuredSpeed(speed, device_of(here), here != "CPU", probed.workers, tuple(notes))
+    return MeasuredSpeed(speed, device_of(here), here != "CPU", here, probed.workers, probed.workers, tuple(notes))

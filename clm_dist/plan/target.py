@@ -35,5 +35,8 @@ class MeasuredSpeed:
     device: Device | None
     """None for a CPU, or a GPU that is not known."""
     is_gpu: bool
+    name: str
+    """Of what it was measured on, as its driver has it; `CPU` for none."""
+    workers: int
     workers_per_node: int
     notes: tuple[str, ...]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
+from clm_dist.files.plan_file import Interval
 from clm_dist.report.history import History
 from clm_dist.report.thin import Curve
 
@@ -41,16 +42,24 @@ class Chart(TypedDict):
     wide: bool
     level: float | None
     """Height of a line across, the baseline."""
+    expected: Interval | None
+    """What is expected at the end of the run."""
     series: list[Series]
 
 
-def charts_of_run(history: History, baseline: float | None) -> list[Chart]:
-    """The plots of a run, those without data left out."""
+def charts_of_run(history: History, baseline: float | None, expected: Interval | None = None) -> list[Chart]:
+    """The plots of a run, those without data left out.
+
+    Args:
+        expected: the eval loss to expect.
+    """
     curves = history.curves
     losses = _band("training", curves["loss"], 1.0) if "loss" in curves else []
     if "eval" in curves:
         losses.append(_series("evaluation", curves["eval"].points(), "c1", width=2, marked=True))
-    charts = [_chart("loss", "Loss", "nats per token", losses, wide=True, level=baseline)] if losses else []
+    charts = []
+    if losses:
+        charts.append(_chart("loss", "Loss", "nats per token", losses, wide=True, level=baseline, expected=expected))
     for name, title, unit, factor in _PANELS:
         if name in curves:
             charts.append(_chart(name, title, unit, _band(title.lower(), curves[name], factor)))
@@ -100,9 +109,24 @@ def _scaled(points: Iterable[tuple[float, float]], factor: float) -> list[tuple[
 
 
 def _chart(
-    name: str, title: str, unit: str, series: list[Series], *, wide: bool = False, level: float | None = None
+    name: str,
+    title: str,
+    unit: str,
+    series: list[Series],
+    *,
+    wide: bool = False,
+    level: float | None = None,
+    expected: Interval | None = None,
 ) -> Chart:
-    return {"id": name, "title": title, "unit": unit, "wide": wide, "level": level, "series": series}
+    return {
+        "id": name,
+        "title": title,
+        "unit": unit,
+        "wide": wide,
+        "level": level,
+        "expected": expected,
+        "series": series,
+    }
 
 
 def _series(

@@ -24,7 +24,7 @@ def write_comparison(
     """Write the page, which is as private as the jobs in it.
 
     Args:
-        said: what can be said of which run is better, see `better.verdicts`.
+        said: what can be said of which run is better, see `better.verdicts`, and of the plans of runs.
     """
     histories = [(label, History.of(read_records(run.metrics))) for label, run in zip(labels, runs, strict=True)]
     charts = charts_of_runs(histories)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from clm_dist.files.record_types import FailureRecord, OutlierRecord, Record, StartRecord, StepRecord
-from clm_dist.report.spent import Spent
+from clm_dist.files.standing import Standing
 from clm_dist.report.thin import Curve, Marks
 
 MarkKind = Literal["restart", "rollback", "skip", "spike", "problem", "kept", "checkpoint"]
@@ -14,19 +14,13 @@ CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "rou
 
 
 @dataclass
-class History:
-    """The curves of a run, what happened on its way, and where its time went."""
+class History(Standing):
+    """The curves of a run, what happened on its way, and what it has taken."""
 
     curves: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     """By the field of a step's record, where some step has a value; `eval` is the loss of the evaluations."""
     marks: dict[MarkKind, Marks] = field(default_factory=lambda: defaultdict(Marks))
-    spent: Spent = field(default_factory=Spent)
-    step: int = 0
-    num_steps: int = 0
-    """Steps of the whole run; 0 where no worker has begun."""
     epoch: float = 0.0
-    peak_memory: int = 0
-    """Bytes of rank 0."""
     best_mfu: float = 0.0
     num_starts: int = 0
     compiled: bool = False
@@ -38,17 +32,19 @@ class History:
         """The history that the records of a run tell."""
         history = cls()
         for record in records:
-            history.spent.add(record)
-            if record["kind"] == "step":
-                history._add_step(record)
-            else:
-                history._add_other(record)
+            history.add(record)
         if failure := history._failure:
             history.marks["problem"].add(failure["step"], _describe_failure(failure))
         return history
 
+    def add(self, record: Record) -> None:
+        super().add(record)
+        if record["kind"] != "step":
+            self._mark(record)
+
     def _add_step(self, record: StepRecord) -> None:
-        step = self.step = record["step"]
+        super()._add_step(record)
+        step = record["step"]
         self.epoch = record["epoch"]
         for name in CURVES:
             value = record.get(name)
@@ -56,13 +52,10 @@ class History:
             if value is not None or name == "grad_norm":
                 self.curves[name].add(step, value)  # type: ignore[arg-type]
         self.best_mfu = max(self.best_mfu, record["mfu"] or 0.0)
-        self.peak_memory = max(self.peak_memory, record.get("memory_bytes", 0))
 
-    def _add_other(self, record: Record) -> None:
+    def _mark(self, record: Record) -> None:
         step = record["step"]
-        if record["kind"] == "start":
-            self._add_start(record)
-        elif record["kind"] == "eval":
+        if record["kind"] == "eval":
             self.curves["eval"].add(step, record["loss"])
         elif record["kind"] == "failure":
             self._failure = record
@@ -85,8 +78,8 @@ class History:
             self.marks["skip" if is_left_out else "spike"].add(step, _describe_outlier(record))
 
     def _add_start(self, record: StartRecord) -> None:
+        super()._add_start(record)
         self.num_starts += 1
-        self.num_steps = record["num_steps"]
         self.compiled = record.get("compiled", False)
         self.hosts = tuple(dict.fromkeys(record.get("hosts", ())))
         failure, self._failure = self._failure, None

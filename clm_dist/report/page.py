@@ -6,22 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clm_dist.against_plan import Comparison, compare_with_plan
 from clm_dist.config.describe import yaml_value
 from clm_dist.config.load import read_saved_job
 from clm_dist.config.schema import field_values
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.files.atomic import write_text
 from clm_dist.files.blocks import Manifest
-from clm_dist.files.record_types import Record
 from clm_dist.files.records import read_records
 from clm_dist.files.result import Result, last_figures
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import Samples, read_samples
+from clm_dist.files.spent import PARTS, Spent
 from clm_dist.report.charts import charts_of_run, marks_of
 from clm_dist.report.data_tables import data_tables
 from clm_dist.report.history import History, MarkKind
+from clm_dist.report.planned import plan_section
 from clm_dist.report.render import Table, render_html
-from clm_dist.report.spent import PARTS, Spent
 from clm_dist.report.table import COLUMNS, change, describe_status, rows, show
 from clm_dist.timing import clock
 
@@ -47,25 +48,28 @@ def write_page(run: RunDir, result: Result, path: Path | None = None) -> None:
     data = None
     with contextlib.suppress(FileNotFoundError, DataError):  # runs of earlier versions have none
         data = Manifest.read(run.data)
+    history = History.of(read_records(run.metrics))
     page = render_page(
         result,
-        read_records(run.metrics),
+        history,
         run.job.read_text(encoding="utf-8"),
         fields=job,
         data=data,
         samples=read_samples(run),
+        beside_plan=compare_with_plan(run, history),
     )
     write_text(path or run.report, page, private=True)
 
 
 def render_page(
     result: Result,
-    records: Iterable[Record],
+    history: History,
     job: str,
     *,
     fields: Iterable[tuple[str, Any, Any]] = (),
     data: Manifest | None = None,
     samples: Samples | None = None,
+    beside_plan: Comparison | None = None,
 ) -> str:
     """The page's HTML.
 
@@ -73,8 +77,8 @@ def render_page(
         job: text of the job file.
         fields: name, value and default of the job's fields.
     """
-    history = History.of(records)
-    charts = charts_of_run(history, result["baseline"]["loss"] if result["baseline"] else None)
+    baseline = result["baseline"]["loss"] if result["baseline"] else None
+    charts = charts_of_run(history, baseline, beside_plan.loss if beside_plan else None)
     kinds = {*history.marks} | ({"skip"} if any(s["missing"] for chart in charts for s in chart["series"]) else set())
     each = max((curve.each for curve in history.curves.values()), default=1)
     changed = [
@@ -98,6 +102,7 @@ def render_page(
             if kind in kinds
         ],
         thinned=f"{each:,}" if each > 1 else "",
+        plan=beside_plan and plan_section(beside_plan),
         evaluations=_evaluations(result),
         spent=_spent(history.spent),
         events=_events(history),

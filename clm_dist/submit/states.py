@@ -46,6 +46,8 @@ class RunState:
     """None if no worker has begun."""
     result: dict[str, Any] | None = None
     """Its result.json, if it has ended; on Kubernetes only the `status`, because the claim is not mounted here."""
+    planned: str | None = None
+    """The time that was planned beside the one that it takes, in words; None if it has no plan."""
 
     @property
     def is_training(self) -> bool:

@@ -119,12 +119,23 @@ def submissions(runs: Path) -> list[Submission]:
 
 
 def find_submission(runs: Path, which: str | None) -> tuple[Submission, int | None]:
+    """Like `seek_submission`. Raises ConfigError where there is none."""
+    found = submissions(runs)
+    if sought := seek_submission(found, which):
+        return sought
+    where = f"from {runs}; --runs names another directory"
+    if which is None:
+        raise ConfigError(f"nothing was submitted {where}, and `clm-dist submit slurm|k8s JOB` submits")
+    names = ", ".join(one.name for one in found[:8])
+    raise ConfigError(f"no submission {which} {where}" + (f" (there: {names})" if names else ""))
+
+
+def seek_submission(found: Sequence[Submission], which: str | None) -> tuple[Submission, int | None] | None:
     """The submission of a name or a job's number, or the last one for None; and which run of a sweep it names, if any.
 
-    Raises:
-        ConfigError: there is none.
+    Args:
+        found: the newest first.
     """
-    found = submissions(runs)
     if which is None and found:
         return found[0], None
     for one in found:
@@ -133,11 +144,7 @@ def find_submission(runs: Path, which: str | None) -> tuple[Submission, int | No
         for task, name in enumerate(one.run_names):
             if which in (name, one.task_id(task)):
                 return one, task
-    where = f"from {runs}; --runs names another directory"
-    if which is None:
-        raise ConfigError(f"nothing was submitted {where}, and `clm-dist submit slurm|k8s JOB` submits")
-    names = ", ".join(one.name for one in found[:8])
-    raise ConfigError(f"no submission {which} {where}" + (f" (there: {names})" if names else ""))
+    return None
 
 
 def sweep_settings(sweeps: Sequence[str]) -> list[list[str]]:

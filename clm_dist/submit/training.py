@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from clm_dist.files.record_types import Record, StartRecord, StepRecord
+from clm_dist.files.standing import RECENT_STEPS
 
 MARK = "clm-dist training: "
 """Begins the text of a line that is for programs."""
-RECENT_STEPS = 50
-"""Steps of which the time that is left is estimated."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Training:
     """Loss of the last step."""
     seconds_left: float | None = None
     """Estimated from the last steps; does not include evaluations."""
+    planned: str | None = None
+    """What `against_plan.describe_time` says, where the records and the plan are on a disk that is not seen here."""
 
     @classmethod
     def of_records(cls, records: Iterable[Record]) -> "Training | None":
@@ -48,7 +49,10 @@ class Training:
 
     def as_line(self) -> str:
         """The text of a log's line, from which `of_lines` makes this again."""
-        return f"{MARK}{json.dumps(asdict(self))}"
+        fields = asdict(self)
+        if self.planned is None:
+            del fields["planned"]  # which an earlier version does not know
+        return f"{MARK}{json.dumps(fields)}"
 
     @classmethod
     def of_lines(cls, lines: Iterable[str]) -> "Training | None":

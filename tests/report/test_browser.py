@@ -14,6 +14,7 @@ from clm_dist.files.samples import write_samples
 from clm_dist.report.compare_page import write_comparison
 from clm_dist.report.page import write_page
 from tests.support.histories import HOSTILE, write_history
+from tests.support.plans import plan_of, plan_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
@@ -27,6 +28,7 @@ canvas => {
   return stripes.size / Math.ceil(width / 40);
 }
 """
+LOSS = {"value": 3.5, "low": 3.25, "high": 3.75}
 _PICTURES = "[...document.querySelectorAll('canvas')].map(canvas => canvas.toDataURL())"
 
 
@@ -80,6 +82,8 @@ def hostile_run(finished_run: RunDir, tmp_path_factory: pytest.TempPathFactory) 
     run = RunDir(Path(shutil.copytree(finished_run.root, tmp_path_factory.mktemp("hostile") / "run")))
     write_history(run.metrics, 3000)
     write_samples(run, {"prompt": HOSTILE, "seed": 1, "before": "x" * 500, "after": HOSTILE * 20})
+    size = plan_of(run)["sizes"][0] | {"workers": 4}
+    plan_run(run, device="h200", version=HOSTILE * 20, speed=HOSTILE * 20, sizes=[size], loss=LOSS)
     result: Any = read_result(run.root)
     figures = result["evals"][-1]
     result |= {"name": HOSTILE, "status": "failed", "error": HOSTILE * 30, "evals": [figures] * 500}
@@ -108,6 +112,27 @@ def test_every_plot_is_there_nothing_overflows_and_no_console_complains(
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     opened.context.close()
+
+
+def test_the_loss_to_expect_is_drawn_across_the_plot_of_the_loss(browser: Any, run: RunDir) -> None:
+    """On each scale the only plot that it changes."""
+    write_history(run.metrics, 3000)
+    result = read_result(run.root)
+    plan_run(run)
+    write_page(run, result)
+    without = Opened(browser, run.report, DESKTOP)
+    plan_run(run, loss=LOSS)
+    write_page(run, result)
+    opened = Opened(browser, run.report, DESKTOP)
+    for scale in ("#reset", "#log-values"):
+        pictures = []
+        for one in (without, opened):
+            one.page.locator(scale).click()
+            pictures.append(one.pictures())
+        assert [a != b for a, b in zip(*pictures, strict=True)] == [True] + [False] * 5
+    assert opened.said == without.said == []
+    for one in (without, opened):
+        one.context.close()
 
 
 def test_hovering_says_what_happened_there(browser: Any, hostile_run: RunDir) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from clm_dist.files.record_types import Record
 from clm_dist.files.records import read_records
+from clm_dist.files.spent import Spent
 from clm_dist.report.history import History
-from clm_dist.report.spent import Spent
 from tests.support.histories import history, write_history
 
 

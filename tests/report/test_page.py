@@ -4,17 +4,21 @@ import base64
 import hashlib
 import json
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from clm_dist.against_plan import compare_with_plan
 from clm_dist.files.blocks import Manifest
 from clm_dist.files.records import read_records
 from clm_dist.files.result import read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.samples import write_samples
+from clm_dist.files.standing import Standing
+from clm_dist.report.history import History
 from clm_dist.report.page import render_page, write_page
 from tests.support.histories import HOSTILE, write_history
+from tests.support.plans import plan_run
 from tests.support.runs import metrics_of
 
 
@@ -56,12 +60,15 @@ class Page(HTMLParser):
 
     def series(self, chart: str) -> dict[str, Any]:
         """The series of a plot, by their labels."""
-        (found,) = (one for one in self.payload["charts"] if one["id"] == chart)
-        return {one["label"]: one for one in found["series"]}
+        return {one["label"]: one for one in self.chart(chart)["series"]}
+
+    def chart(self, name: str) -> dict[str, Any]:
+        (found,) = (one for one in self.payload["charts"] if one["id"] == name)
+        return cast(dict[str, Any], found)
 
 
 def test_the_page_opens_with_no_network_and_plots_every_step(finished_run: RunDir, result: Any) -> None:
-    text = render_page(result, read_records(finished_run.metrics), finished_run.job.read_text())
+    text = render_page(result, History.of(read_records(finished_run.metrics)), finished_run.job.read_text())
     page = Page(text)
     assert page.fetched == []
     # The head of uPlot, a comment, names its home.
@@ -80,12 +87,14 @@ def test_nothing_that_a_run_says_becomes_a_part_of_the_page(run: RunDir, result:
     write_history(run.metrics, 400)
     write_samples(run, {"prompt": HOSTILE, "seed": 1, "before": HOSTILE, "after": f"{HOSTILE}{HOSTILE}"})
     run.job.write_text(run.job.read_text().replace("name: tiny", f"name: tiny\n# {HOSTILE.replace(chr(0x2028), '')}"))
+    plan_run(run, version=HOSTILE, speed=HOSTILE, device=HOSTILE)
     write_page(run, result | {"name": HOSTILE, "status": "failed", "error": HOSTILE, "versions": {HOSTILE: HOSTILE}})
     page = Page(run.report.read_text())
+    assert "Beside the plan" in page.said
     assert len(page.scripts) == 3
     assert page.fetched == []
     assert "img" not in page.tags
-    assert page.said.count("onerror=alert(1)") >= 8
+    assert page.said.count("onerror=alert(1)") >= 12
     texts = [mark["text"] for mark in page.payload["marks"]]
     assert any(HOSTILE in text for text in texts)
     # Scripts run by their hashes alone.
@@ -108,10 +117,34 @@ def test_the_page_shows_what_happened_where_it_happened(run: RunDir, result: Any
     assert max(page.series("loss")["training"]["y"]) == 99.0
 
 
+def test_the_page_shows_the_plan_beside_what_came_and_the_loss_to_expect(run: RunDir, result: Any) -> None:
+    write_page(run, result)
+    page = Page(run.report.read_text())
+    assert "Beside the plan" not in page.said
+    assert page.chart("loss")["expected"] is None
+    loss = {"value": 4.0, "low": 3.5, "high": 4.5}
+    plan_run(run, loss=loss)
+    write_page(run, result)
+    page = Page(run.report.read_text())
+    assert page.chart("loss")["expected"] == loss
+    assert all(chart["expected"] is None for chart in page.payload["charts"] if chart["id"] != "loss")
+    comparison = compare_with_plan(run, Standing.of(read_records(run.metrics)))
+    assert comparison
+    assert "steps2424as planned" in page.said
+    for row in comparison.rows:
+        assert f"{row.name}{row.planned}{row.came}{row.difference}" in page.said
+    # The loss to expect of another job is not drawn.
+    plan_run(run, loss=loss, job={"train.max_steps": 0})
+    write_page(run, result)
+    page = Page(run.report.read_text())
+    assert page.chart("loss")["expected"] is None
+    assert "the plan is of another job, and is not compared: train.max_steps differs" in page.said
+
+
 def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:
     failed = result | {"status": "failed", "error": "<b>no & nothing</b>", "baseline": None, "evals": [], "final": None}
     failed["train"] = {"steps": 0, "tokens": 0, "seconds": 0, "tokens_per_s": None}
-    text = render_page(failed, [], "name: a")
+    text = render_page(failed, History(), "name: a")
     assert "&lt;b&gt;no &amp; nothing&lt;/b&gt;" in text
     assert "No data yet" in text
 

@@ -40,6 +40,7 @@
     ctx.save();
     ctx.lineWidth = 1.5 * unit;
     const at = step => Math.round(plot.valToPos(step, "x", true));
+    const height = value => Math.round(plot.valToPos(value, "y", true));
     const cross = (x, y) => {
       const r = 3.5 * unit;
       ctx.beginPath();
@@ -67,18 +68,27 @@
     }
     ctx.strokeStyle = colour("bad");
     for (const one of chart.series) for (const [step] of one.missing) if (inside(step)) cross(at(step), bbox.top + 6 * unit);
-    if (chart.level !== null) {
-      const y = Math.round(plot.valToPos(chart.level, "y", true));
-      if (y >= bbox.top && y <= bottom) {
-        ctx.strokeStyle = ctx.fillStyle = colour("muted");
-        ctx.setLineDash([6 * unit, 4 * unit]);
-        ctx.beginPath(); ctx.moveTo(bbox.left, y); ctx.lineTo(bbox.left + bbox.width, y); ctx.stroke();
-        ctx.font = `${12 * unit}px system-ui, sans-serif`;
-        ctx.textAlign = "right";
-        const text = `baseline ${shown(chart.level)}`;
-        ctx.fillText(text, bbox.left + bbox.width - 4 * unit, y + (y < bbox.top + 20 * unit ? 15 : -5) * unit);
-      }
+    const across = (value, text, name, align) => {
+      const y = height(value);
+      if (y < bbox.top || y > bottom) return;
+      ctx.strokeStyle = ctx.fillStyle = colour(name);
+      ctx.setLineDash([6 * unit, 4 * unit]);
+      ctx.beginPath(); ctx.moveTo(bbox.left, y); ctx.lineTo(bbox.left + bbox.width, y); ctx.stroke();
+      ctx.font = `${12 * unit}px system-ui, sans-serif`;
+      ctx.textAlign = align;
+      const x = align === "right" ? bbox.left + bbox.width - 4 * unit : bbox.left + 4 * unit;
+      ctx.fillText(text, x, y + (y < bbox.top + 20 * unit ? 15 : -5) * unit);
+    };
+    if (chart.expected) {
+      const { value, low, high } = chart.expected;
+      const from = Math.max(bbox.top, height(high)), to = Math.min(bottom, height(low));
+      ctx.fillStyle = colour("good");
+      ctx.globalAlpha = .12;
+      if (to > from) ctx.fillRect(bbox.left, from, bbox.width, to - from);
+      ctx.globalAlpha = 1;
+      across(value, `expected at the end ${shown(value)} (${shown(low)} to ${shown(high)})`, "good", "left");
     }
+    if (chart.level !== null) across(chart.level, `baseline ${shown(chart.level)}`, "muted", "right");
     ctx.restore();
   }
 
@@ -118,7 +128,9 @@
   function range(chart) {
     return (plot, low, high) => {
       if (low == null) return [0, 1];
-      if (chart.level !== null) { low = Math.min(low, chart.level); high = Math.max(high, chart.level); }
+      const { level, expected } = chart;
+      if (level !== null) { low = Math.min(low, level); high = Math.max(high, level); }
+      if (expected) { low = Math.min(low, expected.low); high = Math.max(high, expected.high); }
       if (options.logValues) return uPlot.rangeLog(low, high, 10, false);
       return uPlot.rangeNum(low, high, { min: { pad: 0.06, soft: 0, mode: low >= 0 && low < 0.25 * high ? 1 : 3 }, max: { pad: 0.08 } });
     };

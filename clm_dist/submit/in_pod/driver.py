@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clm_dist.against_plan import describe_time
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ClmDistError, MendFirstError, SubmitError, TryAgainError
@@ -26,9 +28,10 @@ from clm_dist.files.record_types import Record
 from clm_dist.files.records import RecordReader, read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import remove_run
-from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, Pod, exit_code, now
+from clm_dist.files.standing import RECENT_STEPS
+from clm_dist.submit.in_pod.pod import DASHBOARD_PORT, JOB_DIR, PLAN, Pod, exit_code, now
 from clm_dist.submit.in_pod.ray_jobs import RayJobs
-from clm_dist.submit.training import RECENT_STEPS, Training, recent
+from clm_dist.submit.training import Training, recent
 
 _GOES_ON = TryAgainError.exit_code
 _MEND_FIRST = MendFirstError.exit_code
@@ -61,6 +64,8 @@ class PodDriver:
         self._records = RecordReader(run.metrics, from_end=True)
         self._recent: list[Record] = []
         self._training: Training | None = None
+        self._planned: str | None = None
+        self._plan_due = 0.0
 
     @property
     def told(self) -> bool:
@@ -170,7 +175,14 @@ class PodDriver:
         training = Training.of_records(self._recent)
         if training and training != self._training:
             self._training = training
-            self._say(training.as_line())
+            self._say(replace(training, planned=self._beside_plan()).as_line())
+
+    def _beside_plan(self) -> str | None:
+        """The time that was planned and the one that the run takes; read anew in a twentieth of the time at most."""
+        if (began := time.monotonic()) >= self._plan_due or self._over.is_set():
+            self._planned = describe_time(self._run)
+            self._plan_due = began + 20 * (time.monotonic() - began)
+        return self._planned
 
     def _end(self, number: int, _frame: Any) -> None:
         self._told = True
@@ -191,6 +203,14 @@ class PodDriver:
                     os._exit(1)
 
 
+def keep_plan(planned: Path, run: RunDir) -> None:
+    """Put the plan that was submitted with a job into the directory of its run."""
+    with contextlib.suppress(OSError, ClmDistError):  # no plan ends a run
+        if planned.is_file():
+            make_dir(run.root)
+            write_text(run.plan, planned.read_text(encoding="utf-8"), private=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--resume", action="store_true")
@@ -202,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         job = read_saved_job(path)
         run = RunDir(Path(os.environ["CLM_DIST_RUNS"]) / job.name)
+        keep_plan(path.with_name(PLAN), run)
         command = [sys.executable, "-m", "clm_dist", "run", str(path), *(["--resume"] if options.resume else [])]
         driver = PodDriver(pod, run, command, gives_up=options.ray_job is not None)
         code = driver.run(job if options.overwrite else None)

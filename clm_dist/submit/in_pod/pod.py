@@ -13,6 +13,8 @@ JOB_DIR = "/etc/clm-dist"
 """Directory of the job file in pods."""
 CODE = "code.zip"
 """File in that directory: the code of a working tree, if it replaces the image's."""
+PLAN = "plan.json"
+"""File in that directory: the plan of the run, if it was planned."""
 PORT = 6379
 """Port of Ray's head; every pod has an address of its own."""
 DASHBOARD_PORT = 8265

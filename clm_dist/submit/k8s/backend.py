@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
 from clm_dist.errors import ConfigError, SubmitError
 from clm_dist.files.atomic import make_dir, write_text
+from clm_dist.files.plan_file import PlanFile
+from clm_dist.submit.in_pod.pod import PLAN
 from clm_dist.submit.k8s import made, render, states
 from clm_dist.submit.k8s.checks import check_cluster, claim_warning
 from clm_dist.submit.k8s.kubectl import ForbiddenError, Kubectl
@@ -32,6 +35,8 @@ class Launch:
     job: JobConfig
     request: Request
     runs: Path
+    plan: PlanFile | None = None
+    """Of the job, where it was planned; a dry run does not print it."""
 
     @cached_property
     def kubectl(self) -> Kubectl:
@@ -54,6 +59,9 @@ class Launch:
     def objects(self) -> list[Object]:
         """What is applied, the job itself last."""
         objects = render.objects(self.job, self.request)
+        if self.plan is not None:
+            (config_map,) = (made for made in objects if made["kind"] == "ConfigMap")
+            config_map["data"][PLAN] = json.dumps(self.plan, allow_nan=False)
         if self.request.plain:
             objects.insert(0, _token(self.job.name))
         return objects
@@ -148,7 +156,8 @@ class K8sBackend:
             with contextlib.suppress(SubmitError):  # it has not started, or is gone
                 training = Training.of_lines(kubectl.last_lines(driver["metadata"]["name"], _LAST_LINES))
         result = {"status": "done"} if job.state == "DONE" else None
-        return Status([RunState(submission.name, str(submission.job_id), job, training, result)])
+        planned = training.planned if training else None
+        return Status([RunState(submission.name, str(submission.job_id), job, training, result, planned)])
 
     def is_active(self, submission: Submission) -> bool:
         job = made.job_of(Kubectl.of(submission), submission)

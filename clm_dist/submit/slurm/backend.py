@@ -1,23 +1,29 @@
 """Submit to Slurm, watch and cancel."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clm_dist.against_plan import describe_time
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import job_text
-from clm_dist.errors import ConfigError, SubmitError
+from clm_dist.errors import ClmDistError, ConfigError, SubmitError
 from clm_dist.files.atomic import make_dir, read_json, write_text
+from clm_dist.files.plan_file import PlanFile, write_plan
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run, remove_run
+from clm_dist.files.standing import RECENT_STEPS
 from clm_dist.submit.slurm import commands
 from clm_dist.submit.slurm.logs import HostLogs
 from clm_dist.submit.slurm.render import Request, hosts_of, render_prepare, render_run
 from clm_dist.submit.states import JobState, RunState, Status
 from clm_dist.submit.submission import Submission
-from clm_dist.submit.training import RECENT_STEPS, Training
+from clm_dist.submit.training import Training
+
+logger = logging.getLogger(__name__)
 
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/local", "/scratch/local", "/localscratch")
 
@@ -32,6 +38,8 @@ class Launch:
     """Prepare in a job of its own, on CPUs, before this one."""
     overwrite: bool = False
     """Remove the runs of these names, and start again."""
+    plans: Sequence[PlanFile] = ()
+    """Of each job, where it was planned."""
 
     @property
     def submission(self) -> Submission:
@@ -102,6 +110,11 @@ class SlurmBackend:
                 self.cancel(submitted)
                 raise
             commands.release_job(job_id)
+        for job, plan in zip(jobs, launch.plans, strict=False):
+            try:
+                write_plan(RunDir(submission.runs / job.name), plan)
+            except ClmDistError as error:  # the job is submitted
+                logger.warning("the plan of %s is not kept: %s", job.name, error)
         return submitted
 
     def describe(self, submission: Submission) -> str:
@@ -118,7 +131,7 @@ class SlurmBackend:
             if run.result.exists() and run.result.stat().st_mtime >= submission.submitted:
                 result = read_json(run.result)
             training = Training.of_records(read_records(run.metrics, last_steps=RECENT_STEPS))
-            runs.append(RunState(name, job_id, states.get(job_id), training, result))
+            runs.append(RunState(name, job_id, states.get(job_id), training, result, describe_time(run)))
         prepare = _prepare_state(submission)
         if prepare is None or prepare.state == "COMPLETED":
             return Status(runs)

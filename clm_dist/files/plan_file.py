@@ -1,0 +1,98 @@
+"""plan.json: what was planned for a run. `plan --save` and `submit --plan` write it; `report` and `status` read it."""
+
+import json
+from typing import Any, Final, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+from clm_dist.errors import first_line
+from clm_dist.files.atomic import make_dir, write_json
+from clm_dist.files.run_dir import RunDir
+
+FORMAT: Final = 1
+
+
+class Interval(TypedDict):
+    """A figure, and the interval in which it is expected."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PlannedSize(TypedDict):
+    """What is planned for a number of workers."""
+
+    workers: int
+    seconds: Interval | None
+    """From the start of the driver to the evaluation of the written model, which the records of a run cover."""
+    tokens_per_s: Interval | None
+    """Both are None where the plan has no speed."""
+    memory_bytes: Interval | None
+    """Of a worker, as the records have it; None on a CPU where it is not measured."""
+
+
+class PlanFile(TypedDict):
+    """The content of plan.json."""
+
+    format: Literal[1]
+    made: float
+    """Seconds since the epoch."""
+    version: str
+    """Of clm-dist."""
+    job: dict[str, Any]
+    """The fields that the plan rests on; see `config.differences.computed_values`."""
+    device: str
+    """Name of a GPU as `--gpu` takes it, or as its driver has it; `CPU`, or `this GPU` for one that is described."""
+    workers: int
+    """Of the job."""
+    price: float | None
+    """Of a GPU for an hour."""
+    steps: Interval
+    evaluations: int
+    """The one before training and the one of the written model among them."""
+    sizes: list[PlannedSize]
+    speed: str | None
+    """Where the speed is from, in words."""
+    loss: Interval | None
+    """The eval loss to expect."""
+    plan: dict[str, Any]
+    """The object that `plan --json` prints."""
+
+
+def write_plan(run: RunDir, plan: PlanFile) -> None:
+    """Write the plan of a run, which need not have begun.
+
+    Raises:
+        ConfigError, StorageError: the run directory cannot be written.
+    """
+    make_dir(run.root)
+    # Like job.yaml: it has fields of the job.
+    write_json(run.plan, plan, private=True)
+
+
+def read_plan(run: RunDir) -> PlanFile | str | None:
+    """The plan of a run; why it cannot be read, in words; None where there is none."""
+    try:
+        text = run.plan.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        return _unreadable(run, first_line(error))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _unreadable(run, first_line(error))
+    if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
+        return _unreadable(run, f"it has the format {values['format']}, and this version reads {FORMAT}")
+    try:
+        # Further keys may come from a later version.
+        return TypeAdapter(PlanFile).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        return _unreadable(run, ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]])))
+
+
+def _unreadable(run: RunDir, reason: str) -> str:
+    return f"{run.plan} cannot be read: {reason}; `clm-dist plan JOB --save` writes it anew"

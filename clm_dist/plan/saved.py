@@ -1,0 +1,76 @@
+"""The file of a plan, which lies in the directory of its run."""
+
+import time
+
+from clm_dist import __version__
+from clm_dist.config.differences import computed_values
+from clm_dist.config.job import JobConfig
+from clm_dist.files.plan_file import FORMAT, Interval, PlanFile, PlannedSize
+from clm_dist.plan.memory import Memory
+from clm_dist.plan.page import plan_values
+from clm_dist.plan.plan import OUTSIDE_S, Plan, Scale
+from clm_dist.plan.target import MeasuredSpeed, Target
+from clm_dist.train.batches import BatchOrder
+
+_MEMORY_ERROR = 0.1
+"""Share by which the memory of a run may differ from that of its plan."""
+
+_START_ERROR, _ASSUMED_START_ERROR = (5.0, 5.0), (10.0, 28.0)
+"""Seconds by which the start of a run may be shorter and longer than planned, where it was measured and where not."""
+
+
+def plan_file(job: JobConfig, plan: Plan, target: Target, measured: MeasuredSpeed | None = None) -> PlanFile:
+    """The content of plan.json.
+
+    Args:
+        measured: what the speed of the plan is from, where it was measured.
+    """
+    counts = plan.counts.train
+    low, high = (BatchOrder.of_job(job, max(1, round(end))).num_steps for end in (counts.low, counts.high))
+    expected = plan.loss.expected.loss if plan.loss and plan.loss.expected else None
+    device = target.device.name if target.device else measured.name if measured else "CPU"
+    return {
+        "format": FORMAT,
+        "made": time.time(),
+        "version": __version__,
+        "job": computed_values(job),
+        "device": device,
+        "workers": plan.workers,
+        "price": target.price,
+        "steps": {"value": plan.steps, "low": low, "high": high},
+        "evaluations": plan.evaluations,
+        "sizes": [_of_scale(scale, target, measured) for scale in plan.scales] or [_without_speed(plan, target)],
+        "speed": plan.speed.how if plan.speed else None,
+        "loss": {"value": expected.value, "low": expected.low, "high": expected.high} if expected else None,
+        "plan": plan_values(plan),
+    }
+
+
+def _of_scale(scale: Scale, target: Target, measured: MeasuredSpeed | None) -> PlannedSize:
+    shorter, longer = _START_ERROR if measured and measured.speed.start_s is not None else _ASSUMED_START_ERROR
+    ends = (scale.middle_s, scale.seconds[0] - shorter, scale.seconds[1] + longer)
+    seconds = [max(0.0, end - OUTSIDE_S) for end in ends]
+    memory = _memory(scale.memory) if target.is_gpu else None
+    if measured and measured.speed.memory_bytes and measured.workers == scale.workers:
+        memory = _about(measured.speed.memory_bytes)
+    return {
+        "workers": scale.workers,
+        "seconds": {"value": seconds[0], "low": seconds[1], "high": seconds[2]},
+        "tokens_per_s": {"value": scale.tokens_per_s, "low": scale.speeds[0], "high": scale.speeds[1]},
+        "memory_bytes": memory,
+    }
+
+
+def _without_speed(plan: Plan, target: Target) -> PlannedSize:
+    own = next(one for one in plan.choices if one.is_of(plan.setting))
+    memory = _memory(own.memory) if target.is_gpu else None
+    return {"workers": plan.workers, "seconds": None, "tokens_per_s": None, "memory_bytes": memory}
+
+
+def _memory(memory: Memory) -> Interval:
+    # A run records what tensors take.
+    return _about(memory.total - memory.context)
+
+
+def _about(memory: float) -> Interval:
+    return {"value": memory, "low": memory * (1 - _MEMORY_ERROR), "high": memory * (1 + _MEMORY_ERROR)}

@@ -1,0 +1,71 @@
+"""`clm-dist status` of runs that were not submitted."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clm_dist.files.atomic import write_json
+from clm_dist.files.lease import Lease
+from clm_dist.files.run_dir import RunDir
+from tests.support.command import Said, cells, clm_dist
+from tests.support.histories import write_history
+from tests.support.plans import plan_run
+
+Status = Callable[..., Said]
+
+
+@pytest.fixture
+def status(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run: RunDir) -> Status:
+    return lambda *arguments: clm_dist(capsys, monkeypatch, "status", *arguments, "--runs", run.root.parent)
+
+
+def test_a_run_of_this_machine_is_shown_by_its_name_or_its_path(status: Status, run: RunDir, tmp_path: Path) -> None:
+    for which in ("tiny", run.root):
+        said = status(which)
+        assert (said.code, cells(said.out, "tiny")[:3]) == (0, ["tiny", "done", "24/24"])
+    assert "planned" not in said.out
+    other = RunDir(tmp_path / "runs" / "it's [bold]")
+    other.root.mkdir()
+    other.job.write_bytes(run.job.read_bytes())
+    assert cells(status(other.root.name).out, "it's [bold]") == ["it's [bold]", "stopped", "", "", ""]
+
+
+def test_a_run_that_is_trained_says_by_whom_and_what_is_left(status: Status, run: RunDir) -> None:
+    run.result.unlink()
+    write_history(run.metrics, 200, events=False)
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(lines[:120]))
+    plan_run(run, device="h200", sizes=[_size(4)])
+    assert cells(status("tiny").out, "tiny")[1] == "stopped"
+    with Lease(run.root).hold(timeout_s=0):
+        said = status("tiny")
+    row = cells(said.out, "tiny")
+    assert row[1].startswith(f"running (process {os.getpid()} on ")
+    assert row[2].endswith("/200")
+    assert row[4].startswith("0:")
+    assert "\ntiny: planned 1 min 40 s (1 min 30 s to 2 min); at this speed " in said.out
+    assert ", done in " in said.out
+
+
+def _size(workers: int) -> dict[str, object]:
+    seconds = {"value": 100.0, "low": 90.0, "high": 120.0}
+    return {"workers": workers, "seconds": seconds, "tokens_per_s": None, "memory_bytes": None}
+
+
+def test_without_a_name_it_is_the_run_that_has_trained_last(status: Status, run: RunDir) -> None:
+    for name, when in (("newer", 2e9), ("older", 1e9)):
+        one = RunDir(run.root.parent / name)
+        one.root.mkdir()
+        one.job.write_bytes(run.job.read_bytes())
+        one.metrics.write_bytes(run.metrics.read_bytes())
+        write_json(one.result, {"status": "failed"})
+        os.utime(one.metrics, (when, when))
+    assert cells(status().out, "newer")[:3] == ["newer", "failed", "24/24"]
+
+
+@pytest.mark.parametrize("which", ["nothing", "x" * 5000, "a\0b"])
+def test_a_name_of_nothing_is_refused(status: Status, which: str) -> None:
+    said = status(which)
+    assert (said.code, said.err.startswith("error: no submission ")) == (2, True)
