@@ -28,7 +28,7 @@ def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
     kubernetes.add_pod("tiny-head", "head", node="n1")
     kubernetes.add_pod("tiny-w2", node="n3")
     kubernetes.add_pod("tiny-d1", "driver", node="n1")
-    training = Training(step=50, num_steps=1200, loss=3.21, seconds_left=80.0)
+    training = Training(step=50, num_steps=1200, loss=3.21, seconds_left=80.0, planned="planned 2 min; and so on")
     kubernetes.log(
         "tiny-d1",
         "2026-01-01T10:00:09.000000000Z 2026-01-01 10:00:09 Step 50, epoch 0.12: eval loss 2.1",
@@ -40,6 +40,7 @@ def test_a_ray_job_is_submitted_seen_logged_and_cancelled(
     assert cells(said.out, "tiny") == [
         *("tiny", "rayjob/tiny", "running", "n1,n3", "1", "50/1200", "3.2100", "1:20", "")
     ]
+    assert said.out.endswith("\ntiny: planned 2 min; and so on\n")
     assert k8s_commands.call("logs").out.splitlines() == [
         "[tiny-w2] 2026-01-01 10:00:01 up",
         "[driver] 2026-01-01 10:00:09 Step 50, epoch 0.12: eval loss 2.1",

@@ -20,6 +20,7 @@ from clm_dist.submit.training import Training
 from tests.conftest import MakeJob, WriteJob
 from tests.submit.test_launch import running
 from tests.submit.test_pod_driver import drive, log_of
+from tests.submit.test_pod_submitter import wait_until
 from tests.support.command import Said, cells
 from tests.support.fakes import Commands, FakeSlurm
 from tests.support.plans import plan_run
@@ -131,11 +132,23 @@ def test_a_pod_says_how_the_run_stands_beside_its_plan(run: RunDir, tmp_path: Pa
     plan_run(target)
     records = tmp_path / "records"
     records.write_bytes(run.metrics.read_bytes())
-    wrapper = drive(tmp_path, f"cat {records} >>$run/metrics.jsonl")
+    go = tmp_path / "go"
+    done = """echo '{"status": "done"}' >$run/result.json"""
+    wait = f"while [ ! -e {go} ]; do sleep 0.1; done"
+    wrapper = drive(tmp_path, f"cat {records} >>$run/metrics.jsonl; {wait}; {done}")
+
+    def told() -> Training | None:
+        return Training.of_lines(log_of(tmp_path).splitlines())
+
+    wait_until(lambda: told() is not None)
+    planned = "planned 1 min 40 s (1 min 30 s to 2 min)"
+    assert str(getattr(told(), "planned", None)).startswith(f"{planned}; at this speed ")
+    # What is said last is how it ended, though no step was added.
+    go.touch()
     wrapper.communicate(timeout=30)
-    training = Training.of_lines(log_of(tmp_path).splitlines())
+    training = told()
     assert training
-    assert str(training.planned).startswith("planned 1 min 40 s (1 min 30 s to 2 min); at this speed ")
+    assert str(training.planned).startswith(f"{planned}; took ")
     # Earlier versions read lines without it.
     fields = cast(dict[str, Any], json.loads(replace(training, planned=None).as_line().partition(": ")[2]))
     assert "planned" not in fields

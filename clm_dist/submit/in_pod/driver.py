@@ -172,10 +172,12 @@ class PodDriver:
             if is_new or not self._recent:  # also steps before the last start count
                 self._recent = list(read_records(self._run.metrics, last_steps=RECENT_STEPS))
             self._recent = recent([*self._recent, *added])
-        training = Training.of_records(self._recent)
-        if training and training != self._training:
+        if (training := Training.of_records(self._recent)) is None:
+            return
+        training = replace(training, planned=self._beside_plan())
+        if training != self._training:
             self._training = training
-            self._say(replace(training, planned=self._beside_plan()).as_line())
+            self._say(training.as_line())
 
     def _beside_plan(self) -> str | None:
         """The time that was planned and the one that the run takes; read anew in a twentieth of the time at most."""
