@@ -82,6 +82,13 @@ def test_every_figure_of_a_run_that_is_done_stands_beside_its_plan(begun: RunDir
     }
 
 
+def test_the_loss_is_that_of_the_weights_that_are_kept(begun: RunDir) -> None:
+    kept = {"kind": "final", "step": 100, "kept": 50, "stopped_early": False}
+    record(begun, *WHOLE[:52], evaluation(50, 2.95), *WHOLE[52:-1], kept, WHOLE[-1], status="done")
+    plan_run(begun, loss=LOSS)
+    assert rows(begun)["eval loss"] == ("3.0000 (2.9000 to 3.1000)", "2.9500", "-0.0500, inside the interval")
+
+
 def test_a_run_that_goes_on_is_judged_by_the_end_that_its_speed_leads_to(begun: RunDir) -> None:
     """Ten steps of a second, then fifty of two, which tell what is left: forty steps and three evaluations."""
     steps = [*map(step, range(1, 11)), *(step(number, 2.0) for number in range(11, 61))]

@@ -31,7 +31,9 @@ class Standing:
     """The numbers of workers on which it was trained, each with the device."""
     num_evals: int = 0
     last_eval: float | None = None
-    """Loss of the last evaluation."""
+    """Loss of the last evaluation; of a run that is done, that of the weights that are kept."""
+    _evals: dict[int, float] = field(default_factory=dict)
+    """Losses by step."""
     _eval_seconds: float = 0.0
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
@@ -54,7 +56,9 @@ class Standing:
             self.num_evals += 1
             self._eval_seconds += record.get("seconds", 0.0)
             if record["kind"] == "eval":
-                self.last_eval = record["loss"]
+                self.last_eval = self._evals[record["step"]] = record["loss"]
+        elif record["kind"] == "final":
+            self.last_eval = self._evals.get(record["kept"], self.last_eval)
 
     @property
     def seconds(self) -> float:
