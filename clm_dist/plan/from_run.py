@@ -1,7 +1,6 @@
 """A speed from a run that is finished, or that still trains."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from clm_dist.config.job import JobConfig
@@ -18,6 +17,7 @@ from clm_dist.plan.model import model_architecture, read_config
 from clm_dist.plan.speed import Measured, Speed, check_measured_on, measure
 from clm_dist.plan.target import MeasuredSpeed
 from clm_dist.quantities import show_bytes
+from clm_dist.train.micro_size import with_blocks
 
 _SAME_SPEED = (
     ("train", ("precision", "compile", "gradient_checkpointing")),
@@ -89,6 +89,7 @@ def speed_of_run(
         start_s=measured.start_s,
         # Of another model or another pass it says nothing.
         memory_bytes=measured.memory_bytes if before == model and not changed else None,
+        micro_size=measured.micro_size if device in (None, own) and before == model and not changed else None,
     )
     return MeasuredSpeed(
         speed=speed,
@@ -124,9 +125,9 @@ def _without_waiting(
     """How much faster a worker is that waits for no other, as a factor."""
     if device is None or measured.workers == 1:
         return 1.0
-    setting = Setting.of_job(job, measured.workers, is_gpu=True)
     if measured.micro_size:
-        setting = replace(setting, micro_size=measured.micro_size)
+        job = with_blocks(job, measured.micro_size)
+    setting = Setting.of_job(job, measured.workers, is_gpu=True)
     network = Network(-(-measured.workers // measured.num_hosts), device.link, between_nodes)
     # The time of a step is known, so what is computed is what is left of it without the waiting.
     step = setting.blocks_of_step * setting.block_size / ((measured.low + measured.high) / 2)

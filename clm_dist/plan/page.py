@@ -36,9 +36,10 @@ def print_plan(plan: Plan, target: Target, console: Console) -> None:
     for line in _lines(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     setting, workers = plan.setting, f"{plan.workers} worker{'s' * (plan.workers > 1)}"
+    blocks = f"{setting.micro_size} block{'s' * (setting.micro_size > 1)}"
     where = target.device.name if target.device else "a GPU" if target.is_gpu else "a worker, on a CPU"
     _print_table(
-        f"memory of {where}: {setting.strategy} on {workers}, {setting.micro_size} blocks a pass, {setting.precision}",
+        f"memory of {where}: {setting.strategy} on {workers}, {blocks} a pass, {setting.precision}",
         _own_memory(plan, target),
         console,
     )

@@ -14,6 +14,7 @@ from clm_dist.plan.disk import Disk, estimate_disk
 from clm_dist.plan.duration import Network, assumed_mfu, step_time, token_flops, tokens_per_second
 from clm_dist.plan.loss_of_runs import LossOfRuns
 from clm_dist.plan.memory import Memory, Setting, estimate_memory, fits_device
+from clm_dist.plan.passes import most_blocks, with_passes
 from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
 from clm_dist.train.batches import BatchOrder
@@ -119,15 +120,17 @@ def make_plan(
     if device is not None:
         # As a run reckons it, whatever its precision.
         at_peak = tokens * token_flops(architecture, job.data.block_size) / (device.half_flops * workers)
-    setting = Setting.of_job(job, workers, is_gpu=target.is_gpu, seconds_at_peak=at_peak)
     notes = list(notes)
+    plain = Setting.of_job(job, workers, is_gpu=target.is_gpu, seconds_at_peak=at_peak)
+    most = most_blocks(job, architecture, plain, device, speed, notes)
+    setting = with_passes(plain, job, most, workers)
     if speed is None and device is not None:
         speed = _speed_of(architecture, setting, device, mfu, notes)
     if job.train.optimizer != "adamw":
         notes.append(f"memory and checkpoints are those of AdamW; train.optimizer {job.train.optimizer} may take other")
     choices = tuple(choices_of(architecture, setting, device))
     evaluations = _num_evaluations(job, order)
-    work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks)
+    work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks, most)
     scales = []
     if speed is not None:
         fitting = [n for n in target.nodes if n * target.gpus_per_node <= job.batch.num_micros]
@@ -211,6 +214,8 @@ class _Work:
     num_steps: int
     eval_blocks: float
     """Of all evaluations together."""
+    most_blocks: int | None
+    """See `most_blocks`."""
 
 
 def _network(target: Target) -> Network:
@@ -233,7 +238,7 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     job, target = work.job, work.target
     workers = nodes * target.gpus_per_node
     network = _network(target)
-    at = replace(setting, world_size=workers, passes=job.batch.passes_per_step(workers))
+    at = with_passes(setting, job, work.most_blocks, workers)
     tokens = job.batch.global_size * job.data.block_size
     start = START_S if speed.start_s is None else speed.start_s + _ENDS_S
 

@@ -32,11 +32,13 @@ def probe_speed(
     check_measured_on(here, device)
     if device is not None and device != device_of(here):
         raise ConfigError(f"--probe measures on the {here} of this machine, not on {device.name}; leave --gpu out")
+    size = "one block" if job.batch.micro_size == "auto" else f"batch.micro_size {job.batch.micro_size}"
+    lower = "" if job.batch.micro_size == "auto" else "lower it, "
     try:
         probed = probe(job, Vocabulary(counts.vocabulary), max(1, round(counts.train.blocks)), seconds)
     except PassTooLargeError as error:
         raise ConfigError(
-            f"a pass of batch.micro_size {job.batch.micro_size} does not fit here ({error}); lower it, set "
+            f"a pass of {size} does not fit here ({error}); {lower}set "
             "train.gradient_checkpointing to true, or shard with cluster.strategy zero2, zero3 or fsdp2",
             field="batch.micro_size",
         ) from None
@@ -51,6 +53,7 @@ def probe_speed(
         how=f"measured here in {len(probed.steps)} steps on {probed.workers} x {probed.device}",
         eval_tokens_per_s=probed.eval_speed,
         memory_bytes=memory,
+        micro_size=probed.micro_size,
     )
     notes = []
     if memory is not None:

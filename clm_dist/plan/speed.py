@@ -31,6 +31,8 @@ class Speed:
     """Seconds until the first step; None where they were not measured."""
     memory_bytes: float | None = None
     """The most memory that a worker took; None where it was not measured."""
+    micro_size: int | None = None
+    """Blocks of a pass that were found to be best there; None where they were not looked for."""
 
     @property
     def middle(self) -> float:

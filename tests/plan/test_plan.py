@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from clm_dist.config.job import JobConfig
-from clm_dist.devices import DEVICES, device_of
+from clm_dist.devices import DEVICES, Device, device_of
 from clm_dist.errors import ConfigError
 from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.choices import advise, choices_of
 from clm_dist.plan.counts import Count, Counts
 from clm_dist.plan.duration import Network, exchanged_bytes, step_time
 from clm_dist.plan.families import architecture_of
-from clm_dist.plan.memory import Setting
+from clm_dist.plan.memory import Setting, largest_micro_size
 from clm_dist.plan.plan import Plan, make_plan
 from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
@@ -104,6 +104,26 @@ def test_a_short_last_pass_spares_time_to_a_single_worker_only() -> None:
     small = _job(batch={"global_size": 4, "micro_size": 8}, cluster={"workers": 1})
     assert _plan(small, speed=SPEED, target=one).scales[0].tokens_per_s == pytest.approx(10_000)
     assert _plan(small).setting.micro_size == 4
+
+
+def test_blocks_of_a_pass_that_a_run_finds_are_those_that_fit() -> None:
+    auto = _job(batch={"global_size": 256, "micro_size": "auto"}, cluster={"workers": 4})
+    one = Target(Device("small", ("small",), 8 * 10**9, 1e12, 1e12, 1e12), 4, (1, 2), 12.5e9)
+    plan = _plan(auto, speed=SPEED, target=one)
+    most = largest_micro_size(_gpt2(), Setting.of_job(auto, 4, is_gpu=True), 8 * 10**9)
+    assert 1 < plan.setting.micro_size <= most < 64
+    # As even as a run makes them.
+    assert plan.setting.micro_size == auto.batch.even_micro_size(most, 4)
+    assert plan.setting.passes == -(-256 // (4 * plan.setting.micro_size))
+    assert plan.scales[1].passes == -(-256 // (8 * auto.batch.even_micro_size(most, 8)))
+    assert any("blocks of a pass fit into small; a run tries it" in note for note in plan.notes)
+    named = _plan(_job(batch={"global_size": 256, "micro_size": plan.setting.micro_size}), speed=SPEED, target=one)
+    assert named.scales[0].seconds == plan.scales[0].seconds
+    # What a probe found, and where nothing is known.
+    assert _plan(auto, speed=replace(SPEED, micro_size=16), target=one).setting.micro_size == 16
+    unknown = _plan(auto, speed=SPEED, target=Target(None, 4, (1,), 12.5e9))
+    assert unknown.setting.micro_size == 1
+    assert "batch.micro_size is auto, and 1 is taken here: name a GPU" in unknown.notes[-1]
 
 
 def test_a_probe_computes_the_passes_of_the_job() -> None:
