@@ -292,6 +292,10 @@ class JobConfig(Section):
             raise wrong("model.attention", problem, "train.precision")
         return self
 
+    def with_micro_size(self, size: int) -> Self:
+        """The same job with so many blocks in a pass."""
+        return self.model_copy(update={"batch": self.batch.model_copy(update={"micro_size": size})})
+
     @property
     def tokenizer_path(self) -> str | None:
         """Directory or Hub id of the tokenizer; None when it is to be trained."""

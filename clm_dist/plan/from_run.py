@@ -17,7 +17,6 @@ from clm_dist.plan.model import model_architecture, read_config
 from clm_dist.plan.speed import Measured, Speed, check_measured_on, measure
 from clm_dist.plan.target import MeasuredSpeed
 from clm_dist.quantities import show_bytes
-from clm_dist.train.micro_size import with_blocks
 
 _SAME_SPEED = (
     ("train", ("precision", "compile", "gradient_checkpointing")),
@@ -126,7 +125,7 @@ def _without_waiting(
     if device is None or measured.workers == 1:
         return 1.0
     if measured.micro_size:
-        job = with_blocks(job, measured.micro_size)
+        job = job.with_micro_size(measured.micro_size)
     setting = Setting.of_job(job, measured.workers, is_gpu=True)
     network = Network(-(-measured.workers // measured.num_hosts), device.link, between_nodes)
     # The time of a step is known, so what is computed is what is left of it without the waiting.

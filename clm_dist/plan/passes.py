@@ -7,7 +7,6 @@ from clm_dist.devices import Device
 from clm_dist.plan.architecture import Architecture
 from clm_dist.plan.memory import Setting, largest_micro_size
 from clm_dist.plan.speed import Speed
-from clm_dist.train.micro_size import with_blocks
 
 
 def most_blocks(
@@ -38,6 +37,6 @@ def with_passes(setting: Setting, job: JobConfig, most: int | None, workers: int
     batch = job.batch
     if most is not None:
         size = batch.even_micro_size(min(most, batch.global_size // workers), workers)
-        batch = with_blocks(job, size).batch
+        batch = job.with_micro_size(size).batch
         setting = replace(setting, micro_size=size)
     return replace(setting, world_size=workers, passes=batch.passes_per_step(workers))

@@ -31,6 +31,10 @@ def write_card(directory: Path, run: RunDir, job: JobConfig, result: Result, *, 
     Args:
         repo: the Hub's name of the model, where it is known.
     """
+    starts = (record for record in read_records(run.metrics, last_steps=0) if record["kind"] == "start")
+    for start in starts:
+        # What a run found, or halved, is what the job says that reproduces it.
+        job = job.with_micro_size(start.get("micro_size", job.batch.known_micro_size))
     has_picture = draw_loss(read_records(run.metrics), directory / PICTURE)
     manifest = Manifest.read(run.data) if run.data.is_file() else None
     card = render_card(job, result, manifest, read_samples(run), repo=repo, has_picture=has_picture)

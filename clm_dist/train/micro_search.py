@@ -14,7 +14,6 @@ from clm_dist.train.documents import document_end_of
 from clm_dist.train.memory import PassTooLargeError, free_bytes
 from clm_dist.train.micro_size import (
     blocks_that_did_not_fit,
-    with_blocks,
     with_blocks_that_fit,
     write_blocks_that_fit,
     write_try,
@@ -55,7 +54,7 @@ def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str 
     size, note = _search(job, session, failed)
     if session.rank == 0:
         write_blocks_that_fit(job, session.run, size)
-    return with_blocks(job, size), note
+    return job.with_micro_size(size), note
 
 
 def _search(job: JobConfig, session: Session, failed: int | None) -> tuple[int, str]:

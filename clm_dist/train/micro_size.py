@@ -14,15 +14,10 @@ from clm_dist.files.run_dir import RunDir
 _TRAIN = ("precision", "gradient_checkpointing", "compile", "optimizer", "optimizer_options")
 
 
-def with_blocks(job: JobConfig, size: int) -> JobConfig:
-    """The job with so many blocks in a pass."""
-    return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_size": size})})
-
-
 def with_blocks_that_fit(job: JobConfig, run: RunDir) -> JobConfig:
     """The job of a run, with the `batch.micro_size` that was found for it, if there is one."""
     fits = _read(job, run).get("fits")
-    return with_blocks(job, fits) if fits else job
+    return job.with_micro_size(fits) if fits else job
 
 
 def blocks_that_did_not_fit(job: JobConfig, run: RunDir) -> int | None:

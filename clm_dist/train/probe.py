@@ -15,7 +15,6 @@ from clm_dist.errors import ClmDistError, first_line
 from clm_dist.train.local import run_ranks
 from clm_dist.train.memory import Gauge, PassTooLargeError
 from clm_dist.train.micro_search import Found, best_size, find_micro_size
-from clm_dist.train.micro_size import with_blocks
 from clm_dist.train.model import set_matrix_products
 from clm_dist.train.rehearsal import Rehearsal
 from clm_dist.train.strategies.environment import forget_accelerate, set_up_worker
@@ -154,7 +153,7 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
         size = best_size(found, on_gpu=strategy.device.type == "cuda")
         if size is None:
             raise PassTooLargeError("of one block")
-        job = with_blocks(job, job.batch.even_micro_size(size, job.cluster.max_workers))
+        job = job.with_micro_size(job.batch.even_micro_size(size, job.cluster.max_workers))
     sizes = passes_of(job)
     began = time.perf_counter()
     step()

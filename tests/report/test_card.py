@@ -1,5 +1,6 @@
 """The model card: what the Hub reads of it, what people read, and what it does not tell."""
 
+import json
 import shutil
 import struct
 import subprocess
@@ -143,6 +144,22 @@ def test_the_job_in_a_card_is_the_job_that_was_run(result: Any, make_job: MakeJo
     assert all(getattr(reproduced, name) == getattr(job, name) for name in told)
     # The command is in the words of a shell.
     assert "```bash\nclm-dist run job.yaml\n```" in card
+
+
+def test_the_job_in_a_card_has_the_blocks_of_a_pass_that_the_run_found(
+    run: RunDir, result: Any, make_job: MakeJob
+) -> None:
+    for named in ("auto", "8"):
+        job = make_job(f"batch.micro_size={named}")
+        write_card(run.final, run, job, result)
+        assert "micro_size: auto" not in (run.final / "README.md").read_text()
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "start":
+            record["micro_size"] = 3
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_card(run.final, run, job, result)
+    assert "micro_size: 3" in (run.final / "README.md").read_text()
 
 
 def test_a_card_names_no_local_directory(result: Any, make_job: MakeJob, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from clm_dist.train import micro_search
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.memory import PassTooLargeError
 from clm_dist.train.micro_search import Found, best_size, next_size
-from clm_dist.train.micro_size import halve_micro_size, with_blocks, with_blocks_that_fit, write_try
+from clm_dist.train.micro_size import halve_micro_size, with_blocks_that_fit, write_try
 from clm_dist.train.rehearsal import Rehearsal, Tried
 from tests.conftest import MakeJob
 from tests.support.runs import metrics_of
@@ -98,7 +98,7 @@ def test_a_step_has_no_more_passes_than_needed_and_they_are_even() -> None:
 def train_found(rank: int, world_size: int, job: JobConfig, run: RunDir, same: RunDir, store: Path) -> None:
     train_one(job, run, store, rank, world_size)
     fits = json.loads(run.micro_size.read_text())["fits"]
-    train_one(with_blocks(job, fits), same, store, rank, world_size)
+    train_one(job.with_micro_size(fits), same, store, rank, world_size)
     torch.distributed.barrier()
     if rank == 0:
         forget_after(run, 3)
