@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from clm_dist.config.data import TokenizerConfig
-from clm_dist.config.job import JobConfig, ModelConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.config.load import Job, load_job, located, make_job
+from clm_dist.config.model import ModelConfig
 from clm_dist.config.paths import local_path
 from clm_dist.errors import ConfigError, DataError
 from clm_dist.figures import figures_by_category, figures_of
