@@ -104,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.loop:
         loop(*options.loop)
         return 0
+    if options.rounds < 1 or options.steps <= SKIPPED:
+        parser.error(f"--rounds must be 1 or more, and --steps more than {SKIPPED}")
     from tests.support.stores import prepare
 
     rows = []

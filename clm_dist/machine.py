@@ -93,10 +93,19 @@ def _memory_limit(root: Path, own: str) -> tuple[int | None, int]:
     for group in _groups(root, own, "memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                found.append((int((group / limit).read_text()), int((group / used).read_text())))
+                found.append((int((group / limit).read_text()), int((group / used).read_text()) - _old_files(group)))
     # Without a limit, version 1 shows a number of the size of the address space.
     limits = [(limit, used) for limit, used in found if limit < 2**60]
     return min(limits, key=lambda one: one[0] - one[1], default=(None, 0))
+
+
+def _old_files(group: Path) -> int:
+    """Bytes of files that a group read or wrote a while ago: they count as used, and are given up for anything else."""
+    with contextlib.suppress(OSError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Version 1 has those of the groups inside under another name.
+        return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    return 0
 
 
 def _cpu_quota(root: Path, own: str) -> float | None:

@@ -37,13 +37,18 @@ def check_ray_address(address: str) -> None:
             raise no_ray(address, "an IPv6 address is in brackets, as in [fd00::1]:6379")
         return
     try:
-        with socket.create_connection(found, timeout=_CONNECT_S) as connection:
-            connection.settimeout(_ANSWER_S)
-            is_ray = _is_tls() or _speaks_grpc(connection)
+        connection = socket.create_connection(found, timeout=_CONNECT_S)
     except OSError as error:
         raise no_ray(address, error.strerror or str(error)) from None
     except UnicodeError as error:  # a part of the name is too long
         raise no_ray(address, str(error)) from None
+    with connection:
+        connection.settimeout(_ANSWER_S)
+        try:
+            is_ray = _is_tls() or _speaks_grpc(connection)
+        except TimeoutError:
+            problem = f"it answers nothing within {_ANSWER_S} s, as no Ray does that is not very busy"
+            raise no_ray(address, problem) from None
     if not is_ray:
         raise no_ray(address, "what listens there is no Ray")
 
@@ -60,7 +65,7 @@ def _speaks_grpc(connection: socket.socket) -> bool:
         answer = b""
         while len(answer) < len(_EMPTY_SETTINGS) and (more := connection.recv(len(_EMPTY_SETTINGS) - len(answer))):
             answer += more
-    except OSError:
+    except ConnectionError:
         return False
     return answer[3:4] == _SETTINGS and answer[5:] == _EMPTY_SETTINGS[5:]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from clm_dist.config.job import Every, JobConfig
+from clm_dist.config.job import JobConfig
 from clm_dist.devices import Device
 from clm_dist.errors import ConfigError
 from clm_dist.plan.architecture import Architecture
@@ -14,7 +14,7 @@ from clm_dist.plan.disk import Disk, estimate_disk
 from clm_dist.plan.duration import Network, assumed_mfu, step_time, token_flops, tokens_per_second
 from clm_dist.plan.loss_of_runs import LossOfRuns
 from clm_dist.plan.memory import Memory, Setting, estimate_memory, fits_device
-from clm_dist.plan.passes import most_blocks, with_passes
+from clm_dist.plan.passes import Passes
 from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
 from clm_dist.train.batches import BatchOrder
@@ -26,6 +26,8 @@ _ENDS_S = 12.0
 """Of a run before its driver begins and after its last step: 10 to 13 s in six runs of small models."""
 OUTSIDE_S = 10.0
 """Of a run that its records do not have: before its driver begins, and after its model is evaluated."""
+_OTHER_EVALUATIONS = 2
+"""Of the untouched model, and of the written one."""
 _SMALL = 50 * 10**6
 """Parameters below which the share of the peak says nothing."""
 _FORWARD = 1 / 3
@@ -122,21 +124,22 @@ def make_plan(
         at_peak = tokens * token_flops(architecture, job.data.block_size) / (device.half_flops * workers)
     notes = list(notes)
     plain = Setting.of_job(job, workers, is_gpu=target.is_gpu, seconds_at_peak=at_peak)
-    most = most_blocks(job, architecture, plain, device, speed, notes)
-    setting = with_passes(plain, job, most, workers)
+    passes = Passes(job, architecture, device, speed.micro_size if speed else None)
+    setting = passes.on(workers, plain)
+    notes += filter(None, [passes.note()])
     if speed is None and device is not None:
         speed = _speed_of(architecture, setting, device, mfu, notes)
     if job.train.optimizer != "adamw":
         notes.append(f"memory and checkpoints are those of AdamW; train.optimizer {job.train.optimizer} may take other")
     choices = tuple(choices_of(architecture, setting, device))
-    evaluations = _num_evaluations(job, order)
-    work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks, most)
+    evaluations = order.num_due(job.eval.every) + _OTHER_EVALUATIONS
+    work = _Work(job, architecture, target, order.num_steps, evaluations * counts.eval.blocks, passes)
     scales = []
     if speed is not None:
         fitting = [n for n in target.nodes if n * target.gpus_per_node <= job.batch.num_micros]
         scales = [_scale(work, setting, speed, nodes) for nodes in fitting]
         if (slowest := max(scales, key=lambda scale: scale.waiting, default=None)) and slowest.waiting > _MUCH:
-            notes.append(_advise_waiting(slowest, setting, choices))
+            notes.append(_advise_waiting(slowest, setting, choices, job))
 
     def seconds_of(choice: Choice) -> float:
         own = replace(
@@ -214,8 +217,7 @@ class _Work:
     num_steps: int
     eval_blocks: float
     """Of all evaluations together."""
-    most_blocks: int | None
-    """See `most_blocks`."""
+    passes: Passes
 
 
 def _network(target: Target) -> Network:
@@ -238,7 +240,7 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     job, target = work.job, work.target
     workers = nodes * target.gpus_per_node
     network = _network(target)
-    at = with_passes(setting, job, work.most_blocks, workers)
+    at = work.passes.on(workers, setting)
     tokens = job.batch.global_size * job.data.block_size
     start = START_S if speed.start_s is None else speed.start_s + _ENDS_S
 
@@ -273,7 +275,7 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     )
 
 
-def _advise_waiting(scale: Scale, setting: Setting, choices: Sequence[Choice]) -> str:
+def _advise_waiting(scale: Scale, setting: Setting, choices: Sequence[Choice], job: JobConfig) -> str:
     """What to do where workers wait for each other."""
     own = next(one for one in choices if one.is_of(setting))
     if scale.nodes == 1:
@@ -282,19 +284,9 @@ def _advise_waiting(scale: Scale, setting: Setting, choices: Sequence[Choice]) -
     said = f"on {scale.nodes} nodes workers wait for each other in {scale.waiting * 100:.0f} % of a step; less with "
     if (
         scale.passes > 1
+        and job.batch.micro_size != "auto"
         and setting.strategy in ("zero2", "zero3", "fsdp2")
         and (own.most_blocks or 0) > setting.micro_size
     ):
         said += f"a larger batch.micro_size (up to {own.most_blocks}), because every pass exchanges, "
     return f"{said}a larger batch.global_size, or more bandwidth between hosts (--network)"
-
-
-def _num_due(every: Every, order: BatchOrder) -> int:
-    """How often something is due in a run; at its last step it always is."""
-    each = order.steps_per_epoch if every == "epoch" else every
-    return math.ceil(order.num_steps / each)
-
-
-def _num_evaluations(job: JobConfig, order: BatchOrder) -> int:
-    """Evaluations of a run: of the untouched model, where they are due, and of the written one."""
-    return _num_due(job.eval.every, order) + 2

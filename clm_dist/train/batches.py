@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clm_dist.config.job import JobConfig
+from clm_dist.config.job import Every, JobConfig
 from clm_dist.files.blocks import Blocks
 from clm_dist.train.order import permute
 
@@ -61,6 +61,11 @@ class BatchOrder:
     def num_tokens(self, block_size: int) -> int:
         """Tokens of all steps, about: the last batch of an epoch may be short."""
         return self.num_steps * min(self.global_size, self.num_blocks) * block_size
+
+    def num_due(self, every: Every) -> int:
+        """How often something is due in a run; at its last step it always is."""
+        each = self.steps_per_epoch if every == "epoch" else every
+        return -(-self.num_steps // each)
 
     def epoch(self, step: int) -> float:
         """Epochs that are done after `step` steps."""

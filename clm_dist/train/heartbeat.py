@@ -44,6 +44,8 @@ class Beat:
     """Number of this beat."""
     progress: int
     """Rises with everything that the worker gets done."""
+    is_starting: bool
+    """Whether it has not begun with what a run does at its own pace."""
     step: int
     doing: str
     collective: str | None
@@ -68,6 +70,7 @@ class Heart:
         self._interval = _interval(timeout_s)
         self._thread_id = threading.get_ident()
         self._step, self._doing, self._progress = 0, "starting", 0
+        self._is_starting = True
         self._ended = threading.Event()
         directory.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
@@ -75,12 +78,18 @@ class Heart:
 
     def at(self, step: int, doing: str) -> None:
         """Say what begins now."""
+        self._is_starting = False
         self._step, self._doing = step, doing
         self._progress += 1
 
     def goes_on(self, doing: str) -> None:
         """Say that what is waited for takes its time."""
         self.at(self._step, doing)
+
+    def starts(self, doing: str) -> None:
+        """Say what is done while the worker still starts, which may take as long as a start."""
+        self._doing = doing
+        self._progress += 1
 
     def stop(self) -> None:
         self._ended.set()
@@ -104,6 +113,7 @@ class Heart:
                     node=self._node,
                     count=count,
                     progress=self._progress,
+                    is_starting=self._is_starting,
                     step=self._step,
                     doing=self._doing,
                     collective=collective,
@@ -190,7 +200,7 @@ class Watch:
         if self._timeout_s is None or now - self._progressed < self._timeout_s - 3 * self._interval:
             return None
         # To import libraries and load a model takes its time, whatever a step takes.
-        if any(beat.progress == 0 for beat in beats.values()) and now - self._progressed < _START_S:
+        if any(beat.is_starting for beat in beats.values()) and now - self._progressed < _START_S:
             return None
         self._progressed = now
         silent = [beat for rank, beat in beats.items() if now - self._heard[rank] > 2 * self._interval]

@@ -34,7 +34,7 @@ from clm_dist.train.export import evaluate_export, export
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.heartbeat import Heart
 from clm_dist.train.memory import Gauge, of_a_pass
-from clm_dist.train.micro_search import settle_micro_size
+from clm_dist.train.micro_search import StoppedError, settle_micro_size
 from clm_dist.train.model import load_config, load_model, set_matrix_products
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.outliers import (
@@ -95,7 +95,10 @@ def train(job: JobConfig, session: Session) -> Outcome:
     set_matrix_products(job.train.precision)
     heart = Heart(session.run.beats, session.rank, session.node, job.train.hang_timeout_s)
     try:
-        job, note = settle_micro_size(job, session)
+        try:
+            job, note = settle_micro_size(job, session, heart)
+        except StoppedError:
+            return Outcome("preempted", 0)
         loop = _Loop(job, session, heart, note)
         try:
             return loop.run()

@@ -19,7 +19,18 @@ _CLEAR_REFS, _PEAK = Path("/proc/self/clear_refs"), "5"
 
 
 class PassTooLargeError(RuntimeError):
-    """A pass of training does not fit into memory; one of fewer blocks may."""
+    """A pass of training does not fit into memory; one of fewer blocks may.
+
+    Args:
+        blocks: of the pass, where they were a try for `batch.micro_size: auto`.
+    """
+
+    def __init__(self, reason: str, blocks: int | None = None) -> None:
+        super().__init__(reason, blocks)
+        self.reason, self.blocks = reason, blocks
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @contextlib.contextmanager
@@ -83,7 +94,7 @@ def _resident_bytes() -> int:
 class Gauge:
     """Reads how much memory a rank takes, about once a second.
 
-    On a GPU this is the most that tensors took at once since the process began, elsewhere what the process has in
+    On a GPU this is the most that tensors took at once since it was last reset, elsewhere what the process has in
     memory now. No wait for the device.
     """
 

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from clm_dist.config.job import JobConfig
@@ -11,12 +13,12 @@ from clm_dist.files.blocks import Blocks
 from clm_dist.pretrained.tokenizer import load_tokenizer
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.documents import document_end_of
+from clm_dist.train.heartbeat import Heart
 from clm_dist.train.memory import PassTooLargeError, free_bytes
 from clm_dist.train.micro_size import (
     blocks_that_did_not_fit,
     with_blocks_that_fit,
     write_blocks_that_fit,
-    write_try,
 )
 from clm_dist.train.rehearsal import Rehearsal, Tried
 from clm_dist.train.session import Session
@@ -34,35 +36,75 @@ Found = dict[int, Tried | None]
 """Steps of passes by their blocks; None where they do not fit."""
 
 
-def settle_micro_size(job: JobConfig, session: Session) -> tuple[JobConfig, str | None]:
+class StoppedError(Exception):
+    """Raised on every rank at once where a run is asked to stop in the search."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search has tried."""
+
+    found: Found
+    in_step: int
+    """Blocks that a worker has in a step."""
+    limit: float | None
+    """Bytes that a worker may take; None where that is not known."""
+    on_gpu: bool
+
+    @property
+    def best(self) -> int | None:
+        """The most blocks that fit, or on a CPU the fastest; None where one does not fit."""
+        fits = fitting(self.found)
+        if not fits:
+            return None
+        return max(fits) if self.on_gpu else max(fits, key=lambda size: fits[size].tokens_per_s)
+
+    def describe(self, size: int) -> str:
+        """Why a pass has so many blocks."""
+        tried = ", ".join(f"{each}{'' if step else ' (does not fit)'}" for each, step in self.found.items())
+        best = self.best
+        if best == self.in_step:
+            why = "all that a worker has in a step"
+        else:
+            why = "the most that fit" if self.on_gpu else "the fastest"
+            if not self.on_gpu and _is_risky(self.found, self.limit):
+                why = "as many as memory allows" if best == max(self.found) else why
+        even = "" if size == best else f", of {best}, {why}, to have as few passes"
+        return f"batch.micro_size: a pass has {size} block{'s' if size > 1 else ''}{even or f', {why}'}; tried {tried}"
+
+
+def settle_micro_size(job: JobConfig, session: Session, heart: Heart) -> tuple[JobConfig, str | None]:
     """The job with the blocks of a pass that its run has found, and a line that says so where they are found now.
 
     Those of `auto` are searched for, and written into the run, which keeps them. Collective.
 
     Raises:
         PassTooLargeError: a pass does not fit; the next workers try half of its blocks at most.
+        StoppedError: the run is asked to stop.
     """
+    device = torch.cuda.get_device_name() if session.use_gpu else "CPU"
     known: list[Any] = [job, None]
     if session.rank == 0:
         # Alone: on other nodes a file that is new may not be seen yet.
-        known = [with_blocks_that_fit(job, session.run), blocks_that_did_not_fit(job, session.run)]
+        known = [with_blocks_that_fit(job, session.run, device), blocks_that_did_not_fit(job, session.run)]
     if session.world_size > 1:
         dist.broadcast_object_list(known)
     job, failed = known
     if job.batch.micro_size != "auto":
         return job, None
-    size, note = _search(job, session, failed)
+    size, note = _search(job, session, heart, failed)
     if session.rank == 0:
-        write_blocks_that_fit(job, session.run, size)
+        write_blocks_that_fit(job, session.run, size, device)
     return job.with_micro_size(size), note
 
 
-def _search(job: JobConfig, session: Session, failed: int | None) -> tuple[int, str]:
+def _search(job: JobConfig, session: Session, heart: Heart, failed: int | None) -> tuple[int, str]:
     """The blocks that a pass has best here, and a line that says so. Collective.
 
     Args:
-        failed: blocks of a pass that workers ended by; None where none did.
+        failed: blocks of a pass that did not fit before; None where all did.
     """
+    heart.starts("trying how many blocks a pass may have")
     blocks = Blocks(session.store, "train", shuffled=True)
     order = BatchOrder.of_job(job, len(blocks))
     rehearsal = Rehearsal(
@@ -76,59 +118,57 @@ def _search(job: JobConfig, session: Session, failed: int | None) -> tuple[int, 
         use_gpu=session.use_gpu,
     )
     # Every worker has a pass in every step.
-    most = min(len(order.global_batch(0)), job.batch.global_size // job.cluster.max_workers)
-    if failed:
-        most = min(most, failed // 2)
+    in_step = min(len(order.global_batch(0)), job.batch.global_size // job.cluster.max_workers)
+    most = max(1, min(in_step, failed // 2)) if failed else in_step
 
-    def on_try(size: int) -> None:
-        if session.rank == 0:
-            write_try(job, session.run, size)
+    def before_try(size: int) -> None:
+        heart.starts(f"trying passes of {size} blocks")
+        asked = session.asked_to_stop() or (session.rank == 0 and session.run.stop.exists())
+        if rehearsal.strategy.any_rank(asked):
+            raise StoppedError
 
     rehearsal.compile(1)
-    found = find_micro_size(rehearsal, first=1, most=most, on_try=on_try)
-    on_gpu = rehearsal.strategy.device.type == "cuda"
+    searched = find_micro_size(rehearsal, first=1, in_step=in_step, most=most, before_try=before_try)
+    problem = rehearsal.problem
     rehearsal.release()
-    size = best_size(found, on_gpu=on_gpu)
-    if size is None:
-        raise PassTooLargeError("of one block")
-    size = job.batch.even_micro_size(size, job.cluster.max_workers)
-    return size, describe_found(found, size, on_gpu=on_gpu)
-
-
-def describe_found(found: Found, size: int, *, on_gpu: bool) -> str:
-    """Why a pass has so many blocks."""
-    tried = ", ".join(f"{each}{'' if step else ' (does not fit)'}" for each, step in found.items())
-    why = "the most that fit into memory" if on_gpu else "the fastest"
-    return f"batch.micro_size: a pass has {size} block{'s' if size > 1 else ''}, {why}, after trying {tried}"
+    best = searched.best
+    if best is None:
+        raise PassTooLargeError(problem, 1)
+    size = job.batch.even_micro_size(best, job.cluster.max_workers)
+    return size, searched.describe(size)
 
 
 def find_micro_size(
     rehearsal: Rehearsal,
     *,
     first: int,
-    most: int,
+    in_step: int,
+    most: int | None = None,
     deadline: float = float("inf"),
-    on_try: Callable[[int], None] = lambda size: None,
-) -> Found:
+    before_try: Callable[[int], None] = lambda size: None,
+) -> Searched:
     """Try passes of more blocks, and fewer. Collective.
 
     Args:
+        in_step: blocks that a worker has in a step.
+        most: blocks of a pass, where fewer may be tried.
         deadline: of `time.perf_counter`, after which nothing more is tried.
-        on_try: called before each try.
     """
     device = rehearsal.strategy.device
     on_gpu = device.type == "cuda"
     known = [free for free in rehearsal.strategy.gather(free_bytes(device)) if free is not None]
     limit = _USED * min(known) if known else None
     found: Found = {}
+    most = most or in_step
     size: int | None = min(first, most)
     while size is not None:
-        on_try(size)
-        found[size] = rehearsal.try_step(size)
+        before_try(size)
+        # In the second pass of a step its gradients are there already.
+        found[size] = rehearsal.try_step(size, 1 if size == in_step else 2)
         if rehearsal.strategy.any_rank(time.perf_counter() > deadline):
             break
         size = next_size(found, most, limit, on_gpu=on_gpu)
-    return found
+    return Searched(found, in_step, limit, on_gpu)
 
 
 def next_size(found: Found, most: int, limit: float | None, *, on_gpu: bool) -> int | None:
@@ -147,19 +187,16 @@ def next_size(found: Found, most: int, limit: float | None, *, on_gpu: bool) -> 
     else:
         size = min(most, 2 * low)
         slower = [tried.tokens_per_s for each, tried in fits.items() if each < low]
-        # What does not fit there is killed: a pass of twice the blocks takes less than twice the memory.
-        is_risky = limit is not None and 2 * (fits[low].memory_bytes or 0) > limit
-        if is_risky or (slower and fits[low].tokens_per_s < _BETTER * max(slower)):
+        # What does not fit there is killed.
+        if _is_risky(found, limit) or (slower and fits[low].tokens_per_s < _BETTER * max(slower)):
             return None
     return size if size > low + low // _CLOSE else None
 
 
-def best_size(found: Found, *, on_gpu: bool) -> int | None:
-    """The blocks that a pass should have: the most that fit, or on a CPU the fastest; None where one does not fit."""
+def _is_risky(found: Found, limit: float | None) -> bool:
+    """Whether a pass of twice the blocks may take more than there is; it takes less than twice the memory."""
     fits = fitting(found)
-    if not fits:
-        return None
-    return max(fits) if on_gpu else max(fits, key=lambda size: fits[size].tokens_per_s)
+    return limit is not None and bool(fits) and 2 * (fits[max(fits)].memory_bytes or 0) > limit
 
 
 def fitting(found: Mapping[int, Tried | None]) -> dict[int, Tried]:

@@ -14,7 +14,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.errors import ClmDistError, first_line
 from clm_dist.train.local import run_ranks
 from clm_dist.train.memory import Gauge, PassTooLargeError
-from clm_dist.train.micro_search import Found, best_size, find_micro_size
+from clm_dist.train.micro_search import Found, find_micro_size
 from clm_dist.train.model import set_matrix_products
 from clm_dist.train.rehearsal import Rehearsal
 from clm_dist.train.strategies.environment import forget_accelerate, set_up_worker
@@ -139,7 +139,7 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
     job, strategy = rehearsal.job, rehearsal.strategy
     rehearsal.compile(job.batch.known_micro_size)
     gauge, memory = Gauge(strategy.device), 0
-    most = job.batch.global_size // strategy.world_size
+    in_step = job.batch.global_size // strategy.world_size
 
     def step() -> float:
         nonlocal memory
@@ -149,11 +149,13 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
 
     found: Found = {}
     if job.batch.micro_size == "auto":
-        found = find_micro_size(rehearsal, first=1, most=job.batch.global_size // job.cluster.max_workers)
-        size = best_size(found, on_gpu=strategy.device.type == "cuda")
-        if size is None:
-            raise PassTooLargeError("of one block")
-        job = job.with_micro_size(job.batch.even_micro_size(size, job.cluster.max_workers))
+        searched = find_micro_size(rehearsal, first=1, in_step=job.batch.global_size // job.cluster.max_workers)
+        found, best = searched.found, searched.best
+        if best is None:
+            raise PassTooLargeError(rehearsal.problem)
+        job = job.with_micro_size(job.batch.even_micro_size(best, job.cluster.max_workers))
+        rehearsal.take_size(job.batch.known_micro_size)
+        rehearsal.forget_peak()
     sizes = passes_of(job)
     began = time.perf_counter()
     step()
@@ -167,7 +169,7 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
     if not found and not rehearsal.compiled:
         # Compiled, each would be compiled for itself.
         until = time.perf_counter() + _SHARE_OF_SEARCH * seconds
-        found = find_micro_size(rehearsal, first=job.batch.known_micro_size, most=most, deadline=until)
+        found = find_micro_size(rehearsal, first=job.batch.known_micro_size, in_step=in_step, deadline=until).found
     return Probed(
         workers=strategy.world_size,
         device=rehearsal.throughput.device_name,

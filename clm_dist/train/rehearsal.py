@@ -32,7 +32,7 @@ _MOST_REPEATS, _ENOUGH_S = 5, 1.0
 
 @dataclass(frozen=True)
 class Tried:
-    """A step of one pass of each worker."""
+    """A step of passes of one size."""
 
     tokens_per_s: float
     """Of each worker."""
@@ -80,6 +80,8 @@ class Rehearsal:
         self._build()
         self._peak = Peak(self.strategy.device)
         self._pass_bytes: int | None = None
+        self.problem = ""
+        """Why the last pass did not fit that did not."""
 
     def _build(self) -> None:
         job = self.job
@@ -127,35 +129,45 @@ class Rehearsal:
             torch.cuda.synchronize(strategy.device)
         return time.perf_counter() - began
 
-    def try_step(self, size: int) -> Tried | None:
-        """Measure a step of one pass of so many blocks; None where it does not fit.
+    def take_size(self, size: int) -> None:
+        """Compile passes of so many blocks from now on, where they are compiled."""
+        if self.compiled:
+            # One function is compiled for a few shapes at most.
+            torch.compiler.reset()
+            self.strategy.with_loss.compile_for((size, self.job.data.block_size))
+
+    def forget_peak(self) -> None:
+        """Let the most memory that is read from now on be that from now on. Not collective."""
+        self._peak.reset()
+
+    def try_step(self, size: int, num_passes: int) -> Tried | None:
+        """Measure a step of passes of so many blocks; None where it does not fit.
 
         Raises:
             PassTooLargeError: it does not fit on this rank, where others may now wait for it.
         """
-        strategy, shape = self.strategy, (size, self.job.data.block_size)
         fits = True
+        sizes = [size] * num_passes
         try:
-            if self.compiled:
-                strategy.with_loss.compile_for(shape)
+            self.take_size(size)
             # In the first much is allocated, and may be compiled.
-            self.step([size])
-            self._peak.reset()
+            self.step(sizes)
+            self.forget_peak()
             times: list[float] = []
             while len(times) < _MOST_REPEATS and sum(times) < _ENOUGH_S:
-                times.append(self.agreed(self.step([size])))
-        except PassTooLargeError:
-            if strategy.world_size > 1:
-                raise
+                times.append(self.agreed(self.step(sizes)))
+        except PassTooLargeError as error:
+            self.problem = str(error)
+            if self.strategy.world_size > 1:
+                raise PassTooLargeError(self.problem, size) from None
             fits = False
         if not fits:
             # A strategy is not whole after half a pass; outside, so that the error holds none of its tensors.
-            del strategy
             self._start_again()
             return None
-        memory = max((each for each in strategy.gather(self._pass_bytes) if each is not None), default=None)
+        memory = max((each for each in self.strategy.gather(self._pass_bytes) if each is not None), default=None)
         # Others on the machine make some slower.
-        return Tried(size * self.job.data.block_size / min(times), memory)
+        return Tried(sum(sizes) * self.job.data.block_size / min(times), memory)
 
     def _start_again(self) -> None:
         self.strategy.release()
@@ -190,4 +202,4 @@ class Rehearsal:
         forget_accelerate()
         if self.compiled:
             torch.compiler.reset()
-        self._peak.reset()
+        self.forget_peak()

@@ -84,6 +84,15 @@ def test_limits_of_a_cgroup_are_read(tmp_path: Path, own: str, files: dict[str, 
     assert (found.cpus == 1) == ("cpu.max" in files)
 
 
+@pytest.mark.parametrize("name", ["inactive_file", "total_inactive_file"])
+def test_files_that_nobody_reads_any_more_are_no_used_memory(tmp_path: Path, name: str) -> None:
+    for file, text in {"memory.max": 4 * GIB, "memory.current": 3 * GIB}.items():
+        (tmp_path / file).write_text(str(text))
+    (tmp_path / "memory.stat").write_text(f"anon {GIB}\n{name} {2 * GIB}\n")
+    found = read_machine(tmp_path, "0::/\n")
+    assert (found.memory_limit, found.memory_used) == (4 * GIB, GIB)
+
+
 @pytest.mark.parametrize("text", ["max", "9223372036854771712"])
 def test_a_cgroup_without_a_limit_has_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "memory.max").write_text(text)

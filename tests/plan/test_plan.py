@@ -116,14 +116,29 @@ def test_blocks_of_a_pass_that_a_run_finds_are_those_that_fit() -> None:
     assert plan.setting.micro_size == auto.batch.even_micro_size(most, 4)
     assert plan.setting.passes == -(-256 // (4 * plan.setting.micro_size))
     assert plan.scales[1].passes == -(-256 // (8 * auto.batch.even_micro_size(most, 8)))
-    assert any("blocks of a pass fit into small; a run tries it" in note for note in plan.notes)
+    assert any("a pass has the blocks that fit small here; a run tries it" in note for note in plan.notes)
+    # Fewer workers hold more of a strategy that shares it out, and a run on them finds fewer blocks.
+    large = _gpt2(n_layer=24, n_embd=1024, n_head=16)
+    eight = Target(replace(H100, memory_bytes=8e9), 4, (1, 4), 1e9)
+    scales = []
+    for workers in (4, 16):
+        cluster = {"workers": workers, "strategy": "zero3"}
+        shared = _job(batch={"global_size": 2048, "micro_size": "auto"}, cluster=cluster)
+        plan = _plan(shared, model=large, speed=SPEED, target=eight)
+        assert all(scale.fits for scale in plan.scales)
+        assert not any("a larger batch.micro_size" in note for note in plan.notes)
+        scales.append(plan.scales)
+    assert scales[0] == scales[1]
+    few, many = (2048 // (scale.workers * scale.passes) for scale in scales[0])
+    assert few < many
+    plan = _plan(auto, speed=SPEED, target=one)
     named = _plan(_job(batch={"global_size": 256, "micro_size": plan.setting.micro_size}), speed=SPEED, target=one)
     assert named.scales[0].seconds == plan.scales[0].seconds
     # What a probe found, and where nothing is known.
     assert _plan(auto, speed=replace(SPEED, micro_size=16), target=one).setting.micro_size == 16
     unknown = _plan(auto, speed=SPEED, target=Target(None, 4, (1,), 12.5e9))
     assert unknown.setting.micro_size == 1
-    assert "batch.micro_size is auto, and 1 is taken here: name a GPU" in unknown.notes[-1]
+    assert "batch.micro_size is auto, and 1 is taken: name a GPU" in unknown.notes[-1]
 
 
 def test_a_probe_computes_the_passes_of_the_job() -> None:

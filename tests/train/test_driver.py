@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from clm_dist.train.micro_size import with_blocks_that_fit
 from clm_dist.train.ray import driver
 from clm_dist.train.ray.cluster import Cluster
 from clm_dist.train.ray.worker import train_worker
-from clm_dist.train.rehearsal import Rehearsal, Tried
+from clm_dist.train.rehearsal import Rehearsal
 from tests.conftest import MakeJob
 from tests.support.disks import mode, mounted
 from tests.support.fake_trackio import write_fake_trackio
@@ -182,14 +182,14 @@ def test_where_others_would_wait_new_workers_try_half(
 ) -> None:
     def train_where_two_blocks_fit(config: Any) -> Any:
         # Ray brings it to the workers as it is.
-        try_step = Rehearsal.try_step
+        step = Rehearsal.step
 
-        def fail(self: Rehearsal, size: int) -> Tried | None:
-            if size > 2 and self.strategy.rank == 1:
+        def fail(self: Rehearsal, sizes: Sequence[int]) -> float:
+            if max(sizes) > 2 and self.strategy.rank == 1:
                 raise PassTooLargeError("CUDA out of memory. Tried to allocate 1 GiB")
-            return try_step(self, size)
+            return step(self, sizes)
 
-        Rehearsal.try_step = fail  # type: ignore[method-assign]
+        Rehearsal.step = fail  # type: ignore[method-assign]
         micro_search._BETTER = 0.0
         return train_worker(config)
 
@@ -201,7 +201,7 @@ def test_where_others_would_wait_new_workers_try_half(
     records = metrics_of(tmp_path / "run" / "metrics.jsonl")
     assert [r["micro_size"] for r in records if r["kind"] == "start"] == [2]
     assert sum(r["kind"] == "failure" for r in records) == 1
-    assert any("a pass has 2 blocks, the fastest, after trying 1, 2" in note for note in progress.notes)
+    assert any("a pass has 2 blocks, the fastest; tried 1, 2" in note for note in progress.notes)
 
 
 def test_a_run_that_is_cut_is_not_done_for_what_it_was_before(run: RunDir, make_job: MakeJob) -> None:

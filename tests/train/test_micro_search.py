@@ -1,6 +1,8 @@
 """The search for the blocks of a pass, where `batch.micro_size` is `auto`."""
 
 import json
+import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from clm_dist.errors import ConfigError
 from clm_dist.files.run_dir import RunDir
 from clm_dist.train import micro_search
 from clm_dist.train.forward import WithLoss
+from clm_dist.train.heartbeat import Beat, Heart, read_beats
 from clm_dist.train.memory import PassTooLargeError
-from clm_dist.train.micro_search import Found, best_size, next_size
-from clm_dist.train.micro_size import halve_micro_size, with_blocks_that_fit, write_try
+from clm_dist.train.micro_search import Found, Searched, next_size
+from clm_dist.train.micro_size import halve_micro_size, with_blocks_that_fit, write_blocks_that_fit
 from clm_dist.train.rehearsal import Rehearsal, Tried
 from tests.conftest import MakeJob
 from tests.support.runs import metrics_of
@@ -42,12 +45,16 @@ def search(
     return found
 
 
+def searched(found: Found, *, in_step: int = 10_000, on_gpu: bool = True) -> Searched:
+    return Searched(found, in_step, 900, on_gpu)
+
+
 @pytest.mark.parametrize("each", [0.5, 3, 20, 120, 500])
 def test_on_a_gpu_the_most_that_fit_are_found_with_few_tries(each: float) -> None:
     found = search(lambda size: 100 + each * size, most=10_000)
     # A tenth of the memory is left.
     largest = max(1, int(800 / each))
-    best = best_size(found, on_gpu=True)
+    best = searched(found).best
     assert best is not None
     assert largest - largest // 8 <= best <= largest
     assert len(found) <= 5
@@ -65,11 +72,11 @@ def test_what_does_not_fit_is_halved() -> None:
     # Above 20 blocks it takes a buffer that the first tries do not show.
     found = search(lambda size: 100 + size + (900 if size > 20 else 0), most=1000)
     assert found[32] is None
-    best = best_size(found, on_gpu=True)
+    best = searched(found).best
     assert best is not None and 18 <= best <= 20
     assert len(found) <= 8
     nothing = search(lambda size: 2000, most=8)
-    assert (nothing, best_size(nothing, on_gpu=True)) == ({1: None}, None)
+    assert (nothing, searched(nothing).best) == ({1: None}, None)
 
 
 def test_on_a_cpu_the_fastest_is_taken_and_no_memory_risked() -> None:
@@ -77,11 +84,25 @@ def test_on_a_cpu_the_fastest_is_taken_and_no_memory_risked() -> None:
     found = search(lambda size: size, most=100, speed_of=speeds.__getitem__, on_gpu=False)
     # It does not look for what comes after a step that is no faster.
     assert list(found) == [1, 2, 4, 8]
-    assert best_size(found, on_gpu=False) == 8
+    assert searched(found, on_gpu=False).best == 8
     slower = search(lambda size: size, most=100, speed_of=lambda size: -abs(size - 4), on_gpu=False)
-    assert (list(slower), best_size(slower, on_gpu=False)) == ([1, 2, 4, 8], 4)
+    assert (list(slower), searched(slower, on_gpu=False).best) == ([1, 2, 4, 8], 4)
     risky = search(lambda size: 100 + 100 * size, most=100, speed_of=float, on_gpu=False)
     assert list(risky) == [1, 2, 4]
+    assert searched(risky, on_gpu=False).describe(4).endswith("4 blocks, as many as memory allows; tried 1, 2, 4")
+
+
+def test_the_line_says_why() -> None:
+    def line(sizes: dict[int, bool], size: int, **options: Any) -> str:
+        found = {each: Tried(float(each), each) if fits else None for each, fits in sizes.items()}
+        return searched(found, **options).describe(size).removeprefix("batch.micro_size: ")
+
+    fit = {1: True, 2: True, 32: False, 17: True}
+    assert line(fit, 17) == "a pass has 17 blocks, the most that fit; tried 1, 2, 32 (does not fit), 17"
+    assert line({1: True, 2: True}, 2, in_step=2) == "a pass has 2 blocks, all that a worker has in a step; tried 1, 2"
+    even = "a pass has 6 blocks, of 8, the fastest, to have as few passes; tried 1, 2, 4, 8"
+    assert line({1: True, 2: True, 4: True, 8: True}, 6, on_gpu=False) == even
+    assert line({1: True, 2: False}, 1) == "a pass has 1 block, the most that fit; tried 1, 2 (does not fit)"
 
 
 def test_a_step_has_no_more_passes_than_needed_and_they_are_even() -> None:
@@ -117,7 +138,7 @@ def test_a_run_is_that_of_the_blocks_that_were_found_to_the_last_bit_and_keeps_t
     assert (searched["step"], resumed["step"]) == (0, 3)
     assert searched["micro_size"] == resumed["micro_size"] in (1, 2, 3, 6)
     assert f"a pass has {searched['micro_size']} block" in searched["note"]
-    assert "the fastest, after trying 1, 2" in searched["note"]
+    assert "; tried 1, 2" in searched["note"]
     # What was found is not looked for again.
     assert resumed["note"] is None
     assert losses_of(run.root)[-6:] == losses_of(same.root)
@@ -142,7 +163,7 @@ def test_a_pass_that_does_not_fit_is_tried_smaller_in_the_same_worker(
     run = RunDir(tmp_path / "run")
     assert train_one(job, run, prepared(job)).status == "done"
     (start,) = [record for record in metrics_of(run.metrics) if record["kind"] == "start"]
-    assert "after trying 1, 2, 4 (does not fit), 3" in start["note"]
+    assert "tried 1, 2, 4 (does not fit), 3" in start["note"]
     assert start["micro_size"] <= 3
 
 
@@ -180,7 +201,7 @@ def test_a_pass_that_breaks_off_leaves_nothing_behind(
     run = RunDir(tmp_path / "run")
     run_workers(fit_three, 1, job, run, prepared(job))
     (start,) = [record for record in metrics_of(run.metrics) if record["kind"] == "start"]
-    assert "after trying 1, 2, 4 (does not fit), 3" in start["note"]
+    assert "tried 1, 2, 4 (does not fit), 3" in start["note"]
     assert len(losses_of(run.root)) == 6
 
 
@@ -190,15 +211,17 @@ def test_a_model_that_does_not_fit_at_all_says_so(
     monkeypatch.setattr(Rehearsal, "step", lambda *_: _raise_too_large())
     job = make_job(*AUTO)
     run = RunDir(tmp_path / "run")
-    with pytest.raises(PassTooLargeError):
+    with pytest.raises(PassTooLargeError, match=r"^CUDA out of memory\. Tried to allocate 1 GiB$") as failed:
         train_one(job, run, prepared(job))
     save(job, run)
+    # As it comes from another process.
+    error = pickle.loads(pickle.dumps(failed.value))
     with pytest.raises(ConfigError, match=r"a pass of one block does not fit into memory; set train\.gradient"):
-        halve_micro_size(run)
+        halve_micro_size(run, error.blocks)
 
 
 def _raise_too_large() -> float:
-    raise PassTooLargeError("CUDA out of memory")
+    raise PassTooLargeError("CUDA out of memory. Tried to allocate 1 GiB")
 
 
 def save(job: JobConfig, run: RunDir) -> None:
@@ -206,19 +229,24 @@ def save(job: JobConfig, run: RunDir) -> None:
     run.job.write_text(job_text(job))
 
 
-def test_what_workers_died_of_is_not_tried_again(
-    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("failed", "tried"), [(4, "tried 1, 2"), (2, "tried 1"), (3, "tried 1")])
+def test_what_did_not_fit_is_not_tried_again(
+    failed: int,
+    tried: str,
+    make_job: MakeJob,
+    prepared: Callable[[JobConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("clm_dist.train.micro_search._BETTER", 0.0)
     job = make_job(*AUTO)
     run = RunDir(tmp_path / "run")
     save(job, run)
-    write_try(job, run, 4)
-    halve_micro_size(run)
+    halve_micro_size(run, failed)
     assert with_blocks_that_fit(job, run).batch.micro_size == "auto"
     assert train_one(job, run, prepared(job)).status == "done"
     (start,) = [record for record in metrics_of(run.metrics) if record["kind"] == "start"]
-    assert start["note"].endswith("after trying 1, 2")
+    assert start["note"].endswith(tried)
 
 
 def test_what_was_found_is_of_a_pass_and_not_of_the_length_of_a_run(make_job: MakeJob, tmp_path: Path) -> None:
@@ -226,14 +254,68 @@ def test_what_was_found_is_of_a_pass_and_not_of_the_length_of_a_run(make_job: Ma
     save(job, run)
     run.micro_size.write_text(json.dumps({"of": "of another", "fits": 2}))
     assert with_blocks_that_fit(job, run) == job
-    write_try(job, run, 1)
-    content = json.loads(run.micro_size.read_text())
-    run.micro_size.write_text(json.dumps({"of": content["of"], "fits": 4}))
-    same = ("train.epochs=9", "train.learning_rate=1e-4", "train.seed=7", "data.split=train", "eval.every=2")
+    write_blocks_that_fit(job, run, 4, "CPU")
+    same = (
+        "cluster.cpus_per_worker=2",
+        "train.epochs=9",
+        "train.learning_rate=1e-4",
+        "train.seed=7",
+        "data.split=train",
+        "eval.every=2",
+    )
     for setting in same:
         assert with_blocks_that_fit(make_job(*AUTO, setting), run).batch.micro_size == 4
     for setting in ("train.precision=bf16", "data.block_size=16", "cluster.strategy=zero2", "model.config.n_embd=48"):
         assert with_blocks_that_fit(make_job(*AUTO, setting), run).batch.micro_size == "auto"
+
+
+def test_what_was_found_is_of_a_device(make_job: MakeJob, tmp_path: Path) -> None:
+    job, run = make_job(*AUTO), RunDir(tmp_path / "run")
+    save(job, run)
+    write_blocks_that_fit(job, run, 4, "CPU")
+    assert with_blocks_that_fit(job, run, "CPU").batch.micro_size == 4
+    assert with_blocks_that_fit(job, run, "NVIDIA H200").batch.micro_size == "auto"
+    # What was halved since is less on any.
+    halve_micro_size(run, None)
+    assert with_blocks_that_fit(job, run, "NVIDIA H200").batch.micro_size == 2
+
+
+def test_a_run_that_is_asked_to_stop_stops_in_the_search(
+    make_job: MakeJob, prepared: Callable[[JobConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run = make_job(*AUTO), RunDir(tmp_path / "run")
+    try_step = Rehearsal.try_step
+
+    def stop(self: Rehearsal, size: int, num_passes: int) -> Tried | None:
+        run.stop.touch()
+        return try_step(self, size, num_passes)
+
+    monkeypatch.setattr(Rehearsal, "try_step", stop)
+    ended = train_one(job, run, prepared(job))
+    assert (ended.status, ended.step) == ("preempted", 0)
+    assert not run.micro_size.exists()
+    run.stop.unlink()
+    monkeypatch.undo()
+    assert train_one(job, run, prepared(job)).status == "done"
+
+
+def test_a_search_may_take_as_long_as_a_start(tmp_path: Path) -> None:
+    heart = Heart(tmp_path, 0, "", 10.0)
+    try:
+        heart.starts("trying passes of 4 blocks")
+        assert _beat(tmp_path, "trying passes of 4 blocks").is_starting
+        heart.at(1, "pass 1 of 2")
+        assert not _beat(tmp_path, "pass 1 of 2").is_starting
+    finally:
+        heart.stop()
+
+
+def _beat(directory: Path, doing: str) -> Beat:
+    while True:
+        for beat in read_beats(directory):
+            if beat.doing == doing:
+                return beat
+        time.sleep(0.05)
 
 
 def test_it_needs_a_block_for_every_worker(make_job: MakeJob) -> None:

@@ -17,7 +17,9 @@ from clm_dist.train.heartbeat import Beat, Heart, Watch, read_beats
 from tests.support.workers import run_workers
 
 TIMEOUT_S = 10.0
-FIRST = Beat(0, 100, "host", "node", 1, 1, 7, "pass 1 of 2", "gloo:all_reduce number 5", True, ("loop.py:1 train",))
+FIRST = Beat(
+    0, 100, "host", "node", 1, 1, False, 7, "pass 1 of 2", "gloo:all_reduce number 5", True, ("loop.py:1 train",)
+)
 
 
 class Story:
@@ -88,7 +90,7 @@ def test_no_workers_and_new_workers_are_no_hang(tmp_path: Path) -> None:
 
 def test_workers_that_start_have_more_time(tmp_path: Path) -> None:
     story = Story(tmp_path)
-    story.beats = {rank: dataclasses.replace(beat, progress=0) for rank, beat in story.beats.items()}
+    story.beats = {rank: dataclasses.replace(beat, is_starting=True) for rank, beat in story.beats.items()}
     assert [story.second() for _ in range(90)] == [None] * 90
 
 

@@ -64,7 +64,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._placed = False
         self._num_unborn = 0
         self._mend_first: ConfigError | None = None
-        self._too_large = False
+        self._too_large: PassTooLargeError | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._forget_workers()
@@ -82,7 +82,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         # A store or a checkpoint may be damaged on one node alone, and other workers do without it.
         ours = (cause for cause in causes if isinstance(cause, ConfigError) and not isinstance(cause, DataError))
         self._mend_first = next(ours, None)
-        self._too_large = any(isinstance(cause, PassTooLargeError) for cause in causes)
+        self._too_large = next((cause for cause in causes if isinstance(cause, PassTooLargeError)), None)
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._running = None
@@ -93,8 +93,8 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         if self._mend_first:
             raise self._mend_first
         if self._too_large:
-            self._too_large = False
-            halve_micro_size(self._run)
+            failed, self._too_large = self._too_large.blocks, None
+            halve_micro_size(self._run, failed)
         self._num_unborn += self._placed
         self._placed = False
         if self._num_unborn > self._max_failures:
