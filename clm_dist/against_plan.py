@@ -57,11 +57,21 @@ def compare_with_plan(run: RunDir, standing: Standing) -> Comparison | None:
         return Comparison("", (), (_not_compared(run, error),), None)
 
 
-def describe_time(run: RunDir) -> str | None:
-    """The time that was planned for a run beside the time that it takes, in a line; None where it has no plan."""
+def describe_time(run: RunDir, *, trains: bool | None = None, since: float = 0.0) -> str | None:
+    """The time that was planned for a run beside the time that it takes, in a line; None where it has no plan.
+
+    Args:
+        trains: whether it trains now; None asks its lease, which tells only of a process on this host.
+        since: when it was submitted, seconds since the epoch; what an earlier start left is not compared.
+    """
     try:
         plan = read_plan(run)
-        return plan if plan is None or isinstance(plan, str) else _describe_time(plan, run)
+        if plan is None or isinstance(plan, str):
+            return plan
+        # A driver writes the job when it begins, and removes the result of an earlier one.
+        if not run.exists() or run.job.stat().st_mtime < since:
+            return _planned(_size_of_job(plan))
+        return _describe_time(plan, run, _trains(run) if trains is None else trains)
     except Exception as error:  # like above
         return _not_compared(run, error)
 
@@ -76,24 +86,28 @@ def _not_compared(run: RunDir, error: Exception) -> str:
     return f"{run.plan} cannot be compared: {first_line(error)}"
 
 
-def _describe_time(plan: PlanFile, run: RunDir) -> str:
+def _describe_time(plan: PlanFile, run: RunDir, trains: bool) -> str:
     standing = Standing.of(read_records(run.metrics))
     if why := _of_another_job(plan, run):
         return why
     size = _size(plan, standing) if standing.machines else _size_of_job(plan)
-    if isinstance(size, str):
-        return size
-    if (planned := size["seconds"]) is None:
-        return _NO_TIME
-    said = f"planned {_show(planned, show_time)}"
-    status = _status(run)
-    if status == "done":
+    said = _planned(size)
+    if isinstance(size, str) or (planned := size["seconds"]) is None:
+        return said
+    if _status(run) == "done":
         return f"{said}; took {show_time(standing.seconds)}, {_verdict(planned, standing.seconds)}"
     left = standing.seconds_left(plan["evaluations"])
     if left is None:
         return said
-    end = f"done in {show_time(left)}" if _may_run(run) else f"of which {show_time(left)} are left"
+    end = f"done in {show_time(left)}" if trains else f"of which {show_time(left)} are left"
     return f"{said}; at this speed {show_time(standing.seconds + left)}, {end}"
+
+
+def _planned(size: PlannedSize | str) -> str:
+    """The time that is planned, in words."""
+    if isinstance(size, str):
+        return size
+    return _NO_TIME if size["seconds"] is None else f"planned {_show(size['seconds'], show_time)}"
 
 
 def _compare(plan: PlanFile, run: RunDir, standing: Standing) -> Comparison:
@@ -169,7 +183,7 @@ def _notes(
     if status != "done" and left is not None:
         # The clock of the run is that of its last record.
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.metrics.stat().st_mtime + left))
-        until = f", which ends it about {end}" if _may_run(run) else ""
+        until = f", which ends it about {end}" if _trains(run) else ""
         yield f"{show_time(left)} of the run are left at this speed{until}"
 
 
@@ -230,10 +244,10 @@ def _status(run: RunDir) -> str | None:
     return str(read_json(run.result).get("status")) if run.result.is_file() else None
 
 
-def _may_run(run: RunDir) -> bool:
-    """Whether a process trains the run, or that is not known from here."""
-    holder = holder_of(run.root)
-    return holder is not None and holder.runs() is not False
+def _trains(run: RunDir) -> bool:
+    """Whether a process of this host trains the run."""
+    held = holder_of(run.root)
+    return held is not None and held.holder.runs() is True
 
 
 def _row(name: str, planned: Interval, show: Callable[[float], str], value: float, came: str) -> Row:

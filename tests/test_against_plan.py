@@ -17,6 +17,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.files.standing import Standing
 from tests.support.command import clm_dist
 from tests.support.disks import mode
+from tests.support.leases import leased_elsewhere
 from tests.support.plans import plan_of, plan_run
 
 LOSS = {"value": 3.0, "low": 2.9, "high": 3.1}
@@ -114,10 +115,25 @@ def test_a_run_that_goes_on_is_judged_by_the_end_that_its_speed_leads_to(begun: 
     with Lease(begun.root).hold(timeout_s=0):
         assert compared(begun).notes == (f"86 s of the run are left at this speed, which ends it about {end}",)
         assert str(describe_time(begun)).endswith("at this speed 3 min 38 s, done in 86 s")
+    # A process on another host may have ended.
+    with leased_elsewhere(begun.root):
+        assert compared(begun).notes == ("86 s of the run are left at this speed",)
+        assert str(describe_time(begun)).endswith("at this speed 3 min 38 s, of which 86 s are left")
+        # A cluster knows.
+        assert str(describe_time(begun, trains=True)).endswith("at this speed 3 min 38 s, done in 86 s")
     # What was preempted goes on some day.
     record(begun, start(), evaluation(0), *steps, status="preempted")
     assert compared(begun).notes == ("86 s of the run are left at this speed",)
     assert rows(begun) == found
+
+
+def test_of_a_run_that_was_submitted_again_only_the_plan_counts_until_it_begins(begun: RunDir) -> None:
+    record(begun, start(), *WHOLE[1:50], status="failed")
+    plan_run(begun)
+    os.utime(begun.job, (1_700_000_000, 1_700_000_000))
+    planned = "planned 1 min 40 s (1 min 30 s to 2 min)"
+    assert describe_time(begun, since=1_700_000_001.0) == planned
+    assert str(describe_time(begun, since=1_700_000_000.0)).startswith(f"{planned}; at this speed ")
 
 
 def test_a_run_that_is_done_says_how_long_it_took(begun: RunDir) -> None:

@@ -1,6 +1,7 @@
 """`clm-dist status` of runs that were not submitted."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from clm_dist.files.lease import Lease
 from clm_dist.files.run_dir import RunDir
 from tests.support.command import Said, cells, clm_dist
 from tests.support.histories import write_history
+from tests.support.leases import leased_elsewhere
 from tests.support.plans import plan_run
 
 Status = Callable[..., Said]
@@ -47,6 +49,20 @@ def test_a_run_that_is_trained_says_by_whom_and_what_is_left(status: Status, run
     assert row[4].startswith("0:")
     assert "\ntiny: planned 1 min 40 s (1 min 30 s to 2 min); at this speed " in said.out
     assert ", done in " in said.out
+
+
+def test_a_run_of_another_host_may_have_ended(status: Status, run: RunDir) -> None:
+    """Its lease says when it was touched last, and nobody promises an end."""
+    run.result.unlink()
+    run.metrics.write_text("".join(run.metrics.read_text().splitlines(keepends=True)[:-12]))
+    plan_run(run)
+    with leased_elsewhere(run.root):
+        said = status("tiny")
+    since, touched = (time.strftime("%H:%M:%S", time.localtime(1_600_000_000 + later)) for later in (0, 60))
+    shown = " ".join(said.out.split())
+    assert "perhaps running (process 12 on deadnode, since " in said.out
+    assert (since in shown, f"{touched})" in shown) == (True, True)
+    assert ("; at this speed " in shown, "of which " in shown, "done in" in shown) == (True, True, False)
 
 
 def _size(workers: int) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The commands for what was submitted: `status`, which also shows runs that were not, `logs`, `cancel`."""
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -121,10 +122,13 @@ def _state_of(run: RunDir) -> str:
         return str(read_json(run.result).get("status"))
     if not run.exists():
         return "not begun"
-    holder = holder_of(run.root)
-    if holder is None or holder.runs() is False:
+    held = holder_of(run.root)
+    if held is None or (runs := held.holder.runs()) is False:
         return "stopped"
-    return f"running ({holder})"
+    if runs:
+        return f"running ({held.holder})"
+    touched = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.touched))
+    return f"perhaps running ({held.holder}; last sign of life {touched})"
 
 
 def logs(

@@ -72,6 +72,15 @@ class Holder:
         return None if started is None else started == self.started
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a lease says of itself."""
+
+    holder: Holder
+    touched: float
+    """When its holder touched it last, seconds since the epoch, by the clock of its file system."""
+
+
 class HeldError(Exception):
     """Another process holds the lease, and runs."""
 
@@ -229,13 +238,14 @@ class Lease:
         logger.warning("waiting for %s, which holds %s", holder, self.file)
 
 
-def holder_of(path: Path) -> Holder | None:
-    """Who holds the lease of a directory, which may have ended since; None where nobody does, or it cannot be read."""
-    try:
-        read = _read(Lease(path).file)
-    except OSError:
-        return None
-    return read[0] if read else None
+def holder_of(path: Path) -> Held | None:
+    """The lease of a directory, whose holder may have ended; None where there is no lease, or it cannot be read."""
+    # A run may lie behind a link, or be named by one, or by a path that ends with a dot.
+    for directory in dict.fromkeys((path.absolute(), path.resolve())):
+        with contextlib.suppress(OSError):
+            if (read := _read(Lease(directory).file)) is not None:
+                return Held(read[0], read[1] / 1e9)
+    return None
 
 
 def _read(file: Path) -> tuple[Holder, int] | None:

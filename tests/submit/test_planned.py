@@ -1,6 +1,7 @@
 """A plan on its way from `submit --plan` to the report of the run and to `status`."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import pytest
 
 from clm_dist.config.load import load_job
 from clm_dist.errors import StorageError
+from clm_dist.files.atomic import write_json
 from clm_dist.files.plan_file import PlanFile, read_plan
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run, remove_run
@@ -23,6 +25,7 @@ from tests.submit.test_pod_driver import drive, log_of
 from tests.submit.test_pod_submitter import wait_until
 from tests.support.command import Said, cells
 from tests.support.fakes import Commands, FakeSlurm
+from tests.support.leases import leased_elsewhere
 from tests.support.plans import plan_run
 
 # Two hosts with a worker each.
@@ -104,6 +107,46 @@ def test_status_of_a_submission_stands_beside_its_plan(plannable: Commands, slur
     assert "\ntiny: planned 1 min 40 s (1 min 30 s to 2 min); at this speed " in said
 
 
+@pytest.mark.parametrize(
+    ("job", "end"),
+    [
+        (running("n[1-2]", 7200), "done in "),
+        ("JobState=NODE_FAIL Reason=NodeDown", "of which "),
+        (None, "of which "),
+    ],
+)
+def test_only_a_job_that_runs_is_about_to_be_done(
+    plannable: Commands, slurm: FakeSlurm, run: RunDir, job: str | None, end: str
+) -> None:
+    """Whatever the lease says, which a killed job leaves."""
+    submit(plannable)
+    slurm.job(101, job) if job else slurm.forget(101)
+    target = RunDir(plannable.runs / "tiny")
+    target.job.write_bytes(run.job.read_bytes())
+    target.metrics.write_text("".join(run.metrics.read_text().splitlines(keepends=True)[:-12]))
+    plan_run(target)
+    with leased_elsewhere(target.root):
+        said = plannable.call("status").out
+    line = next(line for line in said.splitlines() if line.startswith("tiny: planned "))
+    assert line.partition("; at this speed ")[2].partition(", ")[2].startswith(end)
+
+
+def test_a_submission_that_waits_is_not_judged_by_the_run_before_it(
+    plannable: Commands, slurm: FakeSlurm, run: RunDir
+) -> None:
+    plannable.runs.mkdir()
+    target = RunDir(run.root.rename(plannable.runs / "tiny"))
+    write_json(target.result, {"status": "failed"})
+    for path in (target.job, target.result):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    submit(plannable, "--resume")
+    plan_run(target)
+    slurm.job(101, "JobState=PENDING Reason=Priority")
+    said = plannable.call("status").out
+    assert cells(said, "tiny")[2] == "pending"
+    assert "\ntiny: planned 1 min 40 s (1 min 30 s to 2 min)\n" in said
+
+
 def test_pods_get_the_plan_beside_the_job(make_job: MakeJob, run: RunDir, tmp_path: Path) -> None:
     job = make_job("cluster.k8s.image=i", "cluster.k8s.claim=c")
     plan_run(run)
@@ -142,7 +185,10 @@ def test_a_pod_says_how_the_run_stands_beside_its_plan(run: RunDir, tmp_path: Pa
 
     wait_until(lambda: told() is not None)
     planned = "planned 1 min 40 s (1 min 30 s to 2 min)"
-    assert str(getattr(told(), "planned", None)).startswith(f"{planned}; at this speed ")
+    said = str(getattr(told(), "planned", None))
+    assert said.startswith(f"{planned}; at this speed ")
+    # The pod may be gone before it says another line.
+    assert (", of which " in said, "done in" in said) == (True, False)
     # What is said last is how it ended, though no step was added.
     go.touch()
     wrapper.communicate(timeout=30)

@@ -182,7 +182,8 @@ class PodDriver:
     def _beside_plan(self) -> str | None:
         """The time that was planned and the one that the run takes; read anew in a twentieth of the time at most."""
         if (began := time.monotonic()) >= self._plan_due or self._over.is_set():
-            self._planned = describe_time(self._run)
+            # The line may be the last of this pod, so it does not say when the run is done.
+            self._planned = describe_time(self._run, trains=False)
             self._plan_due = began + 20 * (time.monotonic() - began)
         return self._planned
 

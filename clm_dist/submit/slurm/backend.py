@@ -131,7 +131,9 @@ class SlurmBackend:
             if run.result.exists() and run.result.stat().st_mtime >= submission.submitted:
                 result = read_json(run.result)
             training = Training.of_records(read_records(run.metrics, last_steps=RECENT_STEPS))
-            runs.append(RunState(name, job_id, states.get(job_id), training, result, describe_time(run)))
+            state = RunState(name, job_id, states.get(job_id), training, result)
+            planned = describe_time(run, trains=state.is_training, since=submission.submitted)
+            runs.append(replace(state, planned=planned))
         prepare = _prepare_state(submission)
         if prepare is None or prepare.state == "COMPLETED":
             return Status(runs)
