@@ -1,6 +1,7 @@
 """A run beside its plan: what is compared, what is not, and that no plan makes a report or a status fail."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -239,21 +240,37 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("broken", [*BROKEN, "a directory", "of nothing", "infinite"])
+WRONG: dict[str, dict[str, Any]] = {
+    "of nothing": {"sizes": []},
+    "a loss that is no number": {"loss": {"value": math.nan, "low": 1, "high": 2}},
+    "a loss without an end": {"loss": {"value": 1, "low": 1, "high": math.inf}},
+    "a loss in words": {"loss": {"value": "nan", "low": 1, "high": 2}},
+    "an infinite price": {"price": math.inf},
+    "an infinite date": {"made": math.inf},
+    "no text": {"speed": "\ud800"},
+    "an infinite time": {
+        "sizes": [
+            {"workers": 1, "tokens_per_s": None, "memory_bytes": None}
+            | {"seconds": {"value": math.inf, "low": 1, "high": math.inf}}
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, *WRONG, "a directory"])
 def test_no_plan_makes_a_report_or_a_status_fail(
     broken: str, run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if broken == "a directory":
         run.plan.mkdir()
-    elif broken == "of nothing":
-        plan_run(run, sizes=[])
-    elif broken == "infinite":
-        size = plan_of(run)["sizes"][0] | {"seconds": {"value": float("inf"), "low": 1, "high": float("inf")}}
-        run.plan.write_text(json.dumps(plan_of(run, sizes=[size])))
+    elif broken in WRONG:
+        run.plan.write_text(json.dumps(plan_of(run, **WRONG[broken])))
     else:
         run.plan.write_text(BROKEN[broken], encoding="utf-8", errors="surrogateescape")
     (line,) = compared(run).notes
-    assert line.startswith(f"{run.plan} cannot be ")
+    assert line.startswith(f"{run.plan} cannot be read: ")
+    # Only what somebody wrote is written anew.
+    assert line.endswith("; `clm-dist plan JOB --save` writes it anew") == (broken != "a directory")
     assert "\n" not in line
     assert describe_time(run) == line
     said = clm_dist(capsys, monkeypatch, "report", run.root)

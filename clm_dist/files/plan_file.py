@@ -1,9 +1,9 @@
 """plan.json: what was planned for a run. `plan --save` and `submit --plan` write it; `report` and `status` read it."""
 
-import json
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from clm_dist.errors import first_line
@@ -16,9 +16,9 @@ FORMAT: Final = 1
 class Interval(TypedDict):
     """A figure, and the interval in which it is expected."""
 
-    value: float
-    low: float
-    high: float
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
 
 
 class PlannedSize(TypedDict):
@@ -37,7 +37,7 @@ class PlanFile(TypedDict):
     """The content of plan.json."""
 
     format: Literal[1]
-    made: float
+    made: FiniteFloat
     """Seconds since the epoch."""
     version: str
     """Of clm-dist."""
@@ -47,12 +47,12 @@ class PlanFile(TypedDict):
     """Name of a GPU as `--gpu` takes it, or as its driver has it; `CPU`, or `this GPU` for one that is described."""
     workers: int
     """Of the job."""
-    price: float | None
+    price: FiniteFloat | None
     """Of a GPU for an hour."""
     steps: Interval
     evaluations: int
     """The one before training and the one of the written model among them."""
-    sizes: list[PlannedSize]
+    sizes: Annotated[list[PlannedSize], Field(min_length=1)]
     speed: str | None
     """Where the speed is from, in words."""
     loss: Interval | None
@@ -78,21 +78,24 @@ def read_plan(run: RunDir) -> PlanFile | str | None:
         text = run.plan.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        return _unreadable(run, first_line(error))
+    except OSError as error:
+        return f"{run.plan} cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        return _damaged(run, first_line(error))
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return _unreadable(run, first_line(error))
+        # Unlike json's, its strings can be printed.
+        values = from_json(text)
+    except ValueError as error:
+        return _damaged(run, first_line(error))
     if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
-        return _unreadable(run, f"it has the format {values['format']}, and this version reads {FORMAT}")
+        return _damaged(run, f"it has the format {values['format']}, and this version reads {FORMAT}")
     try:
         # Further keys may come from a later version.
         return TypeAdapter(PlanFile).validate_python(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        return _unreadable(run, ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]])))
+        return _damaged(run, ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]])))
 
 
-def _unreadable(run: RunDir, reason: str) -> str:
+def _damaged(run: RunDir, reason: str) -> str:
     return f"{run.plan} cannot be read: {reason}; `clm-dist plan JOB --save` writes it anew"
