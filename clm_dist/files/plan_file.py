@@ -30,7 +30,7 @@ class PlannedSize(TypedDict):
     tokens_per_s: Interval | None
     """Both are None where the plan has no speed."""
     memory_bytes: Interval | None
-    """Of a worker, as the records have it; None on a CPU where it is not measured."""
+    """Memory of a worker, as the records have it; None where neither a formula nor a measurement tells it."""
 
 
 class PlanFile(TypedDict):

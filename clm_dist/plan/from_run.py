@@ -1,6 +1,6 @@
 """A speed from a run that is finished, or that still trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clm_dist.config.job import JobConfig
@@ -26,6 +26,8 @@ _SAME_SPEED = (
     ("cluster", ("strategy", "offload", "cpus_per_worker")),
 )
 """Fields on which the speed of a worker depends."""
+_SAME_MEMORY = (("train", ("optimizer", "optimizer_options")), ("eval", ("micro_size",)))
+"""Fields on which its memory depends as well."""
 
 
 def measured_run(path: Path) -> tuple[JobConfig, Measured]:
@@ -61,7 +63,7 @@ def speed_of_run(
     old, measured = measured_run(path)
     own = device_of(measured.device)
     check_measured_on(measured.device, device)
-    changed = list(_changed(old, job))
+    changed = list(_changed(old, job, _SAME_SPEED))
     notes = [f"{field} is {was}, and {now} here: the speed is taken to be the same" for field, was, now in changed]
     before = _architecture_of_run(path, old, job, model)
     factor = token_flops(before, old.data.block_size) / token_flops(model, job.data.block_size)
@@ -80,15 +82,16 @@ def speed_of_run(
         seconds, predicted = measured.eval_seconds
         size = old.data.block_size
         evaluated = predicted * size / (size - 1) / seconds / measured.workers * factor
+    # Of another model or another pass its memory says nothing.
+    has_its_memory = before == model and not changed and not any(_changed(old, job, _SAME_MEMORY))
     speed = Speed(
         low=measured.low * alone * factor,
         high=measured.high * alone * factor,
         how=f"measured in {measured.num_steps:,} steps of {path}, on {measured.workers} x {measured.device}",
         eval_tokens_per_s=evaluated,
         start_s=measured.start_s,
-        # Of another model or another pass it says nothing.
-        memory_bytes=measured.memory_bytes if before == model and not changed else None,
-        micro_size=measured.micro_size if device in (None, own) and before == model and not changed else None,
+        memory_bytes=measured.memory_bytes if has_its_memory else None,
+        micro_size=measured.micro_size if has_its_memory and device in (None, own) else None,
     )
     return MeasuredSpeed(
         speed=speed,
@@ -101,8 +104,11 @@ def speed_of_run(
     )
 
 
-def _changed(old: JobConfig, new: JobConfig) -> Iterator[tuple[str, object, object]]:
-    for section, names in _SAME_SPEED:
+def _changed(
+    old: JobConfig, new: JobConfig, fields: Iterable[tuple[str, tuple[str, ...]]]
+) -> Iterator[tuple[str, object, object]]:
+    """Name and values of each of some fields that differ in two jobs."""
+    for section, names in fields:
         for name in names:
             was, now = (getattr(getattr(job, section), name) for job in (old, new))
             if was != now:

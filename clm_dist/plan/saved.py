@@ -39,18 +39,19 @@ def plan_file(job: JobConfig, plan: Plan, target: Target, measured: MeasuredSpee
         "price": target.price,
         "steps": {"value": plan.steps, "low": low, "high": high},
         "evaluations": plan.evaluations,
-        "sizes": [_of_scale(scale, target, measured) for scale in plan.scales] or [_without_speed(plan, target)],
+        "sizes": [_of_scale(job, scale, target, measured) for scale in plan.scales]
+        or [_without_speed(job, plan, target)],
         "speed": plan.speed.how if plan.speed else None,
         "loss": {"value": expected.value, "low": expected.low, "high": expected.high} if expected else None,
         "plan": plan_values(plan),
     }
 
 
-def _of_scale(scale: Scale, target: Target, measured: MeasuredSpeed | None) -> PlannedSize:
+def _of_scale(job: JobConfig, scale: Scale, target: Target, measured: MeasuredSpeed | None) -> PlannedSize:
     shorter, longer = _START_ERROR if measured and measured.speed.start_s is not None else _ASSUMED_START_ERROR
     ends = (scale.middle_s, scale.seconds[0] - shorter, scale.seconds[1] + longer)
     seconds = [max(0.0, end - OUTSIDE_S) for end in ends]
-    memory = _memory(scale.memory) if target.is_gpu else None
+    memory = _memory(job, scale.memory, target)
     if measured and measured.speed.memory_bytes and measured.workers == scale.workers:
         memory = _about(measured.speed.memory_bytes)
     return {
@@ -61,13 +62,16 @@ def _of_scale(scale: Scale, target: Target, measured: MeasuredSpeed | None) -> P
     }
 
 
-def _without_speed(plan: Plan, target: Target) -> PlannedSize:
+def _without_speed(job: JobConfig, plan: Plan, target: Target) -> PlannedSize:
     own = next(one for one in plan.choices if one.is_of(plan.setting))
-    memory = _memory(own.memory) if target.is_gpu else None
+    memory = _memory(job, own.memory, target)
     return {"workers": plan.workers, "seconds": None, "tokens_per_s": None, "memory_bytes": memory}
 
 
-def _memory(memory: Memory) -> Interval:
+def _memory(job: JobConfig, memory: Memory, target: Target) -> Interval | None:
+    """The memory that is computed, where it is that of a run: on a GPU, with AdamW."""
+    if not target.is_gpu or job.train.optimizer != "adamw":
+        return None
     # A run records what tensors take.
     return _about(memory.total - memory.context)
 

@@ -115,6 +115,32 @@ def test_the_same_job_on_more_data_has_the_speed_of_the_run(tmp_path: Path) -> N
     assert found.speed.how == f"measured in 56 steps of {path}, on 2 x CPU"
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"optimizer": "lion"}},
+        {"eval": {"micro_size": 64}},
+        {"train": {"gradient_checkpointing": True}},
+        {"batch": {"micro_size": 8}},
+    ],
+)
+def test_memory_is_that_of_the_run_where_all_is_the_same_that_it_depends_on(
+    sections: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    path = _run(tmp_path, _job(), [_start(), *(_step(n, memory_bytes=99) for n in range(1, 60)), _eval()])
+    same = speed_of_run(path, _job(), GPT2, None, 12.5e9).speed
+    other = speed_of_run(path, _job(**sections), GPT2, None, 12.5e9).speed
+    assert (same.memory_bytes, same.micro_size) == (99, 4)
+    assert (other.memory_bytes, other.micro_size) == (None, None)
+
+
+def test_the_options_of_an_optimizer_are_part_of_it(tmp_path: Path) -> None:
+    one, other = (_job(train={"optimizer": "lion", "optimizer_options": {"x": x}}) for x in (1, 2))
+    path = _run(tmp_path, one, [_start(), *(_step(n, memory_bytes=99) for n in range(1, 60)), _eval()])
+    assert speed_of_run(path, one, GPT2, None, 12.5e9).speed.memory_bytes == 99
+    assert speed_of_run(path, other, GPT2, None, 12.5e9).speed.memory_bytes is None
+
+
 def test_a_larger_model_takes_as_much_longer_as_it_computes(tmp_path: Path) -> None:
     path = _run(tmp_path, _job(), [_start(), *(_step(n) for n in range(1, 60))])
     larger = _gpt2(n_layer=24)

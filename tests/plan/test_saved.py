@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from clm_dist.config.job import JobConfig
 from clm_dist.files.plan_file import PlanFile, read_plan, write_plan
 from clm_dist.files.run_dir import RunDir
 from clm_dist.plan.counts import Count, Counts
@@ -28,10 +29,11 @@ def _saved(
     loss: LossOfRuns | None = None,
     name: str = "CPU",
     workers: int = 8,
+    job: JobConfig = JOB,
 ) -> PlanFile:
-    plan = make_plan(JOB, _gpt2(), counts or _counts(), target, speed=speed, loss=loss)
+    plan = make_plan(job, _gpt2(), counts or _counts(), target, speed=speed, loss=loss)
     measured = MeasuredSpeed(speed, target.device, target.is_gpu, name, workers, workers, ()) if speed else None
-    return plan_file(JOB, plan, target, measured)
+    return plan_file(job, plan, target, measured)
 
 
 def test_figures_are_those_of_the_plan_as_a_run_records_them() -> None:
@@ -74,6 +76,15 @@ def test_on_a_cpu_memory_is_what_was_measured_on_as_many_workers() -> None:
     )
     assert same["memory_bytes"] == pytest.approx({"value": 5e9, "low": 4.5e9, "high": 5.5e9})
     assert other["memory_bytes"] is unknown["memory_bytes"] is None
+
+
+def test_with_another_optimizer_memory_is_what_was_measured() -> None:
+    target, job = Target(H100, 8, (1,), 12.5e9), _job(cluster={"workers": 8}, train={"optimizer": "lion"})
+    assert [size["memory_bytes"] for size in _saved(target, job=job)["sizes"]] == [None]
+    without_speed = _saved(replace(target, device=None, is_other_gpu=True), job=job)["sizes"]
+    assert [size["memory_bytes"] for size in without_speed] == [None]
+    (measured,) = _saved(target, job=job, speed=SPEED)["sizes"]
+    assert measured["memory_bytes"] and measured["memory_bytes"]["value"] == 5e9
 
 
 @pytest.mark.parametrize(
