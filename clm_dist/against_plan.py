@@ -94,8 +94,11 @@ def _describe_time(plan: PlanFile, run: RunDir, trains: bool) -> str:
     said = _planned(size)
     if isinstance(size, str) or (planned := size["seconds"]) is None:
         return said
+    if not standing.spent.is_whole:
+        return f"{said}; {_NOT_WHOLE}"
     if _status(run) == "done":
-        return f"{said}; took {show_time(standing.seconds)}, {_verdict(planned, standing.seconds)}"
+        came = _joined(show_time(standing.seconds), _verdict(planned, standing.seconds))
+        return "; ".join(filter(None, (said, f"took {came}", _early_stop(standing))))
     left = standing.seconds_left(plan["evaluations"])
     if left is None:
         return said
@@ -128,10 +131,10 @@ def _rows(plan: PlanFile, size: PlannedSize | str, standing: Standing, *, is_don
         yield from _rows_of_size(plan, size, standing, is_done=is_done)
     if steps := standing.step if is_done else standing.num_steps:
         came = f"{steps:,}" if is_done else f"{steps:,}, {standing.step:,} so far"
-        yield _row("steps", plan["steps"], lambda value: f"{value:,.0f}", steps, came)
+        yield _row("steps", plan["steps"], lambda value: f"{value:,.0f}", steps, came, is_count=True)
     if (loss := plan["loss"]) is not None and (last := standing.last_eval) is not None:
         planned, came = _show(loss, lambda value: f"{value:.4f}"), f"{last:.4f}{'' if is_done else ' so far'}"
-        difference = f"{last - loss['value']:+.4f}, {_verdict(loss, last)}" if is_done else ""
+        difference = _joined(f"{last - loss['value']:+.4f}", _verdict(loss, last)) if is_done else ""
         yield Row("eval loss", planned, came, difference)
 
 
@@ -140,19 +143,21 @@ def _rows_of_size(plan: PlanFile, size: PlannedSize, standing: Standing, *, is_d
     seconds = size["seconds"]
 
     def row(name: str, each: float, show: Callable[[float], str]) -> Row:
-        """Of what goes with the time."""
+        """A figure that grows with the time."""
         assert seconds
         planned: Interval = {
             "value": seconds["value"] * each,
             "low": seconds["low"] * each,
             "high": seconds["high"] * each,
         }
+        so_far = f"{show(standing.seconds * each)} so far" if standing.seconds else "-"
         if left is None:
-            return Row(name, _show(planned, show), "-", "")
+            return Row(name, _show(planned, show), so_far, "")
         total = (standing.seconds + left) * each
-        so_far = f"{show(standing.seconds * each)} so far, {show(total)} at this speed"
-        return _row(name, planned, show, total, show(total) if is_done else so_far)
+        return _row(name, planned, show, total, show(total) if is_done else f"{so_far}, {show(total)} at this speed")
 
+    if not standing.spent.is_whole:
+        seconds = None
     if seconds is not None:
         yield row("time", 1, show_time)
     if (speed := size["tokens_per_s"]) is not None and standing.step_seconds:
@@ -175,12 +180,16 @@ def _notes(
         yield size
     elif size["seconds"] is None:
         yield _NO_TIME
+    elif not standing.spent.is_whole:
+        yield _NOT_WHOLE
+    if early_stop := _early_stop(standing):
+        yield early_stop
     if plan["device"] == ANY_GPU and not isinstance(size, str):
         yield "the plan is for a GPU that was described; whether the run's is the same is not known"
     if standing.began is not None and plan["made"] > standing.began:
         yield "the plan was made after the run had begun"
     left = standing.seconds_left(plan["evaluations"])
-    if status != "done" and left is not None:
+    if status != "done" and left is not None and standing.spent.is_whole:
         # The clock of the run is that of its last record.
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.metrics.stat().st_mtime + left))
         until = f", which ends it about {end}" if _trains(run) else ""
@@ -188,6 +197,13 @@ def _notes(
 
 
 _NO_TIME = "the plan has no time, because it was made without a speed; `clm-dist plan` says how to give one"
+_NOT_WHOLE = (
+    "time, hours and cost are not compared: an earlier version trained the run, and recorded no time of evaluations"
+)
+
+
+def _early_stop(standing: Standing) -> str:
+    return f"training stopped early, after step {standing.step:,}" if standing.stopped_early else ""
 
 
 def _of_another_job(plan: PlanFile, run: RunDir) -> str | None:
@@ -250,16 +266,26 @@ def _trains(run: RunDir) -> bool:
     return held is not None and held.holder.runs() is True
 
 
-def _row(name: str, planned: Interval, show: Callable[[float], str], value: float, came: str) -> Row:
+def _row(
+    name: str, planned: Interval, show: Callable[[float], str], value: float, came: str, *, is_count: bool = False
+) -> Row:
     is_equal = value == planned["value"] or not planned["value"]
-    difference = "" if is_equal else f"{(value / planned['value'] - 1) * 100:+.1f} %, "
-    return Row(name, _show(planned, show), came, difference + _verdict(planned, value))
+    difference = "" if is_equal else f"{(value / planned['value'] - 1) * 100:+.1f} %"
+    return Row(name, _show(planned, show), came, _joined(difference, _verdict(planned, value, is_count=is_count)))
 
 
-def _verdict(planned: Interval, value: float) -> str:
+def _verdict(planned: Interval, value: float, *, is_count: bool = False) -> str:
+    """Whether a figure is inside the interval of its plan, in words.
+
+    Of an interval that is a point only a count is judged, because no measured figure is equal to another.
+    """
     if planned["low"] == planned["high"]:
-        return "as planned" if value == planned["value"] else "not as planned"
+        return ("as planned" if value == planned["value"] else "not as planned") if is_count else ""
     return f"{'inside' if planned['low'] <= value <= planned['high'] else 'outside'} the interval"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _show(planned: Interval, show: Callable[[float], str]) -> str:

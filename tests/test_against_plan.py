@@ -151,7 +151,48 @@ def test_before_its_first_step_a_run_has_only_what_was_planned(begun: RunDir) ->
     assert (compared(begun).rows, compared(begun).notes) == ((), ("no worker of the run has begun to train",))
     record(begun, start())
     assert describe_time(begun) == planned
-    assert rows(begun)["time"] == ("1 min 40 s (1 min 30 s to 2 min)", "-", "")
+    assert rows(begun)["time"] == ("1 min 40 s (1 min 30 s to 2 min)", "20 s so far", "")
+    # Also after a restart.
+    record(begun, start(), *WHOLE[1:12], start(step=10, startup=5.0))
+    assert rows(begun)["time"][1:] == ("37 s so far", "")
+    assert rows(begun)["worker-hours"][1:] == ("0.01 so far", "")
+
+
+def test_a_figure_that_is_planned_as_a_point_is_shown_beside_it_and_a_count_is_judged(begun: RunDir) -> None:
+    size = plan_of(begun)["sizes"][0] | {"tokens_per_s": {"value": 1001.0, "low": 1001.0, "high": 1001.0}}
+    record(begun, *WHOLE, status="done")
+    plan_run(begun, sizes=[size], steps={"value": 200, "low": 200, "high": 200})
+    assert rows(begun)["tokens/s"] == ("1,001", "1,000", "-0.1 %")
+    assert rows(begun)["steps"] == ("200", "100", "-50.0 %, not as planned")
+
+
+def test_an_early_stop_is_said(begun: RunDir) -> None:
+    end = {"kind": "final", "step": 50, "kept": 50, "stopped_early": True}
+    record(begun, *WHOLE[:52], end, evaluation(50, kind="verify"), status="done")
+    plan_run(begun)
+    why = "training stopped early, after step 50"
+    assert compared(begun).notes == (why,)
+    assert str(describe_time(begun)).endswith(f"; took 74 s, outside the interval; {why}")
+    # With a later stop it goes on.
+    record(begun, *WHOLE[:52], end, start(step=50), *WHOLE[52:], status="done")
+    assert compared(begun).notes == ()
+
+
+def test_records_without_times_of_an_earlier_version_are_not_compared_in_time(begun: RunDir) -> None:
+    old = [{name: value for name, value in one.items() if name not in ("startup", "time")} for one in WHOLE]
+    for one in old:
+        if one["kind"] != "step":
+            one.pop("seconds", None)
+    plan_run(begun, price=1.0)
+    why = (
+        "time, hours and cost are not compared: an earlier version trained the run, and recorded no time of evaluations"
+    )
+    for records, status in ((old, "done"), (old[:50], None)):
+        begun.result.unlink(missing_ok=True)
+        record(begun, *records, status=status)
+        assert list(rows(begun)) == ["tokens/s", "steps"]
+        assert compared(begun).notes == (why,)
+        assert describe_time(begun) == f"planned 1 min 40 s (1 min 30 s to 2 min); {why}"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ class Standing:
     """When the first workers began, seconds since the epoch."""
     machines: set[tuple[int, str]] = field(default_factory=set)
     """The numbers of workers on which it was trained, each with the device."""
+    stopped_early: bool = False
+    """Whether training ended before its last step, because the loss no longer fell."""
     num_evals: int = 0
     last_eval: float | None = None
     """Loss of the last evaluation; of a run that is done, that of the weights that are kept."""
@@ -59,6 +61,7 @@ class Standing:
                 self.last_eval = self._evals[record["step"]] = record["loss"]
         elif record["kind"] == "final":
             self.last_eval = self._evals.get(record["kept"], self.last_eval)
+            self.stopped_early = record["stopped_early"]
 
     @property
     def seconds(self) -> float:
@@ -88,4 +91,5 @@ class Standing:
         self.step, self.num_steps = record["step"], record["num_steps"]
         self.began = self.began or record.get("time")  # none in those of earlier versions
         self.machines.add((record["workers"], record["device"]))
+        self.stopped_early = False  # of an earlier job, after which the run goes on
         self._recent.clear()
