@@ -22,7 +22,6 @@ from clm_dist.files.records import read_records
 from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.runs import find_run
-from clm_dist.files.standing import Standing
 from clm_dist.files.stores import Store, Stores
 from clm_dist.progress import Progress, err, nowhere, open_progress, out
 from clm_dist.samples import keep_samples, show_samples
@@ -161,15 +160,17 @@ def _conclude(job: JobConfig, directory: RunDir, result: Result, shown: Console,
     """Report a run that is done, push it if its job says so, and show what its models write."""
     from clm_dist import hub
     from clm_dist.report.card import write_card
+    from clm_dist.report.history import History
     from clm_dist.report.page import write_page
     from clm_dist.report.planned import plan_table
     from clm_dist.report.table import result_table
 
-    write_page(directory, result)
+    history = History.of(read_records(directory.metrics))
+    write_page(directory, result, history=history)
     repo = None if job.hub.push == "never" else hub.find_repo(job)
     write_card(directory.final, directory, job, result, repo=repo)
     shown.print(result_table(result))
-    if (beside_plan := compare_with_plan(directory, Standing.of(read_records(directory.metrics)))) is not None:
+    if (beside_plan := compare_with_plan(directory, history)) is not None:
         shown.print(plan_table(beside_plan))
     steps = result["train"]["steps"]
     if job.hub.push != "never":

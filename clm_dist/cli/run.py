@@ -30,7 +30,6 @@ from clm_dist.files.final import check_final
 from clm_dist.files.records import read_records
 from clm_dist.files.result import Result, read_result
 from clm_dist.files.run_dir import RunDir
-from clm_dist.files.standing import Standing
 from clm_dist.files.stores import DEFAULT_STORES
 from clm_dist.progress import err, out
 from clm_dist.signals import STOPS, handling
@@ -147,14 +146,16 @@ def report(
     if len(results) > 1:
         _compare(run_dirs, results, output)
         return
+    from clm_dist.report.history import History
     from clm_dist.report.page import write_page
     from clm_dist.report.planned import plan_table
     from clm_dist.report.table import checkpoint_table, result_table
 
     directory = RunDir(run_dirs[0])
+    history = History.of(read_records(directory.metrics))
     page = output or directory.report
     out.print(result_table(results[0]))
-    if (beside_plan := compare_with_plan(directory, Standing.of(read_records(directory.metrics)))) is not None:
+    if (beside_plan := compare_with_plan(directory, history)) is not None:
         out.print(plan_table(beside_plan))
     try:
         checkpoints = Checkpoints.of_run(read_saved_job(directory.job), directory)
@@ -163,7 +164,7 @@ def report(
                 out.print(saved)
     except ClmDistError as error:
         err.print(f"the checkpoints cannot be listed: {error}", style="yellow", markup=False, soft_wrap=True)
-    write_page(directory, results[0], page)
+    write_page(directory, results[0], page, history=history)
     out.print(f"report: {page}", soft_wrap=True)
 
 

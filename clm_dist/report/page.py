@@ -40,15 +40,19 @@ _SIGNS: dict[MarkKind, tuple[str, str, str]] = {
 _PART_COLOURS = dict(zip(PARTS, (0, 5, 4, 1, 3, 6, 7, 2), strict=True))
 
 
-def write_page(run: RunDir, result: Result, path: Path | None = None) -> None:
-    """Write the page of a run, `report.html` by default, which is as private as the job in it."""
+def write_page(run: RunDir, result: Result, path: Path | None = None, *, history: History | None = None) -> None:
+    """Write the page of a run, `report.html` by default, which is as private as the job in it.
+
+    Args:
+        history: that of the run's records, where they were read already.
+    """
     job: list[tuple[str, Any, Any]] = []
     with contextlib.suppress(ConfigError):  # of another version: then it is shown as it is
         job = list(field_values(read_saved_job(run.job)))
     data = None
     with contextlib.suppress(FileNotFoundError, DataError):  # runs of earlier versions have none
         data = Manifest.read(run.data)
-    history = History.of(read_records(run.metrics))
+    history = history or History.of(read_records(run.metrics))
     page = render_page(
         result,
         history,
