@@ -1,9 +1,12 @@
 """`clm-dist status` of runs that were not submitted."""
 
+import errno
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +85,59 @@ def test_without_a_name_it_is_the_run_that_has_trained_last(status: Status, run:
 
 
 @pytest.mark.parametrize("which", ["nothing", "x" * 5000, "a\0b"])
-def test_a_name_of_nothing_is_refused(status: Status, which: str) -> None:
+def test_a_name_of_nothing_is_refused(status: Status, which: str, run: RunDir) -> None:
     said = status(which)
-    assert (said.code, said.err.startswith("error: no submission ")) == (2, True)
+    assert (said.code, said.err.startswith("error: no run and no submission ")) == (2, True)
+    assert said.err.endswith(
+        f" in {run.root.parent} (there: tiny); --runs names another directory, `clm-dist run JOB` starts a run, and "
+        "`clm-dist submit slurm|k8s JOB` submits\n"
+    )
+    shutil.rmtree(run.root)
+    assert status().err.startswith(f"error: there is no run in {run.root.parent}, and nothing was submitted from it; ")
+
+
+@pytest.fixture
+def private(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run of another user, whose directory this one may not look into, also where the tests are root's."""
+    other = RunDir(run.root.parent / "private")
+    shutil.copytree(run.root, other.root)
+    stat = Path.stat
+
+    def refuse(path: Path, **options: Any) -> os.stat_result:
+        if path.parent == other.root:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    return other
+
+
+def test_a_run_that_cannot_be_read_hides_no_other_and_is_named(status: Status, run: RunDir, private: RunDir) -> None:
+    assert cells(status().out, "tiny")[1] == "done"
+    said = status("private")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(f"error: the run {private.root} cannot be read: Permission denied; `ls -ld ")
+
+
+@pytest.mark.parametrize("which", [".", "..", "link"])
+def test_a_run_has_its_name_and_its_lease_however_it_is_named(
+    which: str, status: Status, run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.result.unlink()
+    plan_run(run)
+    links = run.root.parent.with_name("links")
+    links.mkdir()
+    (links / "link").symlink_to(run.root)
+    monkeypatch.chdir({".": run.root, "..": run.final, "link": links}[which])
+    with Lease(run.root).hold(timeout_s=0):
+        said = status(which)
+        assert cells(said.out, "link" if which == "link" else "tiny")[1].startswith("running (")
+        said = clm_dist(capsys, monkeypatch, "report", which)
+    assert said.code == 0, said.err
+    assert "cannot be compared" not in said.out
+    assert "which ends it about" in " ".join(said.out.split())
+
+
+def test_a_status_is_shown_as_it_is_written(status: Status, run: RunDir) -> None:
+    write_json(run.result, {"status": "[/red]"})
+    assert cells(status("tiny").out, "tiny")[1] == "[/red]"

@@ -1,7 +1,10 @@
 """The commands for what was submitted: `status`, which also shows runs that were not, `logs`, `cancel`."""
 
 import contextlib
+import errno
+import shlex
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +17,7 @@ from clm_dist.cli.complete import complete_submission, complete_submission_or_ru
 from clm_dist.cli.options import DEFAULT_RUNS, Runs
 from clm_dist.cli.streams import unfailing
 from clm_dist.config.paths import local_dir
+from clm_dist.errors import ConfigError
 from clm_dist.files.atomic import read_json
 from clm_dist.files.lease import holder_of
 from clm_dist.files.records import read_records
@@ -27,6 +31,7 @@ from clm_dist.submit.submission import find_submission, seek_submission, submiss
 from clm_dist.submit.training import Training
 from clm_dist.timing import clock
 
+_MOST_NAMES = 8
 Which = Annotated[
     str | None,
     typer.Argument(
@@ -50,11 +55,14 @@ def status(
 ) -> None:
     """Show how far a run or a submission is: in the queue, in training steps, and beside its plan."""
     directory = local_dir(runs, "--runs")
-    is_submitted = seek_submission(submissions(directory), which) is not None
-    if not is_submitted and (local := _find_run(directory, which)):
-        _print_run(local)
+    found = submissions(directory)
+    if (sought := seek_submission(found, which)) is None:
+        if (local := _find_run(directory, which)) is None:
+            raise _nothing_found(directory, which, [one.name for one in found])
+        with _reading(local.root):
+            _print_run(local)
         return
-    submission, _ = find_submission(directory, which)
+    submission, _ = sought
     status = backend_of(submission).status(submission)
     if status.note:
         out.print(status.note, soft_wrap=True, markup=False)
@@ -65,7 +73,7 @@ def status(
         table.add_row(
             run.name,
             run.job_id,
-            describe(run),
+            Text(describe(run)),
             run.job.nodes if run.job else "",
             "" if run.job is None or run.job.restarts is None else str(run.job.restarts),
             "" if training is None else f"{training.step}/{training.num_steps}",
@@ -88,14 +96,48 @@ def status(
 
 
 def _find_run(runs: Path, which: str | None) -> RunDir | None:
-    """The run or plan of a name or a path, or the run that has trained last for None; None where there is none."""
+    """The run or plan of a name or a path, or the run that has trained last for None; None where there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     if which is None:
-        begun = [run for run in map(RunDir, runs.glob("*")) if run.exists() and run.metrics.is_file()]
-        return max(begun, key=lambda run: run.metrics.stat().st_mtime, default=None)
-    with contextlib.suppress(OSError, ValueError):  # no name of a file
-        named = (RunDir(runs / which), RunDir(Path(which)))
-        return next((run for run in named if run.exists() or run.plan.is_file()), None)
+        return max(_begun(runs), key=lambda begun: begun[0], default=(0.0, None))[1]
+    for root in (runs / which, Path(which)):
+        run = RunDir(root if root.name not in ("", "..") else root.resolve())
+        with contextlib.suppress(ValueError), _reading(root):  # no name of a file
+            if run.exists() or run.plan.is_file():
+                return run
     return None
+
+
+def _begun(runs: Path) -> Iterator[tuple[float, RunDir]]:
+    """The runs that have begun, each with the time of its last record."""
+    for run in map(RunDir, runs.glob("*")):
+        with contextlib.suppress(OSError):  # another user's, or it is being removed
+            if run.exists():
+                yield run.metrics.stat().st_mtime, run
+
+
+@contextlib.contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Turn a refusal to read a run into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            look = f"`ls -ld {shlex.quote(str(root))}` shows who may"
+            raise ConfigError(f"the run {root} cannot be read: {error.strerror}; {look}") from None
+
+
+def _nothing_found(runs: Path, which: str | None, submitted: Sequence[str]) -> ConfigError:
+    """The error where there is neither a submission nor a run of a name, or none at all for None."""
+    how = "--runs names another directory, `clm-dist run JOB` starts a run, and `clm-dist submit slurm|k8s JOB` submits"
+    if which is None:
+        return ConfigError(f"there is no run in {runs}, and nothing was submitted from it; {how}")
+    names = sorted({*submitted, *(run.root.name for _, run in _begun(runs))})
+    there = f" (there: {', '.join(names[:_MOST_NAMES])}{', ...' * (len(names) > _MOST_NAMES)})" if names else ""
+    return ConfigError(f"no run and no submission {which} in {runs}{there}; {how}")
 
 
 def _print_run(run: RunDir) -> None:
@@ -106,7 +148,7 @@ def _print_run(run: RunDir) -> None:
     left = training.seconds_left if training and not run.result.is_file() else None
     table.add_row(
         Text(run.root.name),
-        state,
+        Text(state),
         "" if training is None else f"{training.step}/{training.num_steps}",
         "" if training is None or training.loss is None else f"{training.loss:.4f}",
         "" if left is None else clock(left),

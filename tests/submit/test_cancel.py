@@ -21,7 +21,7 @@ def test_what_is_cancelled_twice_had_ended(commands: Commands, slurm: FakeSlurm)
     assert len(slurm.calls("scancel")) == 2
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "cancel"])
+@pytest.mark.parametrize("command", ["logs", "cancel"])
 def test_where_nothing_was_submitted_each_command_says_how(commands: Commands, command: str) -> None:
     said = commands.call(command)
     assert (said.code, said.out) == (2, "")

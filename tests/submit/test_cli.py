@@ -78,7 +78,7 @@ def test_sbatch_s_refusal_is_shown_and_nothing_counts_as_submitted(commands: Com
     assert said.err.endswith(
         "error: sbatch refused: sbatch: error: [bold]AssocGrpSubmitJobsLimit[/bold]\nsbatch: error: second line\n"
     )
-    assert commands.call("status").err.startswith(f"error: nothing was submitted from {commands.runs}")
+    assert commands.call("logs").err.startswith(f"error: nothing was submitted from {commands.runs}")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_what_was_made_is_removed_where_the_rest_is_refused(
     assert (said.code, "entrypont" in said.err) == (2, True)
     assert ("create", "ConfigMap", "default", "tiny") in kubernetes.store.history
     assert kubernetes.names() == set()
-    assert k8s_commands.call("status").err.startswith("error: nothing was submitted")
+    assert k8s_commands.call("logs").err.startswith("error: nothing was submitted")
 
 
 def test_what_can_not_be_removed_is_named(
