@@ -219,7 +219,8 @@ def _of_another_job(plan: PlanFile, run: RunDir) -> str | None:
     if not different:
         return None
     shown = ", ".join(different[:_MOST_FIELDS]) + (", ..." if len(different) > _MOST_FIELDS else "")
-    return f"the plan is of another job, and is not compared: {shown} differ{'s' if len(different) == 1 else ''}"
+    differs = f"{shown} differ{'s' if len(different) == 1 else ''}"
+    return f"the plan is of another job than the run, and is not compared with it: {differs}"
 
 
 def _size(plan: PlanFile, standing: Standing) -> PlannedSize | str:
@@ -240,7 +241,8 @@ def _size_of_job(plan: PlanFile) -> PlannedSize | str:
     """What is planned for a run that has not begun."""
     sizes: Sequence[PlannedSize] = plan["sizes"]
     found = next((size for size in sizes if size["workers"] == plan["workers"]), None)
-    return found or f"the plan is for {_devices(plan)}, and the job has {plan['workers']} workers"
+    workers = f"{plan['workers']} worker{'s' if plan['workers'] != 1 else ''}"
+    return found or f"the plan is for {_devices(plan)}, and the job has {workers}"
 
 
 def _is_device(planned: str, driver_name: str) -> bool:

@@ -149,6 +149,10 @@ def test_before_its_first_step_a_run_has_only_what_was_planned(begun: RunDir) ->
     record(begun)
     assert describe_time(begun) == planned
     assert (compared(begun).rows, compared(begun).notes) == ((), ("no worker of the run has begun to train",))
+    for workers, said in ((2, "2 workers"), (1, "1 worker")):
+        plan_run(begun, workers=workers, sizes=[plan_of(begun)["sizes"][0] | {"workers": 4}])
+        assert describe_time(begun) == f"the plan is for 4 x CPU, and the job has {said}"
+    plan_run(begun)
     record(begun, start())
     assert describe_time(begun) == planned
     assert rows(begun)["time"] == ("1 min 40 s (1 min 30 s to 2 min)", "20 s so far", "")
@@ -245,7 +249,7 @@ def test_a_plan_of_another_job_is_shown_as_such(begun: RunDir) -> None:
         ({"model.config": {}, "cluster.strategy": "zero2"}, "cluster.strategy, model.config differ"),
     ):
         plan_run(begun, job=plan["job"] | changes, loss=LOSS)
-        why = f"the plan is of another job, and is not compared: {said}"
+        why = f"the plan is of another job than the run, and is not compared with it: {said}"
         found = compared(begun)
         assert (found.rows, found.notes, found.loss, describe_time(begun)) == ((), (why,), None, why)
     # A later version has another field; neither the name nor the seed changes a plan.

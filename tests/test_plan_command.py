@@ -274,7 +274,8 @@ def test_saving_over_the_run_of_another_job_is_said(plan: PlanCommand, run: RunD
     said = plan(run.job, "--save", "--runs", run.root.parent, "--set", "train.max_steps=3")
     assert said.code == 0
     assert said.err.splitlines()[1] == (
-        "note: for the run that is there now the plan is of another job, and is not compared: train.max_steps differs"
+        f"note: there is already a run in {run.root}: the plan is of another job than the run, and is not compared "
+        "with it: train.max_steps differs"
     )
     assert len(plan(run.job, "--save", "--runs", run.root.parent).err.splitlines()) == 1
 
@@ -284,6 +285,11 @@ def test_a_plan_that_cannot_be_kept_says_so(plan: PlanCommand, run: RunDir, tmp_
     said = plan(run.job, "--save", "--runs", tmp_path / "file")
     assert (said.code, str(tmp_path / "file") in said.err) == (2, True)
     assert plan(run.job, "--runs", tmp_path / "file").code == 0
+    run.plan.mkdir()
+    said = plan(run.job, "--save", "--runs", run.root.parent)
+    # Before anything is planned, which may take a probe.
+    assert (said.code, said.out) == (2, "")
+    assert f"error: {run.plan} is not a file, so no plan can be kept there; remove it" in said.err.replace("\n", " ")
 
 
 def test_the_memory_of_a_run_stands_in_the_text(plan: PlanCommand, run: RunDir) -> None:

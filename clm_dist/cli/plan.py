@@ -19,7 +19,7 @@ from clm_dist.config.load import load_job, located
 from clm_dist.config.paths import local_dir
 from clm_dist.devices import DEVICES, Device
 from clm_dist.errors import ConfigError
-from clm_dist.files.plan_file import PlanFile, write_plan
+from clm_dist.files.plan_file import PlanFile, make_room, write_plan
 from clm_dist.files.run_dir import RunDir
 from clm_dist.files.stores import DEFAULT_STORES, Stores
 from clm_dist.plan.target import Target
@@ -107,6 +107,9 @@ def plan(
     with located(job):
         basis = basis_of(config, open_stores(stores))
         counts, architecture, notes = basis.counts, basis.architecture, list(basis.notes)
+        if run is not None:
+            # Before the speed is measured, which may take long.
+            make_room(run)
         measured = None
         if run_dir is not None:
             from clm_dist.plan.from_run import speed_of_run
@@ -153,7 +156,7 @@ def plan(
 def _say_saved(run: RunDir) -> None:
     said = f"the plan is in {run.plan}; `clm-dist report {shlex.quote(str(run.root))}` shows it beside what came"
     if run.exists() and (why := why_of_another_job(run)):
-        said += f"\nnote: for the run that is there now {why}"
+        said += f"\nnote: there is already a run in {run.root}: {why}"
     err.print(said, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from clm_dist.errors import first_line
+from clm_dist.errors import ConfigError, first_line
 from clm_dist.files.atomic import make_dir, write_json
 from clm_dist.files.run_dir import RunDir
 
@@ -61,13 +61,20 @@ class PlanFile(TypedDict):
     """The object that `plan --json` prints."""
 
 
-def write_plan(run: RunDir, plan: PlanFile) -> None:
-    """Write the plan of a run, which need not have begun.
+def make_room(run: RunDir) -> None:
+    """Make the directory of a run, which need not have begun, for its plan.
 
     Raises:
-        ConfigError, StorageError: the run directory cannot be written.
+        ConfigError, StorageError: it cannot be written; or something else is in the plan's place.
     """
     make_dir(run.root)
+    if run.plan.exists() and not run.plan.is_file():
+        raise ConfigError(f"{run.plan} is not a file, so no plan can be kept there; remove it")
+
+
+def write_plan(run: RunDir, plan: PlanFile) -> None:
+    """Write the plan of a run. Raises what `make_room` raises."""
+    make_room(run)
     # Like job.yaml: it has fields of the job.
     write_json(run.plan, plan, private=True)
 

@@ -8,7 +8,7 @@ from clm_dist.config.differences import differing_fields
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ConfigError
-from clm_dist.files.atomic import read_json
+from clm_dist.files.atomic import read_json, writing
 from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.final import find_damage
 from clm_dist.files.run_dir import RunDir
@@ -82,8 +82,9 @@ def remove_run(job: JobConfig, run: RunDir) -> None:
     if not run.plan.exists():
         shutil.rmtree(run.root, ignore_errors=True)
         return
-    for path in run.root.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path != run.plan:
-            path.unlink(missing_ok=True)
+    with writing(run.root):
+        for path in run.root.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != run.plan:
+                path.unlink(missing_ok=True)

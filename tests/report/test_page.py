@@ -138,7 +138,7 @@ def test_the_page_shows_the_plan_beside_what_came_and_the_loss_to_expect(run: Ru
     write_page(run, result)
     page = Page(run.report.read_text())
     assert page.chart("loss")["expected"] is None
-    assert "the plan is of another job, and is not compared: train.max_steps differs" in page.said
+    assert "the plan is of another job than the run, and is not compared with it: train.max_steps differs" in page.said
 
 
 def test_the_page_of_a_run_that_failed_at_once_says_so(result: Any) -> None:

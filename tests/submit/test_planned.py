@@ -1,5 +1,6 @@
 """A plan on its way from `submit --plan` to the report of the run and to `status`."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -8,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from clm_dist.config.load import load_job
-from clm_dist.errors import StorageError
+from clm_dist.config.load import load_job, read_saved_job
+from clm_dist.errors import ConfigError, StorageError
 from clm_dist.files.atomic import write_json
 from clm_dist.files.plan_file import PlanFile, read_plan
 from clm_dist.files.run_dir import RunDir
@@ -26,7 +27,7 @@ from tests.submit.test_pod_submitter import wait_until
 from tests.support.command import Said, cells
 from tests.support.fakes import Commands, FakeSlurm
 from tests.support.leases import leased_elsewhere
-from tests.support.plans import plan_run
+from tests.support.plans import plan_of, plan_run
 
 # Two hosts with a worker each.
 TWO = ("cluster.slurm.nodes=2", "cluster.slurm.gpus_per_node=1", "cluster.workers=2", "train.precision=bf16")
@@ -94,6 +95,17 @@ def test_overwriting_a_run_keeps_the_plan_of_the_one_that_comes(run: RunDir, mak
     assert not run.root.exists()
 
 
+def test_a_run_that_cannot_be_removed_is_named(run: RunDir, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_run(run)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ConfigError, match=rf"^cannot write {run.root}: Permission denied; name a directory "):
+        remove_run(make_job(), run)
+
+
 def test_status_of_a_submission_stands_beside_its_plan(plannable: Commands, slurm: FakeSlurm, run: RunDir) -> None:
     submit(plannable)
     slurm.job(101, running("n[1-2]", 7200))
@@ -158,13 +170,23 @@ def test_pods_get_the_plan_beside_the_job(make_job: MakeJob, run: RunDir, tmp_pa
     assert set(plain["data"]) == {"job.yaml"}
     (tmp_path / PLAN).write_text(config_map["data"][PLAN])
     new = RunDir(tmp_path / "runs" / "tiny")
-    keep_plan(tmp_path / PLAN, new)
+    keep_plan(tmp_path / PLAN, job, new, accepts_other=False)
     assert plan_in(new.root) == plan
     # None was submitted; and one that cannot be kept ends nothing.
-    keep_plan(tmp_path / "none", RunDir(tmp_path / "other"))
+    keep_plan(tmp_path / "none", job, RunDir(tmp_path / "other"), accepts_other=False)
     assert not (tmp_path / "other").exists()
     (tmp_path / "file").touch()
-    keep_plan(tmp_path / PLAN, RunDir(tmp_path / "file" / "run"))
+    keep_plan(tmp_path / PLAN, job, RunDir(tmp_path / "file" / "run"), accepts_other=False)
+
+
+def test_a_run_that_refuses_the_job_of_a_pod_keeps_its_plan(make_job: MakeJob, run: RunDir, tmp_path: Path) -> None:
+    plan_run(run)
+    (tmp_path / PLAN).write_text(json.dumps(plan_of(run, version="later")))
+    job, other = read_saved_job(run.job), make_job("train.max_steps=3")
+    for submitted, accepts_other, version in ((other, False, "0.1.0"), (job, False, "later"), (other, True, "later")):
+        plan_run(run)
+        keep_plan(tmp_path / PLAN, submitted, run, accepts_other=accepts_other)
+        assert plan_in(run.root)["version"] == version
 
 
 def test_a_pod_says_how_the_run_stands_beside_its_plan(run: RunDir, tmp_path: Path) -> None:

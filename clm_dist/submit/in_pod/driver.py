@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clm_dist.against_plan import describe_time
+from clm_dist.config.differences import differing_fields
 from clm_dist.config.job import JobConfig
 from clm_dist.config.load import read_saved_job
 from clm_dist.errors import ClmDistError, MendFirstError, SubmitError, TryAgainError
@@ -206,10 +207,15 @@ class PodDriver:
                     os._exit(1)
 
 
-def keep_plan(planned: Path, run: RunDir) -> None:
-    """Put the plan that was submitted with a job into the directory of its run."""
+def keep_plan(planned: Path, job: JobConfig, run: RunDir, *, accepts_other: bool) -> None:
+    """Put the plan that was submitted with a job into the directory of its run.
+
+    Args:
+        accepts_other: whether the job may take the place of another one; else a run of another job keeps its own plan.
+    """
     with contextlib.suppress(OSError, ClmDistError):  # no plan ends a run
-        if planned.is_file():
+        is_other = run.exists() and bool(differing_fields(read_saved_job(run.job), job))
+        if planned.is_file() and (accepts_other or not is_other):
             make_dir(run.root)
             write_text(run.plan, planned.read_text(encoding="utf-8"), private=True)
 
@@ -225,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         job = read_saved_job(path)
         run = RunDir(Path(os.environ["CLM_DIST_RUNS"]) / job.name)
-        keep_plan(path.with_name(PLAN), run)
+        keep_plan(path.with_name(PLAN), job, run, accepts_other=options.resume or options.overwrite)
         command = [sys.executable, "-m", "clm_dist", "run", str(path), *(["--resume"] if options.resume else [])]
         driver = PodDriver(pod, run, command, gives_up=options.ray_job is not None)
         code = driver.run(job if options.overwrite else None)
