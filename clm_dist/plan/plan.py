@@ -19,13 +19,8 @@ from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import Target
 from clm_dist.train.batches import BatchOrder
 
-START_S = 25.0
-"""Of a run before its first step and after its last: Ray, its workers, the model. Measured 20 s for one and two
-workers, 53 s for eight on two cores."""
-_ENDS_S = 12.0
-"""Of a run before its driver begins and after its last step: 10 to 13 s in six runs of small models."""
 OUTSIDE_S = 10.0
-"""Of a run that its records do not have: before its driver begins, and after its model is evaluated."""
+"""Seconds of a run that its records do not cover: before its driver begins, and after its model is evaluated."""
 _OTHER_EVALUATIONS = 2
 """Of the untouched model, and of the written one."""
 _SMALL = 50 * 10**6
@@ -242,7 +237,6 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     network = _network(target)
     at = work.passes.on(workers, setting)
     tokens = job.batch.global_size * job.data.block_size
-    start = START_S if speed.start_s is None else speed.start_s + _ENDS_S
 
     def step_at(rate: float) -> float:
         return step_time(work.model, at, rate, network).total
@@ -250,7 +244,7 @@ def _scale(work: _Work, setting: Setting, speed: Speed, nodes: int) -> Scale:
     def seconds_at(rate: float) -> float:
         eval_rate = rate / speed.middle * (speed.eval_tokens_per_s or speed.middle / _FORWARD)
         evaluations = work.eval_blocks * job.data.block_size / (eval_rate * workers)
-        return work.num_steps * step_at(rate) + evaluations + start
+        return work.num_steps * step_at(rate) + evaluations + speed.around_s
 
     memory = estimate_memory(work.model, at)
     middle = step_time(work.model, at, speed.middle, network)

@@ -9,6 +9,7 @@ from clm_dist.files.plan_file import FORMAT, Interval, PlanFile, PlannedSize
 from clm_dist.plan.memory import Memory
 from clm_dist.plan.page import plan_values
 from clm_dist.plan.plan import OUTSIDE_S, Plan, Scale
+from clm_dist.plan.speed import Speed
 from clm_dist.plan.target import MeasuredSpeed, Target
 from clm_dist.train.batches import BatchOrder
 
@@ -27,6 +28,7 @@ def plan_file(job: JobConfig, plan: Plan, target: Target, measured: MeasuredSpee
     """
     counts = plan.counts.train
     low, high = (BatchOrder.of_job(job, max(1, round(end))).num_steps for end in (counts.low, counts.high))
+    steps: Interval = {"value": plan.steps, "low": low, "high": high}
     expected = plan.loss.expected.loss if plan.loss and plan.loss.expected else None
     device = target.device.name if target.device else measured.name if measured else "CPU"
     return {
@@ -37,9 +39,9 @@ def plan_file(job: JobConfig, plan: Plan, target: Target, measured: MeasuredSpee
         "device": device,
         "workers": plan.workers,
         "price": target.price,
-        "steps": {"value": plan.steps, "low": low, "high": high},
+        "steps": steps,
         "evaluations": plan.evaluations,
-        "sizes": [_of_scale(job, scale, target, measured) for scale in plan.scales]
+        "sizes": [_of_scale(job, scale, plan.speed, steps, target, measured) for scale in plan.scales if plan.speed]
         or [_without_speed(job, plan, target)],
         "speed": plan.speed.how if plan.speed else None,
         "loss": {"value": expected.value, "low": expected.low, "high": expected.high} if expected else None,
@@ -47,9 +49,16 @@ def plan_file(job: JobConfig, plan: Plan, target: Target, measured: MeasuredSpee
     }
 
 
-def _of_scale(job: JobConfig, scale: Scale, target: Target, measured: MeasuredSpeed | None) -> PlannedSize:
-    shorter, longer = _START_ERROR if measured and measured.speed.start_s is not None else _ASSUMED_START_ERROR
-    ends = (scale.middle_s, scale.seconds[0] - shorter, scale.seconds[1] + longer)
+def _of_scale(
+    job: JobConfig, scale: Scale, speed: Speed, steps: Interval, target: Target, measured: MeasuredSpeed | None
+) -> PlannedSize:
+    shorter, longer = _ASSUMED_START_ERROR if speed.start_s is None else _START_ERROR
+    # Steps grow with the blocks, and so do the evaluations between them.
+    fewest, most = (
+        speed.around_s + (seconds - speed.around_s) * end / steps["value"]
+        for seconds, end in zip(scale.seconds, (steps["low"], steps["high"]), strict=True)
+    )
+    ends = (scale.middle_s, fewest - shorter, most + longer)
     seconds = [max(0.0, end - OUTSIDE_S) for end in ends]
     memory = _memory(job, scale.memory, target)
     if measured and measured.speed.memory_bytes and measured.workers == scale.workers:

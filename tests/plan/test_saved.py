@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clm_dist.config.job import JobConfig
-from clm_dist.files.plan_file import PlanFile, read_plan, write_plan
+from clm_dist.files.plan_file import Interval, PlanFile, read_plan, write_plan
 from clm_dist.files.run_dir import RunDir
 from clm_dist.plan.counts import Count, Counts
 from clm_dist.plan.loss import Estimate, ExpectedLoss
@@ -109,6 +109,25 @@ def test_an_estimated_number_of_blocks_is_an_interval_of_the_steps() -> None:
     counts = replace(_counts(), train=Count(10_000, 9_000, 12_000))
     # 256 blocks a step, three epochs.
     assert _saved(Target(None, 8, (1,), 1e9), counts=counts)["steps"] == {"value": 120, "low": 108, "high": 141}
+
+
+def test_a_time_is_that_of_the_fewest_and_of_the_most_steps() -> None:
+    """Of the same speed, the ends are those of plans of as many blocks as the ends of the interval of the count."""
+    target, job = Target(None, 8, (1,), 1e9), _job(cluster={"workers": 8}, eval={"every": 10_000})
+
+    def seconds(train: Count) -> Interval:
+        (size,) = _saved(target, speed=SPEED, counts=replace(_counts(), train=train), job=job)["sizes"]
+        assert size["seconds"]
+        return size["seconds"]
+
+    fewest, known, most = (seconds(Count(number, number, number)) for number in (9_000, 10_000, 12_000))
+    estimated = seconds(Count(10_000, 9_000, 12_000))
+    assert estimated["value"] == known["value"]
+    assert estimated["low"] < known["low"]
+    assert known["high"] < estimated["high"]
+    # Three evaluations are counted with the steps, though their number does not grow with them here.
+    assert estimated["low"] == pytest.approx(fewest["low"], rel=0.02)
+    assert estimated["high"] == pytest.approx(most["high"], rel=0.02)
 
 
 def test_the_expected_loss_is_kept(tmp_path: Path) -> None:
