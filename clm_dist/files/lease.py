@@ -74,7 +74,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Held:
-    """What a lease says of itself."""
+    """A lease that a process holds, or has left behind."""
 
     holder: Holder
     touched: float

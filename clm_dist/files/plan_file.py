@@ -26,9 +26,9 @@ class PlannedSize(TypedDict):
 
     workers: int
     seconds: Interval | None
-    """From the start of the driver to the evaluation of the written model, which the records of a run cover."""
+    """Time from the start of the driver to the evaluation of the written model, which is what the records cover."""
     tokens_per_s: Interval | None
-    """Both are None where the plan has no speed."""
+    """Speed of all workers together; this and the time are None where the plan has no speed."""
     memory_bytes: Interval | None
     """Memory of a worker, as the records have it; None where neither a formula nor a measurement tells it."""
 
@@ -40,18 +40,18 @@ class PlanFile(TypedDict):
     made: FiniteFloat
     """Seconds since the epoch."""
     version: str
-    """Of clm-dist."""
+    """Version of clm-dist that made the plan."""
     job: dict[str, Any]
     """The fields that the plan rests on; see `config.differences.computed_values`."""
     device: str
     """Name of a GPU as `--gpu` takes it, or as its driver has it; `CPU`, or `this GPU` for one that is described."""
     workers: int
-    """Of the job."""
+    """Number of workers that the job asks for."""
     price: FiniteFloat | None
-    """Of a GPU for an hour."""
+    """Price of a GPU for an hour; None where none was given."""
     steps: Interval
     evaluations: int
-    """The one before training and the one of the written model among them."""
+    """Number of evaluations, with the one before training and the one of the written model."""
     sizes: Annotated[list[PlannedSize], Field(min_length=1)]
     speed: str | None
     """Where the speed is from, in words."""

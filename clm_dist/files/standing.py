@@ -22,7 +22,7 @@ class Standing:
     """Steps of the whole run; 0 where no worker has begun."""
     tokens: int = 0
     step_seconds: float = 0.0
-    """Of the steps alone."""
+    """Seconds in steps, without evaluations and starts."""
     peak_memory: int = 0
     """Bytes of rank 0."""
     began: float | None = None
@@ -41,7 +41,7 @@ class Standing:
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> "Standing":
-        """That of a run with these records."""
+        """Return the standing of a run with these records."""
         standing = cls()
         for record in records:
             standing.add(record)
@@ -65,14 +65,14 @@ class Standing:
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, from the start of its driver on; the time between two starts by hand is left out."""
+        """Seconds that the run has taken since its driver began, without the time between two starts by hand."""
         return sum(self.spent.seconds.values())
 
     def seconds_left(self, num_evaluations: int) -> float | None:
         """Seconds until the run is done; None before its first step.
 
         Args:
-            num_evaluations: of the whole run.
+            num_evaluations: evaluations of the whole run.
         """
         if not self._recent:
             return None

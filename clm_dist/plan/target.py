@@ -18,7 +18,7 @@ class Target:
     between_nodes: float
     """Bandwidth of a host to others, bytes a second in one direction."""
     price: float | None = None
-    """Of a GPU for an hour."""
+    """Price of a GPU for an hour."""
     is_other_gpu: bool = False
     """Whether it is a GPU that is not known."""
 
@@ -36,7 +36,7 @@ class MeasuredSpeed:
     """None for a CPU, or a GPU that is not known."""
     is_gpu: bool
     name: str
-    """Of what it was measured on, as its driver has it; `CPU` for none."""
+    """Name of the device that was measured, as its driver has it; `CPU` where there is none."""
     workers: int
     workers_per_node: int
     notes: tuple[str, ...]

@@ -36,7 +36,7 @@ class Launch:
     request: Request
     runs: Path
     plan: PlanFile | None = None
-    """Of the job, where it was planned; a dry run does not print it."""
+    """Plan of the job, if one was asked for; a dry run does not print it."""
 
     @cached_property
     def kubectl(self) -> Kubectl:

@@ -39,7 +39,7 @@ class Launch:
     overwrite: bool = False
     """Remove the runs of these names, and start again."""
     plans: Sequence[PlanFile] = ()
-    """Of each job, where it was planned."""
+    """Plan of each job; empty where none was asked for."""
 
     @property
     def submission(self) -> Submission:
