@@ -82,8 +82,9 @@ def speed_of_run(
         seconds, predicted = measured.eval_seconds
         size = old.data.block_size
         evaluated = predicted * size / (size - 1) / seconds / measured.workers * factor
-    # Of another model or another pass its memory says nothing.
-    has_its_memory = before == model and not changed and not any(_changed(old, job, _SAME_MEMORY))
+    # Of another model or another pass the run says neither how many blocks fit nor what they take.
+    is_same = before == model and not changed
+    has_its_memory = is_same and not any(_changed(old, job, _SAME_MEMORY))
     speed = Speed(
         low=measured.low * alone * factor,
         high=measured.high * alone * factor,
@@ -91,7 +92,7 @@ def speed_of_run(
         eval_tokens_per_s=evaluated,
         start_s=measured.start_s,
         memory_bytes=measured.memory_bytes if has_its_memory else None,
-        micro_size=measured.micro_size if has_its_memory and device in (None, own) else None,
+        micro_size=measured.micro_size if is_same and device in (None, own) else None,
     )
     return MeasuredSpeed(
         speed=speed,
