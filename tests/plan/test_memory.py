@@ -187,15 +187,25 @@ def _some(case: tuple[str, str, bool, str]) -> bool:
     "cases", [[case for case in CASES if _some(case)], pytest.param(CASES, marks=pytest.mark.long)], ids=["some", "all"]
 )
 def test_a_step_takes_what_torch_allocates(cases: list[Any]) -> None:
-    (allocated,) = run_ranks(_allocated, 1, cases, preload=["tests.support.ranks"])
-    for case in cases:
-        strategy, precision, recomputes, shape = case
-        config, num_blocks, size = _SHAPES[shape]
-        model = architecture_of(config)
-        assert model is not None
-        setting = Setting(strategy, 1, num_blocks, size, precision=precision, gradient_checkpointing=recomputes)
-        said = estimate_memory(model, replace(setting, is_gpu=False)).total
-        assert said == pytest.approx(allocated[case], rel=0.1), case
+    left = cases
+    for _ in range(3):
+        (allocated,) = run_ranks(_allocated, 1, left, preload=["tests.support.ranks"])
+        too_high = [case for case in left if allocated[case] > 1.1 * _said(case)]
+        for case in set(left) - set(too_high):
+            assert _said(case) == pytest.approx(allocated[case], rel=0.1), case
+        # The profiler misses that something is freed now and then, so what is measured is never too low.
+        if not (left := too_high):
+            return
+    pytest.fail(f"too little is said of {left}")
+
+
+def _said(case: tuple[str, str, bool, str]) -> float:
+    strategy, precision, recomputes, shape = case
+    config, num_blocks, size = _SHAPES[shape]
+    model = architecture_of(config)
+    assert model is not None
+    setting = Setting(strategy, 1, num_blocks, size, precision=precision, gradient_checkpointing=recomputes)
+    return estimate_memory(model, replace(setting, is_gpu=False)).total
 
 
 def _memory(strategy: str, world_size: int, **options: Any) -> Memory:
