@@ -54,7 +54,8 @@ def write_job(path: Path, workers: int, steps: int) -> None:
         "train": {"max_steps": steps, "epochs": 1000},
         "eval": {"every": 10**6},
         "checkpoint": {"every": 10**6},
-        "cluster": {"workers": workers},
+        # More workers than CPUs share them.
+        "cluster": {"workers": workers, "cpus_per_worker": min(1.0, (os.cpu_count() or 1) / workers)},
     }
     path.write_text(yaml.safe_dump(job))
 
@@ -66,7 +67,9 @@ def measure(program: str, directory: Path, job: Path, store: Path, stores: Path,
         own = [__file__, "--loop", str(job), str(store), str(run.root)]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), *own]
     began = time.time()
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    # As Ray and torchrun set it, but for a single process of torchrun.
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=threads)
     if done.returncode:
         raise SystemExit(f"{program}: {(done.stdout + done.stderr)[-2000:]}")
     records = list(read_records(run.metrics))
