@@ -360,7 +360,7 @@ class _Loop:
     def _record_outlier(self, verdict: Verdict, loss: float, grad_norm: float, block_losses: BlockLosses) -> list[int]:
         """Write down the blocks of a step that stands out, and return them, the worst first. Collective."""
         assert verdict.kind
-        losses = gather_losses(block_losses, self.strategy.world_size)
+        losses = gather_losses(block_losses, self.strategy.gather)
         blocks = worst_first(self.order.global_batch(self.step - 1), losses)
         if self.strategy.rank == 0:
             record: OutlierRecord = {

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -45,8 +46,7 @@ class Searched:
     """What a search has tried."""
 
     found: Found
-    in_step: int
-    """Blocks that a worker has in a step."""
+    job: JobConfig
     limit: float | None
     """Bytes that a worker may take; None where that is not known."""
     on_gpu: bool
@@ -54,7 +54,7 @@ class Searched:
     @property
     def best(self) -> int | None:
         """The most blocks that fit, or on a CPU the fastest; None where one does not fit."""
-        fits = fitting(self.found)
+        fits = _fitting(self.found)
         if not fits:
             return None
         return max(fits) if self.on_gpu else max(fits, key=lambda size: fits[size].tokens_per_s)
@@ -62,15 +62,18 @@ class Searched:
     def describe(self, size: int) -> str:
         """Why a pass has so many blocks."""
         tried = ", ".join(f"{each}{'' if step else ' (does not fit)'}" for each, step in self.found.items())
-        best = self.best
-        if best == self.in_step:
-            why = "all that a worker has in a step"
-        else:
-            why = "the most that fit" if self.on_gpu else "the fastest"
-            if not self.on_gpu and _is_risky(self.found, self.limit):
-                why = "as many as memory allows" if best == max(self.found) else why
-        even = "" if size == best else f", of {best}, {why}, to have as few passes"
-        return f"batch.micro_size: a pass has {size} block{'s' if size > 1 else ''}{even or f', {why}'}; tried {tried}"
+        why = self._why_best()
+        if size != self.best:
+            why = f"which makes as few passes as {self.best}, {why}"
+        return f"batch.micro_size: a pass has {size} block{'s' if size > 1 else ''}, {why}; tried {tried}"
+
+    def _why_best(self) -> str:
+        if self.best == _most_blocks(self.job):
+            return "as many as leave each worker a pass of a step"
+        if self.on_gpu:
+            return "the most that fit"
+        is_last = self.best == max(self.found)
+        return "as many as memory allows" if is_last and _is_risky(self.found, self.limit) else "the fastest"
 
 
 def settle_micro_size(job: JobConfig, session: Session, heart: Heart) -> tuple[JobConfig, str | None]:
@@ -110,16 +113,17 @@ def _search(job: JobConfig, session: Session, heart: Heart, failed: int | None) 
     rehearsal = Rehearsal(
         job,
         load_tokenizer(session.store / "tokenizer"),
-        lambda size: blocks[order.global_batch(0)[:size]],
+        # Also of less data than a step has.
+        lambda size: blocks[np.resize(order.global_batch(0), size)],
         num_blocks=len(blocks),
         document_end=document_end_of(session.store) if job.data.document_mask else None,
         rank=session.rank,
         world_size=session.world_size,
         use_gpu=session.use_gpu,
     )
-    # Every worker has a pass in every step.
-    in_step = min(len(order.global_batch(0)), job.batch.global_size // job.cluster.max_workers)
-    most = max(1, min(in_step, failed // 2)) if failed else in_step
+    most = _most_blocks(job)
+    if failed:
+        most = max(1, min(most, failed // 2))
 
     def before_try(size: int) -> None:
         heart.starts(f"trying passes of {size} blocks")
@@ -128,7 +132,7 @@ def _search(job: JobConfig, session: Session, heart: Heart, failed: int | None) 
             raise StoppedError
 
     rehearsal.compile(1)
-    searched = find_micro_size(rehearsal, first=1, in_step=in_step, most=most, before_try=before_try)
+    searched = find_micro_size(rehearsal, first=1, most=most, before_try=before_try)
     problem = rehearsal.problem
     rehearsal.release()
     best = searched.best
@@ -138,11 +142,15 @@ def _search(job: JobConfig, session: Session, heart: Heart, failed: int | None) 
     return size, searched.describe(size)
 
 
+def _most_blocks(job: JobConfig) -> int:
+    """The most blocks of a pass with which every worker has one in a step."""
+    return job.batch.global_size // job.cluster.max_workers
+
+
 def find_micro_size(
     rehearsal: Rehearsal,
     *,
     first: int,
-    in_step: int,
     most: int | None = None,
     deadline: float = float("inf"),
     before_try: Callable[[int], None] = lambda size: None,
@@ -150,25 +158,25 @@ def find_micro_size(
     """Try passes of more blocks, and fewer. Collective.
 
     Args:
-        in_step: blocks that a worker has in a step.
-        most: blocks of a pass, where fewer may be tried.
+        most: blocks of a pass; None for as many as leave every worker a pass of a step.
         deadline: of `time.perf_counter`, after which nothing more is tried.
     """
-    device = rehearsal.strategy.device
+    job, device = rehearsal.job, rehearsal.strategy.device
     on_gpu = device.type == "cuda"
     known = [free for free in rehearsal.strategy.gather(free_bytes(device)) if free is not None]
     limit = _USED * min(known) if known else None
     found: Found = {}
-    most = most or in_step
+    most = most or _most_blocks(job)
     size: int | None = min(first, most)
     while size is not None:
         before_try(size)
-        # In the second pass of a step its gradients are there already.
-        found[size] = rehearsal.try_step(size, 1 if size == in_step else 2)
+        # In the second pass of a step its gradients are there already; further ones are like it.
+        num_passes = min(2, job.with_micro_size(size).batch.passes_per_step(job.cluster.max_workers))
+        found[size] = rehearsal.try_step(size, num_passes)
         if rehearsal.strategy.any_rank(time.perf_counter() > deadline):
             break
         size = next_size(found, most, limit, on_gpu=on_gpu)
-    return Searched(found, in_step, limit, on_gpu)
+    return Searched(found, job, limit, on_gpu)
 
 
 def next_size(found: Found, most: int, limit: float | None, *, on_gpu: bool) -> int | None:
@@ -177,7 +185,7 @@ def next_size(found: Found, most: int, limit: float | None, *, on_gpu: bool) -> 
     Args:
         limit: bytes that a worker may take; None where it is not known.
     """
-    fits = fitting(found)
+    fits = _fitting(found)
     low = max(fits, default=0)
     high = min((size for size, tried in found.items() if tried is None), default=most + 1)
     if not low or high <= most:
@@ -195,11 +203,11 @@ def next_size(found: Found, most: int, limit: float | None, *, on_gpu: bool) -> 
 
 def _is_risky(found: Found, limit: float | None) -> bool:
     """Whether a pass of twice the blocks may take more than there is; it takes less than twice the memory."""
-    fits = fitting(found)
+    fits = _fitting(found)
     return limit is not None and bool(fits) and 2 * (fits[max(fits)].memory_bytes or 0) > limit
 
 
-def fitting(found: Mapping[int, Tried | None]) -> dict[int, Tried]:
+def _fitting(found: Mapping[int, Tried | None]) -> dict[int, Tried]:
     """Those that fit."""
     return {size: tried for size, tried in found.items() if tried is not None}
 

@@ -5,14 +5,13 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 from torch import Tensor
 
 from clm_dist.config.job import TrainConfig
@@ -27,6 +26,7 @@ SHOWN_BLOCKS = 16
 
 BlockLosses = Sequence[tuple[npt.NDArray[np.int64], Tensor]]
 """For each pass, the numbers of its blocks and the mean loss of each, (B,) and (B,)."""
+_Pairs = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class Outliers:
         self.num_left_out = max(self.num_left_out, num_left_out)
 
 
-def gather_losses(own: BlockLosses, world_size: int) -> dict[int, float]:
-    """The mean loss of each block of a step, over all ranks. Collective."""
+def gather_losses(own: BlockLosses, gather: Callable[[_Pairs], list[_Pairs]]) -> dict[int, float]:
+    """The mean loss of each block of a step, over all ranks. Collective.
+
+    Args:
+        gather: gives what every rank has.
+    """
     pairs = [(int(b), float(v)) for blocks, values in own for b, v in zip(blocks, values, strict=True)]
-    gathered: list[list[tuple[int, float]]] = [pairs] * world_size
-    if world_size > 1:
-        dist.all_gather_object(gathered, pairs)
-    return dict(pair for rank in gathered for pair in rank)
+    return dict(pair for rank in gather(pairs) for pair in rank)
 
 
 def worst_first(batch: npt.NDArray[np.int64], losses: Mapping[int, float]) -> list[int]:

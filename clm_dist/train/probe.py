@@ -139,7 +139,6 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
     job, strategy = rehearsal.job, rehearsal.strategy
     rehearsal.compile(job.batch.known_micro_size)
     gauge, memory = Gauge(strategy.device), 0
-    in_step = job.batch.global_size // strategy.world_size
 
     def step() -> float:
         nonlocal memory
@@ -149,7 +148,7 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
 
     found: Found = {}
     if job.batch.micro_size == "auto":
-        searched = find_micro_size(rehearsal, first=1, in_step=job.batch.global_size // job.cluster.max_workers)
+        searched = find_micro_size(rehearsal, first=1)
         found, best = searched.found, searched.best
         if best is None:
             raise PassTooLargeError(rehearsal.problem)
@@ -169,7 +168,8 @@ def _measure_steps(rehearsal: Rehearsal, seconds: float) -> Probed:
     if not found and not rehearsal.compiled:
         # Compiled, each would be compiled for itself.
         until = time.perf_counter() + _SHARE_OF_SEARCH * seconds
-        found = find_micro_size(rehearsal, first=job.batch.known_micro_size, in_step=in_step, deadline=until).found
+        most = job.batch.global_size // strategy.world_size
+        found = find_micro_size(rehearsal, first=job.batch.known_micro_size, most=most, deadline=until).found
     return Probed(
         workers=strategy.world_size,
         device=rehearsal.throughput.device_name,

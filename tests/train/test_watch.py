@@ -169,3 +169,22 @@ def test_the_loop_is_named_however_deep_in_a_library_a_worker_stands() -> None:
     assert stack[0] == "loop.py:2 train"
     assert len(stack) == 1 + watch._SHOWN_FRAMES
     assert stack[-2].endswith(" layers")
+
+
+def test_a_search_may_take_as_long_as_a_start(tmp_path: Path) -> None:
+    heart = Heart(tmp_path, 0, "", 10.0)
+    try:
+        heart.starts("trying passes of 4 blocks")
+        assert _beat(tmp_path, "trying passes of 4 blocks").is_starting
+        heart.at(1, "pass 1 of 2")
+        assert not _beat(tmp_path, "pass 1 of 2").is_starting
+    finally:
+        heart.stop()
+
+
+def _beat(directory: Path, doing: str) -> Beat:
+    while True:
+        for beat in read_beats(directory):
+            if beat.doing == doing:
+                return beat
+        time.sleep(0.05)
