@@ -25,13 +25,9 @@ import yaml
 from processes import environment, markdown
 
 from clm_dist.config.load import load_job, read_saved_job
-from clm_dist.files.checkpoints import Checkpoints
 from clm_dist.files.records import read_records
 from clm_dist.files.run_dir import RunDir
 from clm_dist.progress import Silent
-from clm_dist.train.evaluate import EvalSplit
-from clm_dist.train.local import train_here
-from clm_dist.train.recorder import Recorder
 
 SKIPPED = 2
 MODEL = {"model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 128}
@@ -80,19 +76,11 @@ def measure(program: str, directory: Path, job: Path, store: Path, stores: Path,
 
 def loop(path: str, store: str, root: str) -> None:
     """Be one process of torchrun."""
+    from tests.support.training import train_one
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    job, run = read_saved_job(Path(path)), RunDir(Path(root))
-    run.root.mkdir(parents=True, exist_ok=True)
-    split = EvalSplit.of_store(Path(store), job.eval.micro_size)
-    recorder = Recorder(
-        run,
-        Checkpoints.of_run(job, run),
-        num_micros=split.num_micros,
-        num_tokens=split.num_tokens,
-        keep=job.checkpoint.keep,
-    )
-    train_here(job, run, Path(store), recorder, rank=dist.get_rank(), world_size=dist.get_world_size())
+    train_one(read_saved_job(Path(path)), RunDir(Path(root)), Path(store), dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
 
 
