@@ -126,6 +126,8 @@ def test_status_of_a_submission_stands_beside_its_plan(plannable: Commands, slur
         ("JobState=NODE_FAIL Reason=NodeDown", "of which "),
         (None, "of which "),
     ],
+    # What is collected must be the same in every process, and the first has the time of day.
+    ids=["running", "lost", "forgotten"],
 )
 def test_only_a_job_that_runs_is_about_to_be_done(
     plannable: Commands, slurm: FakeSlurm, run: RunDir, job: str | None, end: str
