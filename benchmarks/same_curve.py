@@ -40,7 +40,8 @@ from clm_dist.train.batches import BatchOrder
 from clm_dist.train.evaluate import EvalSplit, evaluate_micros
 from clm_dist.train.forward import WithLoss
 from clm_dist.train.local import train_here
-from clm_dist.train.model import load_model, next_token_loss
+from clm_dist.train.loss import next_token_loss
+from clm_dist.train.model import load_model
 from clm_dist.train.optim import build_optimizer, build_schedule
 from clm_dist.train.recorder import Recorder
 from tests.support.stores import prepare

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, pad
 from clm_dist.errors import ClmDistError, ConfigError, first_line
 from clm_dist.train.attention import attention_of
 from clm_dist.train.documents import document_positions
-from clm_dist.train.model import next_token_loss
+from clm_dist.train.loss import next_token_loss
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 # Of a device or of another rank, which may be well the next time; torch has no class for most of them.

@@ -17,8 +17,9 @@ from clm_dist.train.attention import attention_options
 from clm_dist.train.evaluate import enough_memory
 from clm_dist.train.forward import WithLoss, block_logits, unwrapped
 from clm_dist.train.local import run_ranks
+from clm_dist.train.loss import next_token_loss
 from clm_dist.train.mixing import find_mixing
-from clm_dist.train.model import autocast, next_token_loss, set_matrix_products
+from clm_dist.train.model import autocast, set_matrix_products
 from clm_dist.train.windows import Batch, Windows
 
 

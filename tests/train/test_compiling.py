@@ -17,7 +17,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import flops_per_token
 from clm_dist.train import compiling, forward
 from clm_dist.train.compile_cost import is_worth_it
-from clm_dist.train.model import next_token_loss
+from clm_dist.train.loss import next_token_loss
 from tests.conftest import MakeJob
 from tests.support.architectures import ARCHITECTURES
 from tests.support.runs import metrics_of

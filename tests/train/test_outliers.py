@@ -18,7 +18,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.metrics import spike_limit
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.loop import Outcome
-from clm_dist.train.model import next_token_loss
+from clm_dist.train.loss import next_token_loss
 from clm_dist.train.outliers import Outliers
 from tests.conftest import MakeJob
 from tests.support.runs import checkpoints_of, evals_of, metrics_of, saved_steps

@@ -14,7 +14,7 @@ from clm_dist.files.run_dir import RunDir
 from clm_dist.train.batches import BatchOrder
 from clm_dist.train.checkpointing.saver import write_safetensors
 from clm_dist.train.loop import Outcome
-from clm_dist.train.model import next_token_loss
+from clm_dist.train.loss import next_token_loss
 from tests.conftest import MakeJob
 from tests.support.runs import saved_steps
 from tests.support.training import train_one

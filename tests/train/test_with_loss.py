@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING
 
 from clm_dist.train import forward
 from clm_dist.train.forward import WithLoss, block_logits
-from clm_dist.train.model import build_model, next_token_loss
+from clm_dist.train.loss import next_token_loss
+from clm_dist.train.model import build_model
 from clm_dist.train.strategies.base import Strategy
 from tests.conftest import MakeJob
 from tests.support.architectures import ARCHITECTURES
