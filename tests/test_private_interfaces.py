@@ -17,6 +17,7 @@ USES = {
     r"__compatible_ops__|_hp_mapping|_partition_all_parameters|single_partition_of_fp32_groups": (
         "train/strategies/zero.py"
     ),
+    r"LinearFunctionForZeroStage3|PreBackwardFunctionForModule": "train/loss.py",
     r"AcceleratorState": "train/strategies/environment.py",
     r"_attn_implementation": "train/attention.py",
     r"_no_split_modules": "train/strategies/fsdp2.py",

@@ -8,6 +8,7 @@ normalised, and `gelu_new` each of its terms. A test holds every family against 
 from dataclasses import dataclass
 
 from clm_dist.plan.architecture import Architecture
+from clm_dist.train.loss_parts import tokens_at_once
 
 _COMPOSED = ("gelu_new", "gelu_fast", "quick_gelu")
 """Activation functions that transformers writes out in several operations."""
@@ -59,14 +60,24 @@ def layer_bytes(
     return kept
 
 
-def loss_bytes(model: Architecture, arithmetic: Arithmetic, *, is_compiled: bool) -> float:
-    """Bytes of the head and the loss for each token when they take most: in the backward pass of the loss.
+def loss_bytes(model: Architecture, num_tokens: int, arithmetic: Arithmetic, *, is_compiled: bool) -> float:
+    """Bytes of the head and the loss of a pass when they take most: in the backward pass of the loss, or of the head.
 
-    These are its log-probabilities and two gradients of that size, all in fp32; compiled, logits and their gradient.
+    Compiled, these are logits and their gradient. Otherwise the gradient takes the place of the logits. Beside them are
+    log-probabilities and two gradients of that size, all in fp32, of the tokens whose loss is computed at once; or the
+    gradient of the head, which autocast casts.
     """
-    last = model.hidden * (_norm_size(model, arithmetic, arithmetic.stream_size) + arithmetic.size)
-    of_logits = 2 * arithmetic.size if is_compiled else 12 + model.softcaps_logits * arithmetic.size
-    return last + of_logits * model.vocabulary
+    size, num_logits = arithmetic.size, num_tokens * model.vocabulary
+    last = num_tokens * model.hidden * (_norm_size(model, arithmetic, arithmetic.stream_size) + size)
+    if is_compiled:
+        return last + 2 * size * num_logits
+    capped = model.softcaps_logits * size * num_logits
+    at_once = tokens_at_once(model.vocabulary, on_cpu=not arithmetic.is_gpu)
+    if num_tokens <= at_once:
+        return last + capped + 12 * num_logits
+    casts = arithmetic.is_half and arithmetic.is_autocast
+    of_head = (size + (4 if casts else 0)) * model.hidden
+    return last + capped + size * num_logits + model.vocabulary * max(12 * at_once, of_head)
 
 
 def _norm_size(model: Architecture, arithmetic: Arithmetic, size: int) -> int:

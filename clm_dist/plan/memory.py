@@ -12,6 +12,7 @@ from clm_dist.config.job import JobConfig
 from clm_dist.plan.activations import Arithmetic, layer_bytes, loss_bytes
 from clm_dist.plan.architecture import Architecture
 from clm_dist.train.compile_cost import is_worth_it
+from clm_dist.train.loss_parts import tokens_at_once
 
 CONTEXT_BYTES = 2**30
 """Of a GPU that CUDA, its libraries and NCCL take before the first tensor; about 0.5 to 1.5 GiB on an H200."""
@@ -37,7 +38,7 @@ class Memory:
     activations: float = 0.0
     """What the layers keep for the backward pass."""
     loss: float = 0.0
-    """Logits, their probabilities and their gradient."""
+    """Logits or their gradient, and what is computed of them."""
     buffers: float = 0.0
     """Weights that are gathered for a pass, and gradients that are exchanged."""
     context: float = 0.0
@@ -141,10 +142,11 @@ def estimate_memory(model: Architecture, setting: Setting) -> Memory:
 
 
 def _eval_loss(model: Architecture, setting: Setting) -> float:
-    """Bytes of the logits of an evaluation's pass, and of their copy and their log-probabilities in fp32."""
-    size = setting.arithmetic.size
-    each = size + (8 if setting.arithmetic.is_half else 4)
-    return setting.eval_micro_size * setting.block_size * model.vocabulary * each
+    """Bytes of the logits of an evaluation's pass, and in fp32 of the log-probabilities, and where it computes in half
+    precision of the logits as well, of the tokens whose loss is computed at once."""
+    arithmetic, num_tokens = setting.arithmetic, setting.eval_micro_size * setting.block_size
+    at_once = min(num_tokens, tokens_at_once(model.vocabulary, on_cpu=not arithmetic.is_gpu))
+    return model.vocabulary * (num_tokens * arithmetic.size + at_once * (8 if arithmetic.is_half else 4))
 
 
 def _in_update(full: Memory, model: Architecture, setting: Setting) -> Memory:
@@ -195,9 +197,11 @@ def _of_pass(model: Architecture, setting: Setting) -> tuple[float, float, float
     each = layer_bytes(
         model, setting.block_size, arithmetic, is_eager=setting.is_eager, is_compiled=setting.is_compiled
     )
-    loss = tokens * loss_bytes(model, arithmetic, is_compiled=setting.is_compiled)
+    loss = loss_bytes(model, tokens, arithmetic, is_compiled=setting.is_compiled)
     if setting.gradient_checkpointing:
-        # The input of each layer; in the backward pass one layer after the other is computed again.
+        # The input of each layer; in the backward pass one layer after the other is computed again, and while all that
+        # it keeps is still there, its gradients begin with those of its widest tensors.
+        each += 2 * model.intermediate * arithmetic.size
         return tokens * model.num_layers * model.hidden * arithmetic.stream_size, tokens * each, loss
     return tokens * model.num_layers * each, 0.0, loss
 
