@@ -133,6 +133,9 @@ def estimate_memory(model: Architecture, setting: Setting) -> Memory:
         at_loss = replace(at_loss, buffers=0.0)
     at_begin = replace(before, activations=inputs + layer)
     at_end = replace(full, copies=0.0)
+    if model.is_tied and not setting.arithmetic.is_half and setting.strategy in ("ddp", "zero1", "zero2"):
+        # The gradients of head and embedding, before they are added up.
+        at_end = replace(at_end, gradients=at_end.gradients + 8 * model.vocabulary * model.hidden)
     in_eval = replace(before, copies=full.copies, loss=_eval_loss(model, setting))
     if setting.strategy in ("zero1", "zero2"):
         in_eval = replace(in_eval, buffers=0.0)

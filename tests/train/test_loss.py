@@ -166,6 +166,15 @@ def test_how_many_tokens_are_computed_at_once(vocab_size: int, on_cpu: bool, exp
     assert tokens_at_once(vocab_size, on_cpu=on_cpu) == expected
 
 
+@pytest.mark.usefixtures("few_at_once")
+def test_a_compiler_sees_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(loss, "_InParts")
+    linear, hidden_BTC = head(torch.float32)
+    ids_BT = random_ids()
+    compiled = torch.compile(lambda: next_token_loss(linear(hidden_BTC), ids_BT), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(), of_all_at_once(linear(hidden_BTC), ids_BT, None))
+
+
 def test_few_logits_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(loss, "_InParts")
     linear, hidden_BTC = head(torch.float32)
