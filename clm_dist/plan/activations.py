@@ -63,21 +63,22 @@ def layer_bytes(
 def loss_bytes(model: Architecture, num_tokens: int, arithmetic: Arithmetic, *, is_compiled: bool) -> float:
     """Bytes of the head and the loss of a pass when they take most: in the backward pass of the loss, or of the head.
 
-    Compiled, these are logits and their gradient. Otherwise the gradient takes the place of the logits. Beside them are
-    log-probabilities and two gradients of that size, all in fp32, of the tokens whose loss is computed at once; or the
-    gradient of the head, which autocast casts.
+    Compiled, these are logits and their gradient. Otherwise the gradient takes the place of the logits. Beside it are
+    log-probabilities and two gradients in fp32 of the tokens whose loss is computed at once; later the gradient of the
+    head, which autocast casts.
     """
     size, num_logits = arithmetic.size, num_tokens * model.vocabulary
     last = num_tokens * model.hidden * (_norm_size(model, arithmetic, arithmetic.stream_size) + size)
     if is_compiled:
         return last + 2 * size * num_logits
-    capped = model.softcaps_logits * size * num_logits
-    at_once = tokens_at_once(model.vocabulary, on_cpu=not arithmetic.is_gpu)
-    if num_tokens <= at_once:
-        return last + capped + 12 * num_logits
+    at_once = min(num_tokens, tokens_at_once(model.vocabulary, on_cpu=not arithmetic.is_gpu))
+    of_loss = 12 * at_once * model.vocabulary + (size * num_logits if num_tokens > at_once else 0)
     casts = arithmetic.is_half and arithmetic.is_autocast
-    of_head = (size + (4 if casts else 0)) * model.hidden
-    return last + capped + size * num_logits + model.vocabulary * max(12 * at_once, of_head)
+    of_head = size * num_logits + (size + (4 if casts else 0)) * model.hidden * model.vocabulary
+    if not model.softcaps_logits:
+        return last + max(of_loss, of_head)
+    # What the tanh of the cap returned is kept; the cap's own backward pass has two gradients beside it.
+    return last + size * num_logits + max(of_loss, of_head, 2 * size * num_logits)
 
 
 def _norm_size(model: Architecture, arithmetic: Arithmetic, size: int) -> int:

@@ -38,7 +38,7 @@ class Memory:
     activations: float = 0.0
     """What the layers keep for the backward pass."""
     loss: float = 0.0
-    """Logits or their gradient, and what is computed of them."""
+    """Logits or their gradient, and what is computed from them."""
     buffers: float = 0.0
     """Weights that are gathered for a pass, and gradients that are exchanged."""
     context: float = 0.0
@@ -133,9 +133,11 @@ def estimate_memory(model: Architecture, setting: Setting) -> Memory:
         at_loss = replace(at_loss, buffers=0.0)
     at_begin = replace(before, activations=inputs + layer)
     at_end = replace(full, copies=0.0)
-    if model.is_tied and not setting.arithmetic.is_half and setting.strategy in ("ddp", "zero1", "zero2"):
-        # The gradients of head and embedding, before they are added up.
-        at_end = replace(at_end, gradients=at_end.gradients + 8 * model.vocabulary * model.hidden)
+    if model.is_tied and setting.strategy in ("ddp", "zero1", "zero2"):
+        # The gradients of head and embedding, before they are added up; autocast's are added in place.
+        is_half = setting.arithmetic.is_half
+        each = 8 if not is_half else 4 if setting.strategy == "ddp" else 0
+        at_end = replace(at_end, gradients=at_end.gradients + each * model.vocabulary * model.hidden)
     in_eval = replace(before, copies=full.copies, loss=_eval_loss(model, setting))
     if setting.strategy in ("zero1", "zero2"):
         in_eval = replace(in_eval, buffers=0.0)
@@ -145,8 +147,10 @@ def estimate_memory(model: Architecture, setting: Setting) -> Memory:
 
 
 def _eval_loss(model: Architecture, setting: Setting) -> float:
-    """Bytes of the logits of an evaluation's pass, and in fp32 of the log-probabilities, and where it computes in half
-    precision of the logits as well, of the tokens whose loss is computed at once."""
+    """Bytes of the logits of an evaluation's pass, and of fp32 tensors for the tokens whose loss is computed at once.
+
+    These are log-probabilities, and in half precision a copy of the logits.
+    """
     arithmetic, num_tokens = setting.arithmetic, setting.eval_micro_size * setting.block_size
     at_once = min(num_tokens, tokens_at_once(model.vocabulary, on_cpu=not arithmetic.is_gpu))
     return model.vocabulary * (num_tokens * arithmetic.size + at_once * (8 if arithmetic.is_half else 4))

@@ -157,7 +157,7 @@ def _try(
     job: JobConfig, strategy: Strategy, ids: npt.NDArray[np.int64], document_end: int | None
 ) -> tuple[str | None, bool]:
     """The problem of compiled passes, and whether they are the same to the last bit each time. Collective."""
-    # A pass that is not compiled takes several times the memory.
+    # A pass that is not compiled takes more memory.
     few = ids[: -(-len(ids) // 4)] if strategy.with_loss.fills_short_batches else ids
     plain, redrawn = (_try_pass(job, strategy, few, document_end, micro_batch=m) for m in (0, 1))
     draws = strategy.any_rank(not torch.equal(plain.losses, redrawn.losses))

@@ -1,21 +1,20 @@
 """The loss of predicted tokens.
 
-Of a model with a large vocabulary the logits are the largest tensor of a pass, and their cross entropy in fp32 would
-keep three more of that size for the backward pass: log-probabilities and two gradients. So it is computed for a few
-tokens at a time, and again in the backward pass, where the gradient takes the place of the logits.
+Of a model with a large vocabulary the logits are the largest tensor of a pass, and their cross entropy would take three
+fp32 tensors with as many elements: log-probabilities, which are kept for the backward pass, and two gradients there. So
+it is computed for a few tokens at a time, and again in the backward pass, where the gradient takes the place of the
+logits.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 
 from clm_dist.train.loss_parts import tokens_at_once
 
-# Steps of autograd, by their names, whose own backward pass does not need what they returned, as that of tanh would;
-# and those that return what they were given. The last of each are DeepSpeed's.
+# Names of autograd's nodes. One that is in neither set costs memory, never a wrong gradient. The last are DeepSpeed's.
 _NEEDS_NO_OUTPUT = {
     "AddmmBackward0",
     "DivBackward0",
@@ -24,7 +23,9 @@ _NEEDS_NO_OUTPUT = {
     "ToCopyBackward0",
     "LinearFunctionForZeroStage3Backward",
 }
+"""Nodes whose backward pass does not need what they returned, as that of tanh does."""
 _PASSES_ON = {"UnsafeViewBackward0", "ViewBackward0", "PreBackwardFunctionForModuleBackward"}
+"""Nodes that returned what they were given, in another shape."""
 
 
 def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, document_end: int | None = None) -> Tensor:
@@ -33,7 +34,8 @@ def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor, document_end: int | None
     Position t predicts token t + 1. A block holds no padding, and an end-of-sequence token is a token to learn like
     any other, so no label is masked but that of a document's first token, which has loss 0.
 
-    A backward pass may overwrite the logits; a second one of the same losses is then an error.
+    A backward pass may overwrite the logits. A second one of the same losses, and any other use of the logits in a
+    backward pass after it, is then an error; but not inside `saved_tensors_hooks`, with which autograd does not look.
 
     Args:
         document_end: id that ends a document; None predicts documents' first tokens from what was before them.
@@ -63,8 +65,9 @@ class _InParts(torch.autograd.Function):
         return torch.cat([_losses(logits, labels) for logits, labels in parts])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss in parts has no second derivative (create_graph=True)")
         logits_NV, labels_N = ctx.saved_tensors
         gradient_NV = logits_NV if ctx.overwrites else torch.empty_like(logits_NV)
         tensors = (gradient_NV, logits_NV, labels_N, gradient_N)

@@ -1,4 +1,4 @@
-"""Of how many tokens the loss is computed at once; no torch, so that a plan can say it as well."""
+"""How many tokens' loss is computed at once; no torch, so that a plan can say it as well."""
 
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**19, 2**24
 """Few enough for the cache of a CPU, and enough for the start of a GPU's kernel not to count."""
